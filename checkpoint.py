@@ -1,0 +1,189 @@
+"""Checkpoints: what makes a training resumable, published all or nothing.
+
+A checkpoint is a folder `<output_dir>/<run>/step-N` that anyone's tools can load as a model; beside the weights and the
+tokenizer lie
+
+    optimizer.safetensors     AdamW's moments, by parameter name
+    random_state.safetensors  the generators' states (dropout) as they were after step N
+    training_state.json       the position: step, examples seen, what data it was
+    train_config.json         every setting of the run
+    manifest.json             size and SHA-256 of every other file; written last
+
+Nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import utils
+from models import RewardModel
+from utils import CheckpointError
+
+OPTIMIZER, RANDOM_STATE = "optimizer.safetensors", "random_state.safetensors"
+POSITION, CONFIG, MANIFEST = "training_state.json", "train_config.json", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a training stands after `step`."""
+
+    step: int
+    examples_seen: int
+    data_fingerprint: str  # SHA-256 of the training pairs' token ids
+    num_pairs: int
+
+
+def random_state() -> dict[str, Tensor]:
+    """The states of every generator that training draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_random_state(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    if "mps" in states and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"])
+
+
+def trained_parameters(model: RewardModel) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.classifier.named_parameters() if parameter.requires_grad}
+
+
+def save(
+    run_folder: Path,
+    model: RewardModel,
+    optimizer: torch.optim.Optimizer,
+    states: dict[str, Tensor],
+    position: Position,
+    config: dict[str, Any],
+) -> Path:
+    """Write `step-N` under a temporary name and publish it by renaming; returns its path once it is complete on disk."""
+    final = utils.step_folder(run_folder, position.step)
+    with utils.published_folder(final) as folder:
+        model.save(folder)
+        save_file(_optimizer_tensors(model, optimizer), folder / OPTIMIZER)
+        save_file(states, folder / RANDOM_STATE)
+        utils.write_json(folder / POSITION, asdict(position))
+        utils.write_json(folder / CONFIG, config)
+        files = {path.name: path for path in sorted(folder.iterdir())}
+        entries = {
+            name: {"bytes": path.stat().st_size, "sha256": utils.sha256_of(path)} for name, path in files.items()
+        }
+        utils.write_json(folder / MANIFEST, {"step": position.step, "files": entries})
+    return final
+
+
+def _optimizer_tensors(model: RewardModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {}
+    for name, parameter in trained_parameters(model).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}/{name}"] = value.contiguous()
+    return tensors
+
+
+def restore_optimizer(folder: Path, model: RewardModel, optimizer: torch.optim.Optimizer) -> None:
+    """Put AdamW's moments back. Raises CheckpointError if they are not those of this model's parameters."""
+    tensors = load_file(folder / OPTIMIZER)
+    for name, parameter in trained_parameters(model).items():
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        state = {key: tensors.pop(f"{key}/{name}", None) for key in keys}
+        if any(value is None for value in state.values()) or state["exp_avg"].shape != parameter.shape:
+            raise CheckpointError("the optimizer's state does not fit the model", where=folder / OPTIMIZER, found=name)
+        # Adam's step counters stay where the optimizer wants them: on the device when fused, else on the CPU
+        on_device = optimizer.defaults.get("fused") or parameter.device.type == "cpu"
+        state["step"] = state["step"].to(parameter.device if on_device else "cpu")
+        state["exp_avg"], state["exp_avg_sq"] = (state[key].to(parameter.device) for key in ("exp_avg", "exp_avg_sq"))
+        optimizer.state[parameter] = state
+    if tensors:
+        raise CheckpointError(
+            "the optimizer's state is of another model", where=folder / OPTIMIZER, found=next(iter(tensors))
+        )
+
+
+def read_position(folder: Path) -> Position:
+    return Position(**utils.read_json(folder / POSITION))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    return utils.read_json(folder / CONFIG)
+
+
+def read_random_state(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / RANDOM_STATE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding and checking
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find(resume_from: str) -> Path:
+    """The `step-N` folder that `--resume_from` means: itself, or the newest sound one of a run folder."""
+    path = Path(resume_from).expanduser()
+    if not path.is_dir():
+        parent = path.parent
+        siblings = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
+        raise utils.UserError(
+            f"--resume_from names no folder{utils.nearest(path.name, siblings)}",
+            where=path.absolute(),
+            found=f"{parent} holds {', '.join(siblings[:8]) or 'no folders'}",
+            next="a step-N folder, or a run's folder for its newest step",
+        )
+    if utils.step_of(path) is not None or (path / MANIFEST).exists():
+        verify(path)
+        return path
+    steps = utils.step_folders(path)
+    if not steps:
+        raise CheckpointError("no checkpoint there", where=path.absolute(), next="a folder that holds step-N folders")
+    for step in reversed(steps):
+        if problem(step) is None:
+            return step
+    raise CheckpointError("every checkpoint of this run is damaged", where=path.absolute(), found=problem(steps[-1]))
+
+
+def verify(folder: Path) -> None:
+    """Raise CheckpointError if any file is missing, changed or cut; name the newest sound step before it."""
+    found = problem(folder)
+    if found is None:
+        return
+    number = utils.step_of(folder) or 0
+    earlier = [step for step in utils.step_folders(folder.parent) if (utils.step_of(step) or 0) < number]
+    sound = next((step for step in reversed(earlier) if problem(step) is None), None)
+    raise CheckpointError(
+        "the checkpoint is damaged",
+        where=found[0],
+        found=found[1],
+        safe=f"{sound.name} is complete" if sound else "no earlier step of this run is complete",
+        next=f"python train_rm.py --resume_from {sound}" if sound else None,
+    )
+
+
+def problem(folder: Path) -> tuple[Path, str] | None:
+    """What is wrong with a checkpoint: (file, what was found and expected); None if every file is as it was written."""
+    manifest = folder / MANIFEST
+    try:
+        files = utils.read_json(manifest)["files"]
+        expected = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return manifest, f"no readable manifest ({type(error).__name__}: {error})"
+    for path, (size, checksum) in expected.items():
+        if not path.is_file():
+            return path, f"no such file; the manifest says {size:,} bytes"
+        if path.stat().st_size != size:
+            return path, f"{path.stat().st_size:,} bytes; the manifest says {size:,}"
+        if utils.sha256_of(path) != checksum:
+            return path, "its content changed; its SHA-256 is not the manifest's"
+    return None

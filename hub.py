@@ -1,0 +1,77 @@
+"""Ask the Hugging Face hub one quick question before anything is downloaded, so that a typo or a dead line is said in
+seconds and not after a minute of retries."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from utils import DiskOrNetworkError, UserError, nearest
+
+ANSWER_WITHIN_SECONDS = 8
+
+
+def looks_like_a_path(name: str) -> bool:
+    """Whether somebody who typed `name` meant a file or folder: hub ids have at most one slash and never start so."""
+    return name.startswith((".", "/", "~", "\\")) or "\\" in name or name.count("/") > 1 or Path(name).exists()
+
+
+def refuse_missing_path(name: str, flag: str) -> None:
+    """Raise a UserError with the nearest names if `name` is a path and nothing is there; asks no hub."""
+    path = Path(name).expanduser()
+    if not looks_like_a_path(name) or path.exists():
+        return
+    parent = path.parent
+    siblings = [sibling.name for sibling in parent.iterdir()] if parent.is_dir() else []
+    raise UserError(
+        f"{flag} names something that is not there{nearest(path.name, siblings)}",
+        where=path.absolute(),
+        found=f"{parent} holds {', '.join(sorted(siblings)[:8]) or 'nothing'}" if parent.is_dir() else "no such folder",
+        next=f"{flag} wants a local path or a hub id such as {'Qwen/Qwen3-0.6B' if flag == '--model' else 'Anthropic/hh-rlhf'}",
+    )
+
+
+def only_local_copy(repo_id: str, repo_type: str, flag: str, instead: str) -> bool:
+    """Whether `repo_id` must be opened from the local cache because the hub cannot be reached.
+
+    Raises UserError if the hub says there is no such repository or it is closed, DiskOrNetworkError if the hub cannot
+    be reached within 8 s and no local copy exists. `instead` says what to type then.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        return True
+    try:
+        huggingface_hub.HfApi().repo_info(repo_id, repo_type=repo_type, timeout=ANSWER_WITHIN_SECONDS)
+        return False
+    except HFValidationError as error:
+        raise UserError(f"{flag} is neither a local path nor a hub id", found=repo_id, next=str(error)) from error
+    except GatedRepoError as error:
+        raise UserError(
+            f"{flag} {repo_id} is gated: its owner wants you to accept terms first",
+            where=f"https://huggingface.co/{repo_id}",
+            next="accept them there, then: hf auth login",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{flag} {repo_id}: the hub has no such {repo_type}, or it is private",
+            next="check the spelling; for a private one: hf auth login",
+        ) from error
+    except Exception as error:  # which class depends on the HTTP library underneath; any of them means "no answer"
+        if _has_local_copy(repo_id, repo_type):
+            print(f"the hub cannot be reached; using the local copy of {repo_id}", flush=True)
+            return True
+        raise DiskOrNetworkError(
+            f"the Hugging Face hub cannot be reached, and there is no local copy of {repo_id}",
+            found=f"{type(error).__name__}: {error}",
+            next=instead,
+        ) from error
+
+
+def _has_local_copy(repo_id: str, repo_type: str) -> bool:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=repo_type) / "snapshots"
+    return folder.is_dir() and any(folder.iterdir())

@@ -1,0 +1,131 @@
+"""What a run shows while it works: TensorBoard, a progress bar or plain lines, memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import utils
+
+BY_EXAMPLES = "_by_examples"
+PLAIN_LINES = 20  # lines of a whole run when nobody watches a terminal ...
+PLAIN_SECONDS = 30  # ... and at least one in so many seconds
+
+
+class Progress:
+    """A bar with rate, loss and time left on a terminal; plain lines elsewhere, so that logs stay readable."""
+
+    def __init__(self, total_steps: int, first_step: int):
+        self.total, self.first = total_steps, first_step
+        self.started = self.last_line = time.monotonic()
+        self.bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        loss, accuracy, rate = (metrics[f"train/{key}"] for key in ("loss", "accuracy", "pairs_per_second"))
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.1%}, {rate:.1f} pairs/s", refresh=False)
+            self.bar.update(step - self.bar.n)
+            return
+        now = time.monotonic()
+        due = step % max(1, self.total // PLAIN_LINES) == 0 or now - self.last_line > PLAIN_SECONDS
+        if due or step in (self.first + 1, self.total):
+            self.last_line = now
+            left = (now - self.started) / (step - self.first) * (self.total - step)
+            self.say(
+                f"step {step}/{self.total}  loss {loss:.4f}  accuracy {accuracy:.1%}  "
+                f"{rate:.1f} pairs/s  {utils.format_duration(left)} left"
+            )
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the bar if there is one."""
+        if self.bar is not None:
+            self.bar.clear()
+        print(text, flush=True)
+        if self.bar is not None:
+            self.bar.refresh()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Board:
+    """TensorBoard's event file of one run."""
+
+    def __init__(self, folder: Path, resumed_step: int = 0, resumed_examples: int = 0):
+        from torch.utils.tensorboard import SummaryWriter
+
+        if resumed_step:
+            drop_events_after(folder, resumed_step, resumed_examples)
+        self.writer = SummaryWriter(str(folder), flush_secs=10)
+
+    def scalars(self, values: dict[str, float], step: int, examples: int) -> None:
+        """Write scalars over steps; loss and accuracy over examples seen as well."""
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, step)
+            if tag.endswith(("/loss", "/accuracy")):
+                self.writer.add_scalar(tag + BY_EXAMPLES, value, examples)
+
+    def histogram(self, tag: str, values: Any, step: int) -> None:
+        self.writer.add_histogram(tag, values, step)
+
+    def table(self, tag: str, rows: dict[str, Any], step: int) -> None:
+        """Key and value as a Markdown table."""
+        lines = ["| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+        self.writer.add_text(tag, "\n".join(lines), step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def drop_events_after(folder: Path, step: int, examples: int) -> None:
+    """Rewrite a run's event files without the points after `step`, which a resumed run is about to draw again.
+
+    TensorBoard's own purging (`purge_step`) compares every tag's step with one number, so it would also hide all points
+    of the tags that count examples.
+    """
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        events = list(LegacyEventFileLoader(str(path)).Load())
+        kept = []
+        for event in events:
+            tags = [value.tag for value in event.summary.value]
+            last = examples if any(tag.endswith(BY_EXAMPLES) for tag in tags) else step
+            if event.step <= last:
+                kept.append(event)
+        if len(kept) == len(events):
+            continue
+        temporary = path.with_name(f".tmp-{path.name}")
+        with temporary.open("wb") as file:
+            writer = RecordWriter(file)
+            for event in kept:
+                writer.write(event.SerializeToString())
+            writer.close()
+        os.replace(temporary, path)
+
+
+def peak_memory_gib(device: Any) -> float:
+    """The most memory held so far: the GPU's by our tensors, or on a CPU the process's resident set."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
+    if os.name == "nt":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes on macOS, KiB elsewhere

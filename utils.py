@@ -1,0 +1,474 @@
+"""What every script shares and no library gives: flags from a dataclass, run folders, publishing, errors, text.
+
+Standard library only, so that `--help` and listing runs stay instant. Nothing here knows torch, models or losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import errno
+import hashlib
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+EXIT_OUR_FAULT, EXIT_BAD_INPUT, EXIT_BAD_CHECKPOINT, EXIT_DISK_OR_NETWORK = 1, 2, 3, 4
+EXIT_CTRL_C, EXIT_SIGTERM = 130, 143
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors: what happened, where, what is safe, what to type next
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class UserError(ValueError):
+    """Something the user can mend. Shown without a traceback; `exit_code` goes to the shell."""
+
+    exit_code = EXIT_BAD_INPUT
+
+    def __init__(self, what: str, *, where: Any = None, found: Any = None, safe: Any = None, next: Any = None):
+        details = {"where": where, "found": found, "safe": safe, "next": next}
+        lines = [f"error: {what}"]
+        lines += [f"  {name + ':':<7} {value}" for name, value in details.items() if value is not None]
+        super().__init__("\n".join(lines))
+        self.what = what
+
+
+class CheckpointError(UserError):
+    """A checkpoint is damaged, incomplete or does not fit."""
+
+    exit_code = EXIT_BAD_CHECKPOINT
+
+
+class DiskOrNetworkError(UserError):
+    """The disk or the network did not do what it should."""
+
+    exit_code = EXIT_DISK_OR_NETWORK
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM, raised where stopping is safe. Not an Exception, so that nothing swallows it by accident."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal.Signals(signal_number).name)
+        self.exit_code = 128 + signal_number
+
+
+class StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a note that `check` reads; a second one leaves at once."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.signal_number is not None:
+            os._exit(128 + number)  # no clean-up: nothing visible on disk is ever half-written, see `published_folder`
+        self.signal_number = number
+        sys.stderr.write("\nstopping at the next micro-batch; once more to leave without saving\n")
+
+    def check(self) -> None:
+        """Raise `Stopped` if somebody asked to stop."""
+        if self.signal_number is not None:
+            raise Stopped(self.signal_number)
+
+
+def run_script(main: Callable[[list[str]], None]) -> int:
+    """Run a script's `main` and turn whatever leaves it into a message and an exit code."""
+    argv = sys.argv[1:]
+    try:
+        signal.signal(signal.SIGTERM, _stop_now)
+        main(argv)
+        return 0
+    except UserError as error:
+        return _report(argv, error, str(error), error.exit_code)
+    except (KeyboardInterrupt, Stopped) as error:
+        return _report(argv, error, "stopped", getattr(error, "exit_code", EXIT_CTRL_C))
+    except ModuleNotFoundError as error:
+        message = UserError(f"the package {error.name!r} is not installed", next="pip install -r requirements.txt")
+        return _report(argv, error, str(message), EXIT_BAD_INPUT)
+    except BrokenPipeError:  # `... | head`: the reader has left, and closing stdout must not complain again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if (disk_error := disk_full_cause(error)) is not None:
+            message = str(DiskOrNetworkError("the disk did not take it", where=disk_error.filename, found=disk_error))
+            return _report(argv, error, message, EXIT_DISK_OR_NETWORK)
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        message = UserError(
+            f"{type(error).__name__}: {str(error).strip() or 'no message'}",
+            where=f"{frame.filename}:{frame.lineno}",
+            next="this is our fault; the same command with --debug shows the traceback for a bug report",
+        )
+        return _report(argv, error, str(message), EXIT_OUR_FAULT)
+
+
+def _stop_now(number: int, frame: object) -> typing.NoReturn:
+    raise Stopped(number)
+
+
+def _report(argv: list[str], error: BaseException, message: str, exit_code: int) -> int:
+    if "--debug" in argv:
+        traceback.print_exception(error)
+    print(message, file=sys.stderr)
+    return exit_code
+
+
+def disk_full_cause(error: BaseException | None) -> OSError | None:
+    """The OSError about a full or unwritable disk in an exception's chain of causes, or None."""
+    disk_errors = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in disk_errors:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`, did you mean 'x'?` for the closest of `names`, or nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags from a dataclass: defaults < --config file < flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def flag(default: Any, help: str, **limits: Any) -> Any:
+    """A dataclass field that is also a flag. Limits: `minimum`, `above`, `below`, `choices`; `group` for `--help`."""
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+def read_flags(config_class: type, argv: list[str], description: str) -> tuple[dict[str, Any], list[str]]:
+    """What the user gave on the command line or in `--config`, converted, and everything wrong with it in words.
+
+    The two come back together so that `build_config` can report the rest of the problems in the same message.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    parsed, unknown = _parser(config_class, description).parse_known_args(argv)
+    after_unknown = {word for flag_word, word in zip(unknown, unknown[1:]) if flag_word.startswith("-")}
+    problems = [_unknown_flag(w, fields) for w in unknown if w.startswith("-") or w not in after_unknown]
+    texts = dict(vars(parsed))
+    file_name = texts.get("config")
+    values = _read_config_file(config_class, file_name, problems) if file_name else {}
+    for name, text in texts.items():
+        try:
+            values[name] = _from_text(_type_of(config_class, name), text)
+        except ValueError as error:
+            problems.append(f"--{name}: got {text!r}, wants {error}")
+    return values, problems
+
+
+def build_config(config_class: type, values: dict[str, Any], problems: list[str]) -> Any:
+    """The frozen config, or one UserError that names every bad value: flag, what came, what is wanted."""
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    config = config_class(**{name: value for name, value in values.items() if name in fields})
+    problems = problems + [text for field in fields.values() if (text := _limit_broken(field, config))]
+    problems += config.problems()
+    if problems:
+        count = "1 setting" if len(problems) == 1 else f"{len(problems)} settings"
+        raise UserError(
+            f"{count} cannot be used\n  " + "\n  ".join(problems),
+            next=f"python {Path(sys.argv[0]).name} --help",
+        )
+    return config
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"the command line cannot be read: {message}", next=f"python {self.prog} --help")
+
+
+def _parser(config_class: type, description: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+    )
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(config_class):
+        title = field.metadata.get("group", "options")
+        group = groups.setdefault(title, None) or parser.add_argument_group(title)
+        groups[title] = group
+        help_text = field.metadata["help"].replace("%", "%%")
+        help_text += "" if field.default is None else f" (default: {field.default})"
+        kind = _type_of(config_class, field.name)
+        if kind is bool:
+            group.add_argument(f"--{field.name}", nargs="?", const="True", metavar="BOOL", help=help_text)
+            group.add_argument(
+                f"--no_{field.name}", dest=field.name, action="store_const", const="False", help=argparse.SUPPRESS
+            )
+        else:
+            choices = field.metadata.get("choices")
+            metavar = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
+            group.add_argument(f"--{field.name}", metavar=metavar, help=help_text)
+    return parser
+
+
+def _type_of(config_class: type, name: str) -> type:
+    """The plain type of a field: `int` for both `int` and `int | None`."""
+    hint = typing.get_type_hints(config_class)[name]
+    if isinstance(hint, types.UnionType):
+        hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+    return hint
+
+
+_WANTED = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+
+
+def _from_text(kind: type, text: str) -> Any:
+    """A flag's text as a value; ValueError says what was wanted."""
+    if kind is bool:
+        known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() not in known:
+            raise ValueError(_WANTED[bool])
+        return known[text.lower()]
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ValueError(_WANTED[kind]) from None
+    if kind is float and not math.isfinite(value):
+        raise ValueError("a finite number")
+    return value
+
+
+def _unknown_flag(word: str, fields: dict[str, Any]) -> str:
+    if not word.startswith("-"):
+        return f"{word!r}: belongs to no flag"
+    name = word.lstrip("-").split("=")[0].replace("-", "_")
+    guess = nearest(name, fields)
+    return f"{word.split('=')[0]}: no such flag" + guess.replace("'", "--", 1).replace("'", "")
+
+
+def _read_config_file(config_class: type, file_name: str, problems: list[str]) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(file_name).read_text(encoding="utf-8-sig"), object_pairs_hook=_refuse_repeats)
+    except OSError as error:
+        problems.append(f"--config: {file_name}: {error.strerror or error}")
+        return {}
+    except UnicodeDecodeError as error:
+        problems.append(f"--config: {file_name}: not UTF-8 text (byte {error.start})")
+        return {}
+    except (ValueError, RecursionError) as error:
+        problems.append(f"--config: {file_name}: not JSON: {error}")
+        return {}
+    if not isinstance(content, dict):
+        problems.append(f"--config: {file_name}: wants one JSON object, got {type(content).__name__}")
+        return {}
+    names = [field.name for field in dataclasses.fields(config_class) if field.name != "config"]
+    values = {}
+    for key, value in content.items():
+        if key not in names:
+            problems.append(f"--config: {file_name}: {key!r} is no setting{nearest(key, names)}")
+            continue
+        kind = _type_of(config_class, key)
+        if kind is float and type(value) is int:
+            value = float(value)
+        # type() and not isinstance(): True is an int to Python, and `"batch_size": true` is a mistake
+        if type(value) is not kind or (kind is float and not math.isfinite(value)):
+            problems.append(f"--config: {file_name}: {key!r}: got {value!r}, wants {_WANTED[kind]}")
+            continue
+        values[key] = value
+    return values
+
+
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if repeated := {key for key in keys if keys.count(key) > 1}:
+        raise ValueError(f"{sorted(repeated)[0]!r} stands there twice")
+    return dict(pairs)
+
+
+def _limit_broken(field: dataclasses.Field, config: Any) -> str | None:
+    value, limits = getattr(config, field.name), field.metadata
+    if value is None:
+        return None
+    if "choices" in limits and value not in limits["choices"]:
+        guess = nearest(str(value), limits["choices"])
+        return f"--{field.name}: got {value!r}, wants one of {', '.join(limits['choices'])}{guess}"
+    if "minimum" in limits and value < limits["minimum"]:
+        return f"--{field.name}: got {value}, wants at least {limits['minimum']}"
+    if "above" in limits and value <= limits["above"]:
+        return f"--{field.name}: got {value}, wants more than {limits['above']}"
+    if "below" in limits and value >= limits["below"]:
+        return f"--{field.name}: got {value}, wants less than {limits['below']}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run folders: <output_dir>/<run_name>/step-N
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_name_problem(name: str) -> str | None:
+    """Why a run name cannot be a folder's name on every platform, or None."""
+    reserved = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))}
+    if not re.fullmatch(r"[^\W_][\w.+=@-]*", name) or name.endswith("."):
+        return "wants letters, digits, '_', '-', '.', '+', '=' and '@' only, a letter or digit first, and no '.' last"
+    if len(name) > 100:
+        return f"wants at most 100 characters, got {len(name)}"
+    return "is a device's name on Windows" if name.split(".")[0].lower() in reserved else None
+
+
+def step_folder(run_folder: Path, step: int) -> Path:
+    return run_folder / f"step-{step}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The N of a folder named step-N, else None."""
+    match = re.fullmatch(r"step-(\d+)", folder.name, re.ASCII)
+    return int(match.group(1)) if match else None
+
+
+def step_folders(run_folder: Path) -> list[Path]:
+    """The complete steps of a run, newest last, by step number (dates lie after a copy)."""
+    if not run_folder.is_dir():
+        return []
+    steps = [path for path in run_folder.iterdir() if step_of(path) is not None and path.is_dir()]
+    return sorted(steps, key=lambda path: step_of(path) or 0)
+
+
+@contextlib.contextmanager
+def published_folder(final: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `final`; on leaving, flush it to disk and rename it, so `final` is all or nothing.
+
+    Raises FileExistsError if `final` is there: what is published is never written into. A failure removes the
+    temporary folder; a kill leaves it, and `remove_dead_saves` clears it later.
+    """
+    if final.exists():
+        raise FileExistsError(errno.EEXIST, "already published", str(final))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".tmp-{final.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                path.chmod(_file_mode())  # safetensors writes 0600, and a group shares its checkpoints
+                flush_to_disk(path)
+        flush_to_disk(temporary)
+        temporary.rename(final)
+        flush_to_disk(final.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _file_mode() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def remove_dead_saves(folder: Path) -> list[Path]:
+    """Delete the temporary folders that killed saves left in `folder`; returns what was removed."""
+    dead = [path for path in folder.glob(".tmp-*") if path.is_dir() and not path.is_symlink()]
+    for path in dead:
+        shutil.rmtree(path, ignore_errors=True)
+    return dead
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file, or a folder where the platform can (Windows cannot open one)."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small things
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class lazy_import:  # noqa: N801  (reads as the statement it stands for)
+    """`torch = lazy_import("torch")`: the module, imported when first used, because `--help` must not wait for it.
+
+    Not importlib's LazyLoader: that leaves a half-made module in `sys.modules`, and torch's own circular imports trip
+    over it.
+    """
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+def format_bytes(count: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def format_duration(seconds: float) -> str:
+    """75 -> '1m15s'; 5000 -> '1h23m'."""
+    whole = int(round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def timestamp() -> str:
+    return time.strftime("%Y%m%d_%H%M%S")
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % confidence interval of a proportion, as (low, high).
+
+    Wilson's score interval (Wilson 1927, doi:10.1080/01621459.1927.10502953): unlike p ± 1.96·s it stays inside
+    [0, 1] and is sensible at 0 and 1. No trials give (0, 1).
+    """
+    if trials == 0:
+        return 0.0, 1.0
+    z = 1.959963984540054  # the normal distribution's 97.5 % quantile
+    share, z2n = successes / trials, z * z / trials
+    middle = (share + z2n / 2) / (1 + z2n)
+    reach = z / (1 + z2n) * math.sqrt(share * (1 - share) / trials + z2n / (4 * trials))
+    return max(0.0, middle - reach), min(1.0, middle + reach)
