@@ -139,7 +139,7 @@ def _cached(source: Source, tokenizer: Any, tokenizer_print: str) -> Path:
     folder = cache_root() / key
     if not (folder / "report.json").exists():
         try:
-            with utils.published_folder(folder) as temporary:
+            with utils.published_folder(folder, f".tmp-{key}-{os.getpid()}") as temporary:
                 _tokenise(source, tokenizer, temporary)
         except FileExistsError:
             return folder  # another process was faster, with the same result
@@ -273,13 +273,12 @@ def fixed_sample(num_pairs: int, size: int, seed: int) -> np.ndarray:
     return everything if size == 0 or size >= num_pairs else np.sort(_shuffled(num_pairs, seed, 0)[:size])
 
 
-# A token's attention over this many others costs about what the rest of its layer does (Qwen3-0.6B: 3,840). Wider rows
-# are filled better and attend more; the planner weighs the two by it.
-ATTENTION_BREAK_EVEN = 4096
 MicroBatchPlan = list[list[int]]  # for each row, the positions of its pairs
 
 
-def plan_micro_batches(lengths: np.ndarray, tokens_per_batch: int, batch_size: int) -> list[MicroBatchPlan]:
+def plan_micro_batches(
+    lengths: np.ndarray, tokens_per_batch: int, batch_size: int, costly_width: float
+) -> list[MicroBatchPlan]:
     """Cut a step into micro-batches of rows of pairs, so that little is padded and none exceeds the token budget.
 
     Longest pairs first, because then memory peaks at once. Each micro-batch tries a few row widths, fills the rows
@@ -289,6 +288,8 @@ def plan_micro_batches(lengths: np.ndarray, tokens_per_batch: int, batch_size: i
         lengths: (N,) tokens of each packed pair.
         tokens_per_batch: the most rows × width may come to; a single longer pair gets a micro-batch of its own.
         batch_size: the most pairs in a micro-batch.
+        costly_width: the row width at which a token costs twice what it does in a short row, because attention grows
+            with the width. Wider rows are filled better and cost more; this weighs the two.
 
     Returns:
         For each micro-batch its rows, for each row the positions in `lengths` of its pairs.
@@ -298,9 +299,9 @@ def plan_micro_batches(lengths: np.ndarray, tokens_per_batch: int, batch_size: i
     while left:
         longest, total = left[-1][0], sum(length for length, _ in left)
         even_splits = [int(1.02 * total / rows) + 1 for rows in range(1, 9)]
-        widths = {longest, *(width for width in (256, 384, 512, 640, *even_splits) if longest < width <= 1024)}
+        widths = {longest, *(width for width in (128, 192, 256, 384, 512, 640, *even_splits) if longest < width <= 1024)}
         tried = [_fill_rows(left, width, tokens_per_batch, batch_size) for width in sorted(widths)]
-        rows = max(tried, key=lambda rows: _useful_work(rows, lengths))
+        rows = max(tried, key=lambda rows: _useful_work(rows, lengths, costly_width))
         micro_batches.append(rows)
         taken = {position for row in rows for position in row}
         left = [pair for pair in left if pair[1] not in taken]
@@ -321,11 +322,11 @@ def _fill_rows(left: list[tuple[int, int]], width: int, tokens_per_batch: int, b
     return rows
 
 
-def _useful_work(rows: MicroBatchPlan, lengths: np.ndarray) -> float:
+def _useful_work(rows: MicroBatchPlan, lengths: np.ndarray, costly_width: float) -> float:
     """Needed tokens for each unit of cost: tokens computed, dearer by the attention over the row's width."""
     row_lengths = [sum(int(lengths[position]) for position in row) for row in rows]
     width = max(row_lengths)
-    return sum(row_lengths) / (len(rows) * width * (1 + width / ATTENTION_BREAK_EVEN))
+    return sum(row_lengths) / (len(rows) * width * (1 + width / costly_width))
 
 
 def plan_separate_rows(longest_sides: np.ndarray, tokens_per_batch: int, batch_size: int) -> list[MicroBatchPlan]:
@@ -447,13 +448,22 @@ def separate(dataset: PairDataset, indices: np.ndarray, rows: list[list[int]], p
 
 
 def micro_batches_of(
-    dataset: PairDataset, indices: np.ndarray, tokens_per_batch: int, batch_size: int, pad_id: int, share_prefix: bool
+    dataset: PairDataset,
+    indices: np.ndarray,
+    tokens_per_batch: int,
+    batch_size: int,
+    pad_id: int,
+    costly_width: float | None,
 ) -> Iterator[PackedBatch | SeparateBatch]:
-    """The micro-batches of one step (or, a few thousand pairs at a time, of an evaluation)."""
+    """The micro-batches of one step (or, a few thousand pairs at a time, of an evaluation).
+
+    `costly_width` is that of `plan_micro_batches`; None puts every side in a row of its own.
+    """
     for start in range(0, len(indices), PAIRS_PLANNED_AT_ONCE):
         part = indices[start : start + PAIRS_PLANNED_AT_ONCE]
-        if share_prefix:
-            for rows in plan_micro_batches(dataset.packed_lengths[part], tokens_per_batch, batch_size):
+        if costly_width is not None:
+            lengths = dataset.packed_lengths[part]
+            for rows in plan_micro_batches(lengths, tokens_per_batch, batch_size, costly_width):
                 yield pack(dataset, part, rows, pad_id)
         else:
             longest_sides = dataset.lengths[part, 0] + dataset.lengths[part, 1:].max(axis=1)

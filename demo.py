@@ -23,6 +23,7 @@ from typing import Any
 
 TRAIN_PAIRS, TEST_PAIRS, SEED = 1600, 400, 20240115
 VOCABULARY = 1024
+KINDS = ("on topic", "polite", "on topic", "complete", "harmless")  # on topic twice: it is the hardest
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 
 # Qwen3's chat format: an empty thought in front of the last reply only.
@@ -69,16 +70,6 @@ TOPICS: dict[str, list[str]] = {
         "Water a little below boiling is best for coffee.", "Keep roasted beans in a closed tin.",
         "Cold milk makes the finest foam.",
     ],
-    "guitars": [
-        "Practise each chord slowly before you strum.", "New strings stretch and need tuning often.",
-        "Keep your thumb behind the neck of the guitar.", "Sore fingertips harden after a few weeks.",
-        "Play along with a slow song to keep the rhythm.",
-    ],
-    "swimming": [
-        "Breathe out slowly while your face is in the water.", "Kick from the hip with loose ankles.",
-        "Stretch your arm far forward with each stroke.", "Floating on your back is a good way to rest.",
-        "Swim short lengths and rest between them.",
-    ],
 }  # fmt: skip
 ASKING = ["Can you tell me something about {}?", "I have a question about {}.", "What should I know about {}?", "I am new to {}."]
 DETAILS = ["Where should I start?", "What do most people get wrong?", "Two or three tips are enough.", "What matters most?", ""]
@@ -119,8 +110,8 @@ def make_pairs() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     }  # fmt: skip
     pairs, seen = [], set()
     for number in range(TRAIN_PAIRS + TEST_PAIRS):
-        kind = list(makers)[number % len(makers)]
-        chosen_is_longer = number // len(makers) % 2 == 0
+        kind = KINDS[number % len(KINDS)]
+        chosen_is_longer = number // len(KINDS) % 2 == 0
         while True:
             prompt, better, worse = makers[kind](draw)
             if len(better) != len(worse) and (len(better) > len(worse)) == chosen_is_longer and (prompt, better) not in seen:
@@ -191,6 +182,7 @@ def _write_pairs(folder: Path, train: list[dict[str, str]], test: list[dict[str,
 def _write_model(folder: Path, texts: list[str]) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
 
     tokenizer = _train_tokenizer(texts)
     config = Qwen3Config(
@@ -207,6 +199,7 @@ def _write_model(folder: Path, texts: list[str]) -> None:
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
+    logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         Qwen3ForCausalLM(config).save_pretrained(folder)

@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,10 @@ def _quiet_transformers() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            # PEFT asks transformers about gradient checkpointing under a name that is on its way out
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*")
+            yield
     finally:
         logging.set_verbosity(before)
 
@@ -160,7 +164,8 @@ def _add_lora(model: nn.Module, lora: LoraSettings, task_type: str, seed: int) -
         target_modules=list(lora.target_modules),
         fan_in_fan_out=not any(isinstance(module, nn.Linear) for path, module in model.named_modules() if "." in path),
     )
-    wrapped = get_peft_model(model, config)
+    with _quiet_transformers():
+        wrapped = get_peft_model(model, config)
     base = Path(wrapped.peft_config["default"].base_model_name_or_path)
     if base.exists():  # an absolute path opens from every working folder
         wrapped.peft_config["default"].base_model_name_or_path = str(base.absolute())
@@ -285,7 +290,8 @@ class RewardModel(nn.Module):
             if not any("score" in key or "classifier" in key for key in file.keys()):
                 raise CheckpointError("the adapter holds no reward head", where=folder, found="only LoRA matrices")
         try:
-            peft_model = PeftModel.from_pretrained(classifier, folder, is_trainable=True)
+            with _quiet_transformers():
+                peft_model = PeftModel.from_pretrained(classifier, folder, is_trainable=True)
         except RuntimeError as error:
             raise CheckpointError(
                 "the adapter does not fit its base model", where=folder, found=f"base {name}: {_first_line(error)}"
@@ -307,7 +313,7 @@ class RewardModel(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Keep one activation per layer and compute the rest again in the backward pass: slower by a third, far smaller."""
         if self.classifier.supports_gradient_checkpointing:
-            self.classifier.gradient_checkpointing_enable({"use_reentrant": False})
+            self.classifier.activation_checkpointing_enable({"use_reentrant": False})
 
     def score_packed(
         self, input_ids: Tensor, position_ids: Tensor, pair_ids: Tensor, branch_ids: Tensor, ends: Tensor
@@ -394,11 +400,25 @@ class RewardModel(nn.Module):
 
     def packs_up_to(self, max_length: int) -> bool:
         """Whether sequences of up to `max_length` tokens may be packed: a sliding window must not be narrower."""
-        config = self.classifier.config.get_text_config()
-        layer_types = getattr(config, "layer_types", None)
+        layer_types = getattr(self._text_config, "layer_types", None)
         has_window = any("full" not in kind for kind in layer_types) if layer_types else True
-        window = getattr(config, "sliding_window", None) if has_window else None
+        window = getattr(self._text_config, "sliding_window", None) if has_window else None
         return self.can_pack and (window is None or max_length <= window)
+
+    def costly_width(self) -> float:
+        """The row width at which attention costs as much arithmetic as everything else in a layer.
+
+        Per token and layer: 2 · weights for the matrices, 4 · width · heads · head size for scores and mixing.
+        """
+        config = self._text_config
+        embeddings = self.classifier.get_input_embeddings().weight.numel()
+        weights = (sum(p.numel() for p in self.backbone.parameters()) - embeddings) / config.num_hidden_layers
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return weights / (2 * config.num_attention_heads * head_size)
+
+    @property
+    def _text_config(self) -> Any:
+        return self.classifier.config.get_text_config()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

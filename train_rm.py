@@ -110,8 +110,8 @@ class TrainConfig:
 
 # What --demo sets where the user did not: small enough for a laptop, large enough to learn.
 DEMO_SETTINGS = {
-    "batch_size": 32, "grad_accum": 1, "epochs": 8, "lr": 1e-3, "lr_schedule": "cosine", "warmup_steps": 20,
-    "gradient_checkpointing": False, "eval_steps": 100, "eval_num_batches": 0,
+    "batch_size": 32, "grad_accum": 1, "epochs": 5, "lr": 1e-3, "lr_schedule": "cosine", "warmup_steps": 20,
+    "gradient_checkpointing": False, "eval_steps": 50, "eval_num_batches": 0,
 }  # fmt: skip
 # A resumed run with other values of these would not be the run it continues.
 FIXED_BY_CHECKPOINT = ("model", "lora", "lora_r", "lora_alpha", "lora_target_modules")
@@ -286,7 +286,7 @@ def micro_batches(model: models.RewardModel, dataset: data.PairDataset, indices:
         config.tokens_per_batch,
         config.batch_size,
         model.tokenizer.pad_token_id,
-        model.packs_up_to(config.max_length),
+        model.costly_width() if model.packs_up_to(config.max_length) else None,
     )
 
 

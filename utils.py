@@ -354,16 +354,17 @@ def step_folders(run_folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def published_folder(final: Path) -> Iterator[Path]:
+def published_folder(final: Path, temporary_name: str | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside `final`; on leaving, flush it to disk and rename it, so `final` is all or nothing.
 
     Raises FileExistsError if `final` is there: what is published is never written into. A failure removes the
-    temporary folder; a kill leaves it, and `remove_dead_saves` clears it later.
+    temporary folder; a kill leaves it, and `remove_dead_saves` clears it later. Where several processes may publish the
+    same thing, each wants a `temporary_name` of its own; the first one wins, the others get FileExistsError.
     """
     if final.exists():
         raise FileExistsError(errno.EEXIST, "already published", str(final))
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".tmp-{final.name}")
+    temporary = final.with_name(temporary_name or f".tmp-{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -375,8 +376,10 @@ def published_folder(final: Path) -> Iterator[Path]:
         flush_to_disk(temporary)
         temporary.rename(final)
         flush_to_disk(final.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise FileExistsError(errno.EEXIST, "already published", str(final)) from error
         raise
 
 
