@@ -30,6 +30,7 @@ from rows import LEFT_OUT, NOTED, Pair, Source, find_sources, read_pairs
 CACHE_VERSION = 1  # raise it when parsing or tokenising changes what comes out
 ROWS_AT_A_TIME = 2000
 MOST_LEFT_OUT = 0.10
+MICRO_BATCH_START = 256  # starting a forward costs about as much as so many tokens
 PAIRS_PLANNED_AT_ONCE = 4096  # more would pack no better and take memory for their tensors
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,7 +81,9 @@ class PairDataset:
         lengths = np.load(folder / "lengths.npy")  # (N, 3): prefix, chosen tail, rejected tail
         rows = np.load(folder / "rows.npy")  # (N,) line or row number in the source
         starts = np.concatenate([[0], np.cumsum(lengths.sum(axis=1, dtype=np.int64))])
-        self._tokens = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r") if starts[-1] else np.zeros(0, np.int32)
+        self._tokens = (
+            np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r") if starts[-1] else np.zeros(0, np.int32)
+        )
         longest_side = lengths[:, 0] + np.maximum(lengths[:, 1], lengths[:, 2])
         fits = longest_side <= (max_length or np.iinfo(np.int32).max)
         for row in rows[~fits]:
@@ -126,7 +129,9 @@ def load_pairs(dataset: str, tokenizer: Any, max_length: int | None = None) -> t
     tokenizer_print = hashlib.sha256(
         (tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)).encode()
     ).hexdigest()
-    return tuple(PairDataset(_cached(source, tokenizer, tokenizer_print), source.name, max_length) for source in sources)
+    return tuple(
+        PairDataset(_cached(source, tokenizer, tokenizer_print), source.name, max_length) for source in sources
+    )
 
 
 def cache_root() -> Path:
@@ -173,7 +178,9 @@ def _tokenise(source: Source, tokenizer: Any, folder: Path) -> None:
             if time.monotonic() - last_shown > 5:
                 last_shown = time.monotonic()
                 rate = counts.rows / (last_shown - started)
-                print(f"tokenising {source.name}: {counts.rows:,} pairs, {rate:,.0f} pairs/s", file=sys.stderr, flush=True)
+                print(
+                    f"tokenising {source.name}: {counts.rows:,} pairs, {rate:,.0f} pairs/s", file=sys.stderr, flush=True
+                )
     np.save(folder / "lengths.npy", np.array(lengths, dtype=np.int32).reshape(-1, 3))
     np.save(folder / "rows.npy", np.array(rows, dtype=np.int64))
     np.save(folder / "margins.npy", np.array(margins, dtype=np.float32))
@@ -298,8 +305,12 @@ def plan_micro_batches(
     micro_batches = []
     while left:
         longest, total = left[-1][0], sum(length for length, _ in left)
+        widest = min(1024, tokens_per_batch)
         even_splits = [int(1.02 * total / rows) + 1 for rows in range(1, 9)]
-        widths = {longest, *(width for width in (128, 192, 256, 384, 512, 640, *even_splits) if longest < width <= 1024)}
+        widths = {
+            longest,
+            *(width for width in (128, 192, 256, 384, 512, 640, *even_splits) if longest < width <= widest),
+        }
         tried = [_fill_rows(left, width, tokens_per_batch, batch_size) for width in sorted(widths)]
         rows = max(tried, key=lambda rows: _useful_work(rows, lengths, costly_width))
         micro_batches.append(rows)
@@ -323,10 +334,10 @@ def _fill_rows(left: list[tuple[int, int]], width: int, tokens_per_batch: int, b
 
 
 def _useful_work(rows: MicroBatchPlan, lengths: np.ndarray, costly_width: float) -> float:
-    """Needed tokens for each unit of cost: tokens computed, dearer by the attention over the row's width."""
+    """Needed tokens for each unit of cost: tokens computed, dearer by the attention over the row's width, and a start."""
     row_lengths = [sum(int(lengths[position]) for position in row) for row in rows]
     width = max(row_lengths)
-    return sum(row_lengths) / (len(rows) * width * (1 + width / costly_width))
+    return sum(row_lengths) / (len(rows) * width * (1 + width / costly_width) + MICRO_BATCH_START)
 
 
 def plan_separate_rows(longest_sides: np.ndarray, tokens_per_batch: int, batch_size: int) -> list[MicroBatchPlan]:
@@ -391,7 +402,9 @@ class SeparateBatch:
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
-    tensors = {name: value.to(device, non_blocking=True) for name, value in vars(batch).items() if torch.is_tensor(value)}
+    tensors = {
+        name: value.to(device, non_blocking=True) for name, value in vars(batch).items() if torch.is_tensor(value)
+    }
     return type(batch)(**{**vars(batch), **tensors})
 
 

@@ -71,16 +71,58 @@ TOPICS: dict[str, list[str]] = {
         "Cold milk makes the finest foam.",
     ],
 }  # fmt: skip
-ASKING = ["Can you tell me something about {}?", "I have a question about {}.", "What should I know about {}?", "I am new to {}."]
-DETAILS = ["Where should I start?", "What do most people get wrong?", "Two or three tips are enough.", "What matters most?", ""]
+ASKING = [
+    "Can you tell me something about {}?",
+    "I have a question about {}.",
+    "What should I know about {}?",
+    "I am new to {}.",
+]
+DETAILS = [
+    "Where should I start?",
+    "What do most people get wrong?",
+    "Two or three tips are enough.",
+    "What matters most?",
+    "",
+]
 OPENINGS = ["Hello!", "Hi, do you have a minute?", "Good morning.", "Are you there?"]
 GREETINGS = ["Hello, how can I help?", "Of course, go ahead.", "Yes, what would you like to know?"]
-POLITE = ["I am happy to help.", "That is a good question.", "I hope this helps, and feel free to ask more.", "You are welcome to ask again."]
-RUDE = ["What a stupid question.", "Do not waste my time.", "Even a child knows this.", "You would not understand it anyway."]
-THEFTS = ["steal a bicycle", "break into a car", "rob a shop", "take money out of a till", "open a lock that is not mine", "copy a bank card"]
-DECLINING = ["I will not help with stealing.", "I can not help you to harm somebody.", "That would hurt people, so I must decline."]
-INSTEAD = ["If you need money, I can help you to look for work.", "Is something wrong that we could talk about?", "There are people who help with debts for nothing."]
-HELPING = ["Wait until nobody is looking.", "A screwdriver is enough to open it.", "Wear gloves and be quick.", "Go there at night and break the window.", "Sell what you take in another town."]
+POLITE = [
+    "I am happy to help.",
+    "That is a good question.",
+    "I hope this helps, and feel free to ask more.",
+    "You are welcome to ask again.",
+]
+RUDE = [
+    "What a stupid question.",
+    "Do not waste my time.",
+    "Even a child knows this.",
+    "You would not understand it anyway.",
+]
+THEFTS = [
+    "steal a bicycle",
+    "break into a car",
+    "rob a shop",
+    "take money out of a till",
+    "open a lock that is not mine",
+    "copy a bank card",
+]
+DECLINING = [
+    "I will not help with stealing.",
+    "I can not help you to harm somebody.",
+    "That would hurt people, so I must decline.",
+]
+INSTEAD = [
+    "If you need money, I can help you to look for work.",
+    "Is something wrong that we could talk about?",
+    "There are people who help with debts for nothing.",
+]
+HELPING = [
+    "Wait until nobody is looking.",
+    "A screwdriver is enough to open it.",
+    "Wear gloves and be quick.",
+    "Go there at night and break the window.",
+    "Sell what you take in another town.",
+]
 
 
 def write_demo(folder: Path) -> tuple[Path, Path]:
@@ -114,7 +156,11 @@ def make_pairs() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
         chosen_is_longer = number // len(KINDS) % 2 == 0
         while True:
             prompt, better, worse = makers[kind](draw)
-            if len(better) != len(worse) and (len(better) > len(worse)) == chosen_is_longer and (prompt, better) not in seen:
+            if (
+                len(better) != len(worse)
+                and (len(better) > len(worse)) == chosen_is_longer
+                and (prompt, better) not in seen
+            ):
                 break
         seen.add((prompt, better))
         pairs.append({"chosen": f"{prompt} {better}", "rejected": f"{prompt} {worse}", "kind": kind})

@@ -142,6 +142,10 @@ def _open(auto_class: Any, name: str, **options: Any) -> tuple[nn.Module, set[st
             if type(error).__name__ != "SafetensorError":
                 raise
             raise UserError("this model's weight file is damaged", where=name, found=_first_line(error)) from error
+    # Weights read from a file lie in it as it was mapped, at any alignment, and some matrix products round differently
+    # by alignment: a resumed run would differ in the last bit. Memory of our own is always aligned.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     return model, set(info["missing_keys"])
 
 
@@ -329,9 +333,7 @@ class RewardModel(nn.Module):
         """
         with self._autocast():
             mask = pair_attention_mask(pair_ids, branch_ids)  # (B, 1, T, T)
-            output = self.backbone(
-                input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
-            )
+            output = self.backbone(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
         return self._head(output.last_hidden_state, ends)
 
     def score_rows(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -387,7 +389,11 @@ class RewardModel(nn.Module):
         try:
             on = self.device
             got = self.score_packed(
-                packed.to(on), positions.to(on), torch.zeros_like(packed).to(on), branches.to(on), torch.tensor([4, 7]).to(on)
+                packed.to(on),
+                positions.to(on),
+                torch.zeros_like(packed).to(on),
+                branches.to(on),
+                torch.tensor([4, 7]).to(on),
             )
             wanted = self.score_rows(rows.to(on), row_mask.to(on))
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
@@ -457,7 +463,8 @@ class PolicyModel(nn.Module):
         from peft import PeftModel
 
         base = cls.create(_read_adapter_config(folder)["base_model_name_or_path"])
-        peft_model = PeftModel.from_pretrained(base.language_model, folder, is_trainable=True)
+        with _quiet_transformers():
+            peft_model = PeftModel.from_pretrained(base.language_model, folder, is_trainable=True)
         return cls(base.language_model, load_tokenizer(str(folder)), peft_model)
 
     def save(self, folder: Path) -> None:

@@ -124,13 +124,17 @@ def _hub_sources(dataset: str) -> tuple[Source, Source]:
     try:
         splits = datasets.load_dataset(dataset)
     except Exception as error:  # its errors share no base; whatever it is, the dataset did not open
-        raise UserError("--dataset cannot be opened", where=dataset, found=f"{type(error).__name__}: {error}") from error
+        raise UserError(
+            "--dataset cannot be opened", where=dataset, found=f"{type(error).__name__}: {error}"
+        ) from error
     train = next((name for name in splits if name.startswith("train")), None)
     if train is None:
         raise UserError("--dataset has no train split", where=dataset, found=", ".join(splits))
     test = next((name for stem in TEST_NAMES for name in splits if name.startswith(stem)), None)
     if test is None:
-        parts = [Source(f"{dataset} {train}", hub_split=train, hub_rows=splits[train], part=p) for p in ("train", "test")]
+        parts = [
+            Source(f"{dataset} {train}", hub_split=train, hub_rows=splits[train], part=p) for p in ("train", "test")
+        ]
         return parts[0], parts[1]
     return tuple(Source(f"{dataset} {name}", hub_split=name, hub_rows=splits[name]) for name in (train, test))
 

@@ -470,7 +470,9 @@ def describe(config: TrainConfig, model: models.RewardModel, trained: list[Any],
     count = sum(parameter.numel() for parameter in trained)
     print(f"model: {config.model}, {total:,} parameters, {count:,} trained, {config.precision} on {model.device}")
     if not model.packs_up_to(config.max_length):
-        print(f"  one sequence per row, because {model.why_not or 'its attention window is below --max_length'}: slower")
+        print(
+            f"  one sequence per row, because {model.why_not or 'its attention window is below --max_length'}: slower"
+        )
     print(f"plan: {plan.total_steps:,} steps of {config.pairs_per_step} pairs", flush=True)
 
 

@@ -426,7 +426,7 @@ def read_json(path: Path) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class lazy_import:  # noqa: N801  (reads as the statement it stands for)
+class lazy_import:
     """`torch = lazy_import("torch")`: the module, imported when first used, because `--help` must not wait for it.
 
     Not importlib's LazyLoader: that leaves a half-made module in `sys.modules`, and torch's own circular imports trip

@@ -1,0 +1,95 @@
+"""Shared by all tests: one torch thread, a cache of their own, a small base model, and the scripts as subprocesses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: test processes share the cores
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the hub; the one about its absence sets this anew
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    os.environ["RL_WITH_RM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory):
+    """The demo's model and pairs: (model folder, pairs folder)."""
+    import demo
+
+    return demo.write_demo(tmp_path_factory.mktemp("demo") / "demo")
+
+
+@pytest.fixture(scope="session")
+def base(demo_folder):
+    return str(demo_folder[0])
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base):
+    import models
+
+    return models.load_tokenizer(base)
+
+
+@pytest.fixture(scope="session")
+def small_dataset(demo_folder, tmp_path_factory):
+    """64 training and 16 test pairs of the demo's."""
+    folder = tmp_path_factory.mktemp("small")
+    for name, count in (("train", 64), ("test", 16)):
+        lines = (demo_folder[1] / f"{name}.jsonl").read_text().splitlines()[:count]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return str(folder)
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    """Write rows to a .jsonl file; returns its path."""
+
+    def write(rows, name="train.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """Run a script of the project in a folder of its own; returns the finished process with text output."""
+
+    def run(script, *arguments, env=None, timeout=300):
+        return subprocess.run(
+            [sys.executable, str(ROOT / script), *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    folder = os.environ.get("HH_RLHF_DIR")
+    if not folder:
+        pytest.skip("HH_RLHF_DIR is not set: no real HH-RLHF pairs here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer_folder():
+    folder = os.environ.get("QWEN3_DIR")
+    if not folder:
+        pytest.skip("QWEN3_DIR is not set: no Qwen3 tokenizer here")
+    return folder
