@@ -31,6 +31,7 @@ CACHE_VERSION = 1  # raise it when parsing or tokenising changes what comes out
 ROWS_AT_A_TIME = 2000
 MOST_LEFT_OUT = 0.10
 MICRO_BATCH_START = 256  # starting a forward costs about as much as so many tokens
+LEAST_COSTLY_WIDTH = 2048  # small models would rather have narrow rows, but those are filled below 95 %
 PAIRS_PLANNED_AT_ONCE = 4096  # more would pack no better and take memory for their tensors
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,7 +338,8 @@ def _useful_work(rows: MicroBatchPlan, lengths: np.ndarray, costly_width: float)
     """Needed tokens for each unit of cost: tokens computed, dearer by the attention over the row's width, and a start."""
     row_lengths = [sum(int(lengths[position]) for position in row) for row in rows]
     width = max(row_lengths)
-    return sum(row_lengths) / (len(rows) * width * (1 + width / costly_width) + MICRO_BATCH_START)
+    price = 1 + width / max(costly_width, LEAST_COSTLY_WIDTH)
+    return sum(row_lengths) / (len(rows) * width * price + MICRO_BATCH_START)
 
 
 def plan_separate_rows(longest_sides: np.ndarray, tokens_per_batch: int, batch_size: int) -> list[MicroBatchPlan]:

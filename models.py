@@ -58,8 +58,9 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     hub.refuse_missing_path(name, "--model")
+    where_to_look = _where_to_look(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **_where_to_look(name))
+        tokenizer = AutoTokenizer.from_pretrained(name, **where_to_look)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError("no tokenizer can be opened there", where=name, found=_first_line(error)) from error
     if not tokenizer.is_fast:

@@ -129,7 +129,8 @@ def read_config(argv: list[str]) -> tuple[TrainConfig, Path | None]:
     if config.resume_from:
         folder = checkpoint.find(config.resume_from)
         stored = checkpoint.read_config(folder)
-        resumed = {**stored, **given}
+        where_it_lies = {"output_dir": str(folder.parent.parent), "run_name": folder.parent.name}
+        resumed = {**stored, **where_it_lies, **given}
         compare_with_stored(stored, given, config.allow_data_change)
         return utils.build_config(TrainConfig, resumed, []), folder
     if config.demo:
@@ -446,11 +447,9 @@ def train(run: Run, check_for_stop: Callable[[], None]) -> Evaluation | None:
 def claim_run_folder(config: TrainConfig, resumed_from: Path | None) -> tuple[TrainConfig, Path]:
     """The run's folder, made now so that no two runs share one; a resumed run goes on in its own."""
     root = Path(config.output_dir)
-    if resumed_from and (not config.run_name or root / config.run_name == resumed_from.parent):
-        folder = resumed_from.parent
-    else:
-        name = config.run_name or utils.timestamp()
-        folder, number = root / name, 2
+    name = config.run_name or utils.timestamp()
+    folder, number = root / name, 2
+    if not (resumed_from and folder.resolve() == resumed_from.resolve().parent):
         while folder.exists() and config.run_name is None:  # two runs in one second
             folder, number = root / f"{name}-{number}", number + 1
         if folder.exists() and any(folder.iterdir()):

@@ -1,0 +1,114 @@
+"""checkpoint.py: complete or absent, and every kind of damage is found and named."""
+
+import json
+import stat
+
+import pytest
+import torch
+
+import checkpoint
+import models
+import utils
+
+
+@pytest.fixture
+def saved(base, tokenizer, tmp_path):
+    """(run folder, model, optimizer) with step-1 and step-2 on disk."""
+    model = models.RewardModel.create(base, tokenizer, seed=0)
+    optimizer = torch.optim.AdamW(model.classifier.parameters(), lr=1e-3, fused=True)
+    for step in (1, 2):
+        for parameter in model.classifier.parameters():
+            parameter.grad = torch.full_like(parameter, 0.1 * step)
+        optimizer.step()
+        position = checkpoint.Position(step, 8 * step, "data", 64)
+        checkpoint.save(tmp_path / "run", model, optimizer, checkpoint.random_state(), position, {"lr": 1e-3})
+    return tmp_path / "run", model, optimizer
+
+
+def test_everything_comes_back(saved, base):
+    run, model, optimizer = saved
+    folder = checkpoint.find(str(run))
+    assert folder == run / "step-2"
+    again = models.RewardModel.restore(folder)
+    other = torch.optim.AdamW(again.classifier.parameters(), lr=1e-3, fused=True)
+    checkpoint.restore_optimizer(folder, again, other)
+    for (name, old), new in zip(model.classifier.named_parameters(), again.classifier.parameters(), strict=True):
+        assert torch.equal(old, new), name
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(optimizer.state[old][key], other.state[new][key]), (name, key)
+    assert checkpoint.read_position(folder) == checkpoint.Position(2, 16, "data", 64)
+    assert checkpoint.read_config(folder) == {"lr": 1e-3}
+
+
+def test_random_numbers_go_on_where_they_were():
+    state = checkpoint.random_state()
+    first = torch.rand(3)
+    checkpoint.set_random_state(state)
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle_or_private(saved):
+    mask = utils.os.umask(0o027)
+    utils.os.umask(mask)
+    for path in (saved[0] / "step-2").iterdir():
+        assert path.suffix in (".safetensors", ".json", ".jinja"), path.name
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask, path.name
+
+
+DAMAGES = {
+    "missing": lambda path: path.unlink(),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    "emptied": lambda path: path.write_bytes(b""),
+    "bit-flipped": lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])),
+    "zeroed at the end": lambda path: path.write_bytes(path.read_bytes()[:16] + bytes(path.stat().st_size - 16)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_any_damage_to_any_file_is_named_with_the_newest_sound_step(saved, damage):
+    run = saved[0]
+    names = sorted(path.name for path in (run / "step-2").iterdir())
+    assert len(names) == 10
+    for name in names:
+        path = run / "step-2" / name
+        whole = path.read_bytes()
+        DAMAGES[damage](path)
+        with pytest.raises(utils.CheckpointError) as caught:
+            checkpoint.find(str(run / "step-2"))
+        assert caught.value.exit_code == 3
+        message = str(caught.value)
+        assert name in message and "step-1 is complete" in message and f"--resume_from {run / 'step-1'}" in message
+        assert checkpoint.find(str(run)) == run / "step-1", "a run folder should fall back to its newest sound step"
+        path.write_bytes(whole)
+    assert checkpoint.find(str(run)) == run / "step-2"
+
+
+def test_a_run_without_sound_steps_is_refused(saved, tmp_path):
+    for step in ("step-1", "step-2"):
+        (saved[0] / step / "manifest.json").write_text("{}")
+    with pytest.raises(utils.CheckpointError, match="every checkpoint"):
+        checkpoint.find(str(saved[0]))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(utils.CheckpointError, match="no checkpoint there"):
+        checkpoint.find(str(tmp_path / "empty"))
+
+
+def test_a_typo_suggests_the_nearest_folder(saved):
+    with pytest.raises(utils.UserError, match="did you mean 'step-1'(.|\n)*step-1, step-2"):
+        checkpoint.find(str(saved[0] / "step_1"))
+
+
+def test_an_optimizer_of_another_model_is_refused(saved, base, tokenizer):
+    lora = models.RewardModel.create(base, tokenizer, 0, models.LoraSettings())
+    optimizer = torch.optim.AdamW(checkpoint.trained_parameters(lora).values(), lr=1e-3)
+    with pytest.raises(utils.CheckpointError, match="optimizer"):
+        checkpoint.restore_optimizer(saved[0] / "step-2", lora, optimizer)
+
+
+def test_an_existing_step_is_never_written_into(saved):
+    run, model, optimizer = saved
+    before = (run / "step-2" / "manifest.json").stat().st_mtime_ns
+    with pytest.raises(FileExistsError):
+        checkpoint.save(run, model, optimizer, {}, checkpoint.Position(2, 16, "other", 64), {})
+    assert (run / "step-2" / "manifest.json").stat().st_mtime_ns == before
+    assert json.loads((run / "step-2" / "training_state.json").read_text())["data_fingerprint"] == "data"
