@@ -70,7 +70,7 @@ def save(
     position: Position,
     config: dict[str, Any],
 ) -> Path:
-    """Write `step-N` under a temporary name and publish it by renaming; returns its path once it is complete on disk."""
+    """Write `step-N` under a temporary name and publish it by renaming; returns its path once it is on disk."""
     final = utils.step_folder(run_folder, position.step)
     with utils.published_folder(final) as folder:
         model.save(folder)

@@ -123,7 +123,7 @@ class PairDataset:
 
 
 def load_pairs(dataset: str, tokenizer: Any, max_length: int | None = None) -> tuple[PairDataset, PairDataset]:
-    """The train and test pairs of a dataset, tokenised now or read from the cache, without those longer than max_length."""
+    """The train and test pairs of a dataset, tokenised now or read from the cache, up to `max_length` tokens a side."""
     sources = find_sources(dataset)
     tokenizer.backend_tokenizer.no_padding()  # some published tokenizers pad or cut on their own
     tokenizer.backend_tokenizer.no_truncation()
@@ -335,7 +335,7 @@ def _fill_rows(left: list[tuple[int, int]], width: int, tokens_per_batch: int, b
 
 
 def _useful_work(rows: MicroBatchPlan, lengths: np.ndarray, costly_width: float) -> float:
-    """Needed tokens for each unit of cost: tokens computed, dearer by the attention over the row's width, and a start."""
+    """Needed tokens for each unit of cost: tokens computed, dearer by attention over the row's width, and a start."""
     row_lengths = [sum(int(lengths[position]) for position in row) for row in rows]
     width = max(row_lengths)
     price = 1 + width / max(costly_width, LEAST_COSTLY_WIDTH)

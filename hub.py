@@ -9,6 +9,7 @@ from pathlib import Path
 from utils import DiskOrNetworkError, UserError, nearest
 
 ANSWER_WITHIN_SECONDS = 8
+EXAMPLES = {"--model": "Qwen/Qwen3-0.6B", "--dataset": "Anthropic/hh-rlhf"}
 
 
 def looks_like_a_path(name: str) -> bool:
@@ -27,7 +28,7 @@ def refuse_missing_path(name: str, flag: str) -> None:
         f"{flag} names something that is not there{nearest(path.name, siblings)}",
         where=path.absolute(),
         found=f"{parent} holds {', '.join(sorted(siblings)[:8]) or 'nothing'}" if parent.is_dir() else "no such folder",
-        next=f"{flag} wants a local path or a hub id such as {'Qwen/Qwen3-0.6B' if flag == '--model' else 'Anthropic/hh-rlhf'}",
+        next=f"{flag} wants a local path or a hub id, such as {EXAMPLES.get(flag, EXAMPLES['--model'])}",
     )
 
 

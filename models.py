@@ -1,4 +1,4 @@
-"""Models in and out: tokenizer, reward model, policy model, LoRA, the pair attention mask.
+"""The models: a reward model that scores positions, a policy that writes, and the attention mask of packed pairs.
 
 Nothing here knows where text comes from, what a loss is or how anything is trained: a reward model scores the
 positions it is given.
@@ -9,199 +9,33 @@ Letters: B rows, T tokens per row, N pairs, D hidden size.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import threading
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import hub
-from utils import CheckpointError, UserError, nearest
-
-# For bases without a template of their own: ChatML, the form that Qwen uses.
-CHATML_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+from utils import CheckpointError, UserError
+from weights import (
+    LoraSettings,
+    add_lora,
+    base_of_adapter,
+    first_line,
+    is_adapter,
+    load_tokenizer,
+    open_model,
+    quiet_transformers,
+    save_model,
 )
-TRY_OFFLINE = "python train_rm.py --demo   (offline), or --model FOLDER with a downloaded model"
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """Low-rank adapters (arXiv 2106.09685): W + alpha/r · B·A on each of `target_modules`."""
-
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.05
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def pick_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizer
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a hub id or folder, with a chat template and a pad token that scoring can rely on."""
-    from transformers import AutoTokenizer
-
-    hub.refuse_missing_path(name, "--model")
-    where_to_look = _where_to_look(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **where_to_look)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError("no tokenizer can be opened there", where=name, found=_first_line(error)) from error
-    if not tokenizer.is_fast:
-        raise UserError("this model has no fast tokenizer, and slow ones take hours here", where=name)
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = CHATML_TEMPLATE
-    _choose_pad_token(tokenizer)
-    return tokenizer
-
-
-def _choose_pad_token(tokenizer: Any) -> None:
-    """Make sure that there is a pad token and that no templated dialogue ends in it.
-
-    The stock classification models read the rightmost token that is not the pad token. A template that ends in <eos>
-    under a tokenizer that pads with <eos> would be read one token early, there and only there.
-    """
-    dialogue = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    last_token = tokenizer.apply_chat_template(dialogue, return_dict=False)[-1]
-    special = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token]
-    for token in [*special, *tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder]:
-        if token is not None and tokenizer.convert_tokens_to_ids(token) != last_token:
-            tokenizer.pad_token = token
-            return
-    raise UserError("this tokenizer has no special token that could serve as padding", where=tokenizer.name_or_path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Opening and saving
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _where_to_look(name: str) -> dict[str, Any]:
-    if hub.looks_like_a_path(name):
-        return {"local_files_only": True}
-    return {"local_files_only": hub.only_local_copy(name, "model", "--model", TRY_OFFLINE)}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence the table of missing weights: that a new head is new is what creating means, and we check it ourselves."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            # PEFT asks transformers about gradient checkpointing under a name that is on its way out
-            warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*")
-            yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def _open(auto_class: Any, name: str, **options: Any) -> tuple[nn.Module, set[str]]:
-    """A transformers model in fp32 and the names of the weights that its files did not hold."""
-    if (Path(name) / "adapter_config.json").exists():
-        raise UserError(
-            "--model names a LoRA adapter, and training starts from a whole model",
-            where=name,
-            next=f"python train_rm.py --resume_from {name}   (to train the adapter on), or name its base model",
-        )
-    hub.refuse_missing_path(name, "--model")
-    options = {"dtype": torch.float32, "attn_implementation": "sdpa", **_where_to_look(name), **options}
-    with _quiet_transformers():
-        try:
-            model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
-        except ValueError as error:
-            if "attn_implementation" not in str(error) and "scaled_dot_product_attention" not in str(error):
-                raise UserError("this model cannot be opened", where=name, found=_first_line(error)) from error
-            options["attn_implementation"] = "eager"  # the architecture has no sdpa; `can_pack` will notice
-            model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
-        except (OSError, KeyError, RuntimeError) as error:
-            raise UserError("this model cannot be opened", where=name, found=_first_line(error)) from error
-        except Exception as error:  # safetensors' own error class has no base but Exception
-            if type(error).__name__ != "SafetensorError":
-                raise
-            raise UserError("this model's weight file is damaged", where=name, found=_first_line(error)) from error
-    # Weights read from a file lie in it as it was mapped, at any alignment, and some matrix products round differently
-    # by alignment: a resumed run would differ in the last bit. Memory of our own is always aligned.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model, set(info["missing_keys"])
-
-
-def _add_lora(model: nn.Module, lora: LoraSettings, task_type: str, seed: int) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    known = sorted({path.split(".")[-1] for path, module in model.named_modules() if isinstance(module, nn.Linear)})
-    known = [name for name in known if name not in ("score", "classifier", "lm_head")] or _conv1d_names(model)
-    if wrong := [name for name in lora.target_modules if name not in known]:
-        guesses = "".join(nearest(name, known) for name in wrong[:1])
-        raise UserError(
-            f"--lora_target_modules: this model has no {', '.join(wrong)}{guesses}", found=f"it has {', '.join(known)}"
-        )
-    torch.manual_seed(seed)  # the adapters' A matrices are drawn at random
-    config = LoraConfig(
-        task_type=task_type,
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules),
-        fan_in_fan_out=not any(isinstance(module, nn.Linear) for path, module in model.named_modules() if "." in path),
-    )
-    with _quiet_transformers():
-        wrapped = get_peft_model(model, config)
-    base = Path(wrapped.peft_config["default"].base_model_name_or_path)
-    if base.exists():  # an absolute path opens from every working folder
-        wrapped.peft_config["default"].base_model_name_or_path = str(base.absolute())
-    return wrapped
-
-
-def _conv1d_names(model: nn.Module) -> list[str]:
-    """GPT-2 keeps its weights in transformers' Conv1D, which is a Linear with the matrix transposed."""
-    return sorted({path.split(".")[-1] for path, module in model.named_modules() if type(module).__name__ == "Conv1D"})
-
-
-def _save(model: nn.Module, peft_model: nn.Module | None, tokenizer: Any, folder: Path) -> None:
-    with _quiet_transformers():
-        if peft_model is None:
-            model.save_pretrained(folder)
-        else:
-            # "auto" would ask the hub whether the base's vocabulary was resized; ours never is
-            peft_model.save_pretrained(folder, save_embedding_layers=False)
-            (folder / "README.md").unlink(missing_ok=True)  # an empty model card
-        tokenizer.save_pretrained(folder)
-
-
-def is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").exists()
-
-
-def _read_adapter_config(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError("the adapter's configuration cannot be read", where=folder, found=error) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,7 +85,7 @@ class RewardModel(nn.Module):
         """
         from transformers import AutoModelForSequenceClassification
 
-        classifier, missing = _open(
+        classifier, missing = open_model(
             AutoModelForSequenceClassification, name, num_labels=1, pad_token_id=tokenizer.pad_token_id
         )
         head_names = {path for path in missing if path.split(".")[0] in ("score", "classifier", "pooler")}
@@ -266,7 +100,7 @@ class RewardModel(nn.Module):
             generator = torch.Generator().manual_seed(seed)
             with torch.no_grad():
                 weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1] + 1))
-        peft_model = _add_lora(classifier, lora, "SEQ_CLS", seed) if lora else None
+        peft_model = add_lora(classifier, lora, "SEQ_CLS", seed) if lora else None
         return cls(classifier, tokenizer, peft_model)
 
     @classmethod
@@ -275,8 +109,8 @@ class RewardModel(nn.Module):
         from transformers import AutoModelForSequenceClassification
 
         tokenizer = load_tokenizer(str(folder))
-        name = _read_adapter_config(folder)["base_model_name_or_path"] if is_adapter(folder) else str(folder)
-        classifier, missing = _open(
+        name = base_of_adapter(folder) if is_adapter(folder) else str(folder)
+        classifier, missing = open_model(
             AutoModelForSequenceClassification, name, num_labels=1, pad_token_id=tokenizer.pad_token_id
         )
         if not is_adapter(folder):
@@ -292,20 +126,20 @@ class RewardModel(nn.Module):
         from safetensors import safe_open
 
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            if not any("score" in key or "classifier" in key for key in file.keys()):
+            if not any("score" in key or "classifier" in key for key in file.keys()):  # noqa: SIM118
                 raise CheckpointError("the adapter holds no reward head", where=folder, found="only LoRA matrices")
         try:
-            with _quiet_transformers():
+            with quiet_transformers():
                 peft_model = PeftModel.from_pretrained(classifier, folder, is_trainable=True)
         except RuntimeError as error:
             raise CheckpointError(
-                "the adapter does not fit its base model", where=folder, found=f"base {name}: {_first_line(error)}"
+                "the adapter does not fit its base model", where=folder, found=f"base {name}: {first_line(error)}"
             ) from error
         return cls(classifier, tokenizer, peft_model)
 
     def save(self, folder: Path) -> None:
         """Write weights, configuration and tokenizer; for LoRA the adapter and the head only."""
-        _save(self.classifier, self.peft_model, self.tokenizer, folder)
+        save_model(self.classifier, self.peft_model, self.tokenizer, folder)
 
     @property
     def device(self) -> torch.device:
@@ -316,7 +150,7 @@ class RewardModel(nn.Module):
         return self.classifier.base_model
 
     def enable_gradient_checkpointing(self) -> None:
-        """Keep one activation per layer and compute the rest again in the backward pass: slower by a third, far smaller."""
+        """Keep one activation per layer and compute the rest again in the backward pass: slower by a third, smaller."""
         if self.classifier.supports_gradient_checkpointing:
             self.classifier.activation_checkpointing_enable({"use_reentrant": False})
 
@@ -398,7 +232,7 @@ class RewardModel(nn.Module):
             )
             wanted = self.score_rows(rows.to(on), row_mask.to(on))
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-            return False, f"its forward pass refuses packed rows ({_first_line(error)})"
+            return False, f"its forward pass refuses packed rows ({first_line(error)})"
         finally:
             self.train(was_training)
         if torch.allclose(got, wanted, rtol=1e-4, atol=1e-4):
@@ -447,14 +281,14 @@ class PolicyModel(nn.Module):
         from transformers import AutoModelForCausalLM
 
         tokenizer = load_tokenizer(name)
-        model, missing = _open(AutoModelForCausalLM, name)
+        model, missing = open_model(AutoModelForCausalLM, name)
         if missing:
             raise UserError(
                 "this is no language model: its files lack weights that writing needs",
                 where=name,
                 found=f"missing: {', '.join(sorted(missing)[:3])}",
             )
-        return cls(model, tokenizer, _add_lora(model, lora, "CAUSAL_LM", seed) if lora else None)
+        return cls(model, tokenizer, add_lora(model, lora, "CAUSAL_LM", seed) if lora else None)
 
     @classmethod
     def restore(cls, folder: Path) -> PolicyModel:
@@ -463,13 +297,13 @@ class PolicyModel(nn.Module):
             return cls.create(str(folder))
         from peft import PeftModel
 
-        base = cls.create(_read_adapter_config(folder)["base_model_name_or_path"])
-        with _quiet_transformers():
+        base = cls.create(base_of_adapter(folder))
+        with quiet_transformers():
             peft_model = PeftModel.from_pretrained(base.language_model, folder, is_trainable=True)
         return cls(base.language_model, load_tokenizer(str(folder)), peft_model)
 
     def save(self, folder: Path) -> None:
-        _save(self.language_model, self.peft_model, self.tokenizer, folder)
+        save_model(self.language_model, self.peft_model, self.tokenizer, folder)
 
     @property
     def device(self) -> torch.device:

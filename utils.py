@@ -12,6 +12,7 @@ import difflib
 import errno
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -170,8 +171,9 @@ def read_flags(config_class: type, argv: list[str], description: str) -> tuple[d
     """
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     parsed, unknown = _parser(config_class, description).parse_known_args(argv)
-    after_unknown = {word for flag_word, word in zip(unknown, unknown[1:]) if flag_word.startswith("-")}
-    problems = [_unknown_flag(w, fields) for w in unknown if w.startswith("-") or w not in after_unknown]
+    # what follows an unknown flag is its value, and no second mistake
+    values_of_unknown = {value for word, value in itertools.pairwise(unknown) if word.startswith("-")}
+    problems = [_unknown_flag(w, fields) for w in unknown if w.startswith("-") or w not in values_of_unknown]
     texts = dict(vars(parsed))
     file_name = texts.get("config")
     values = _read_config_file(config_class, file_name, problems) if file_name else {}
@@ -355,7 +357,7 @@ def step_folders(run_folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def published_folder(final: Path, temporary_name: str | None = None) -> Iterator[Path]:
-    """Yield a temporary folder beside `final`; on leaving, flush it to disk and rename it, so `final` is all or nothing.
+    """Yield a temporary folder beside `final`; on leaving, flush and rename it, so that `final` is all or nothing.
 
     Raises FileExistsError if `final` is there: what is published is never written into. A failure removes the
     temporary folder; a kill leaves it, and `remove_dead_saves` clears it later. Where several processes may publish the
@@ -451,7 +453,7 @@ def format_bytes(count: float) -> str:
 
 def format_duration(seconds: float) -> str:
     """75 -> '1m15s'; 5000 -> '1h23m'."""
-    whole = int(round(seconds))
+    whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
     minutes, rest = divmod(whole, 60)

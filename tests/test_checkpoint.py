@@ -94,7 +94,7 @@ def test_a_run_without_sound_steps_is_refused(saved, tmp_path):
 
 
 def test_a_typo_suggests_the_nearest_folder(saved):
-    with pytest.raises(utils.UserError, match="did you mean 'step-1'(.|\n)*step-1, step-2"):
+    with pytest.raises(utils.UserError, match=r"did you mean 'step-1'(.|\n)*step-1, step-2"):
         checkpoint.find(str(saved[0] / "step_1"))
 
 

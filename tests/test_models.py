@@ -258,7 +258,7 @@ def test_a_missing_head_is_refused_and_not_drawn_anew(base, tokenizer, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights.pop("score.weight")
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match="score.weight"):
+    with pytest.raises(CheckpointError, match=r"score.weight"):
         models.RewardModel.restore(tmp_path)
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import checkpoint
 import data
 import models
 import train_rm
-from conftest import ROOT
 
 TINY = ["--eval_num_batches", "1", "--save_steps", "0", "--eval_steps", "0", "--lr", "1e-3"]
 
@@ -312,7 +312,7 @@ def test_resuming_with_other_data_or_model_is_refused(run_script, base, small_da
 
 
 def test_a_rewritten_data_file_is_noticed_on_resuming(run_script, base, write_rows, tmp_path):
-    rows = [json.loads(line) for line in open(f"{Path(base).parent}/pairs/train.jsonl")][:40]
+    rows = [json.loads(line) for line in (Path(base).parent / "pairs/train.jsonl").read_text().splitlines()][:40]
     path = write_rows(rows)
     arguments = ["--model", base, "--dataset", path, "--run_name", "one", *TINY]
     assert run_script("train_rm.py", *arguments).returncode == 0
@@ -342,7 +342,7 @@ def test_an_infinite_loss_never_reaches_the_weights(base, tokenizer, small_datas
 
     poison_second_step.calls = 0
     monkeypatch.setattr(train_rm, "accumulate_gradients", poison_second_step)
-    with pytest.raises(train_rm.UserError, match="not finite at step 2(.|\n)*the weights are those of step 1"):
+    with pytest.raises(train_rm.UserError, match=r"not finite at step 2(.|\n)*the weights are those of step 1"):
         train_rm.main(["--model", base, "--dataset", small_dataset, "--batch_size", "4", "--run_name", "nan", *TINY])
     saved = checkpoint.find("checkpoints/rm/nan")
     assert all(tensor.isfinite().all() for tensor in loaded(saved, "model.safetensors").values())
@@ -414,7 +414,7 @@ def test_64_real_pairs_are_learned_by_heart(run_script, small_qwen3, real_data, 
     write_rows(rows)
     write_rows(rows, "test.jsonl")
     result = run_script(
-        "train_rm.py", "--model", small_qwen3, "--dataset", tmp_path, "--epochs", 20, "--batch_size", 16, "--lr", "2e-3",
+        "train_rm.py", "--model", small_qwen3, "--dataset", tmp_path, "--epochs", 20, "--batch_size", 16, "--lr", 2e-3,
         "--grad_accum", 1, "--eval_steps", 0, "--no_gradient_checkpointing", "--run_name", "heart", timeout=600,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -1,0 +1,134 @@
+"""The settings of a training run: one dataclass behind the command line, `--config` files and `train_config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import utils
+from utils import UserError, flag
+
+if TYPE_CHECKING:
+    import checkpoint
+else:  # it imports torch, and --help must not
+    checkpoint = utils.lazy_import("checkpoint")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every setting of a run. The command line, `--config` files and `train_config.json` all have these names."""
+
+    # fmt: off
+    model: str = flag("Qwen/Qwen3-0.6B", "base model: hub id or local folder", group="model and data")
+    dataset: str = flag("Anthropic/hh-rlhf", "hub id, local .jsonl/.jsonl.gz/.json/.parquet file, or a folder with train.* and test.*", group="model and data")
+    max_length: int = flag(2048, "longest sequence in tokens; longer pairs are left out, in training and evaluation alike, and counted", minimum=8, group="model and data")
+    bad_rows: str = flag("stop", "what to do when more than 10 % of the rows would be left out", choices=("stop", "skip"), group="model and data")
+
+    epochs: int = flag(1, "times through the training pairs", minimum=1, group="optimization")
+    batch_size: int = flag(32, "pairs per micro-batch at most", minimum=1, group="optimization")
+    grad_accum: int = flag(4, "an optimizer step is batch_size x grad_accum pairs", minimum=1, group="optimization")
+    lr: float = flag(1e-5, "learning rate of AdamW", above=0, group="optimization")
+    lr_schedule: str = flag("constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine"), group="optimization")
+    warmup_steps: int = flag(0, "steps over which the learning rate rises from zero", minimum=0, group="optimization")
+    weight_decay: float = flag(0.0, "AdamW's decoupled weight decay", minimum=0, group="optimization")
+    max_grad_norm: float = flag(10.0, "clip the gradient to this norm; 0 disables", minimum=0, group="optimization")
+    max_steps: int = flag(0, "stop after so many optimizer steps; 0 = after the epochs", minimum=0, group="optimization")
+    center_rewards: float = flag(0.0, "weight of the mean of (r_chosen + r_rejected)^2, which keeps rewards around zero (arXiv 2312.09244)", minimum=0, group="optimization")
+    seed: int = flag(0, "draws the head, the adapters, the order of the pairs and dropout", minimum=0, group="optimization")
+
+    tokens_per_batch: int = flag(4096, "token budget of one forward; changes speed and memory, not the result", minimum=1, group="speed and memory")
+    gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass: slower by a third, far less memory", group="speed and memory")
+    precision: str = flag("bf16", "arithmetic; weights, rewards and loss are fp32 either way", choices=("bf16", "fp32"), group="speed and memory")
+
+    lora: bool = flag(False, "train low-rank adapters and the head instead of every parameter", group="LoRA")
+    lora_r: int = flag(16, "rank of the adapters", minimum=1, group="LoRA")
+    lora_alpha: int = flag(32, "the adapters' output is scaled by alpha / r", minimum=1, group="LoRA")
+    lora_dropout: float = flag(0.05, "dropout in front of the adapters", minimum=0, below=1, group="LoRA")
+    lora_target_modules: str = flag("q_proj,k_proj,v_proj,o_proj", "linear layers to adapt, by name, with commas", group="LoRA")
+
+    eval_steps: int = flag(50, "evaluate every N optimizer steps; 0 = at the end only", minimum=0, group="evaluation and output")
+    eval_num_batches: int = flag(32, "evaluation size in batches, the same pairs every time; 0 = the whole test split", minimum=0, group="evaluation and output")
+    save_steps: int = flag(500, "save a checkpoint every N optimizer steps; 0 = at the end only", minimum=0, group="evaluation and output")
+    output_dir: str = flag("./checkpoints/rm", "checkpoints go to OUTPUT_DIR/RUN_NAME/step-N", group="evaluation and output")
+    log_dir: str = flag("./logs/rm", "TensorBoard's files go to LOG_DIR/RUN_NAME", group="evaluation and output")
+    run_name: str | None = flag(None, "name of the run (default: date and time, as 20240115_143022)", group="evaluation and output")
+    resume_from: str | None = flag(None, "checkpoint folder, or a run's folder for its newest checkpoint", group="evaluation and output")
+
+    config: str | None = flag(None, "JSON file with any of these settings; flags win over it", group="other")
+    allow_data_change: bool = flag(False, "resume even though data, seed or step size changed; the run is then no longer exact", group="other")
+    demo: bool = flag(False, "train a tiny built-in model on built-in pairs, offline", group="other")
+    debug: bool = flag(False, "show the traceback of an error", group="other")
+    # fmt: on
+
+    def problems(self) -> list[str]:
+        """What no single field can tell is wrong."""
+        found = []
+        if self.run_name is not None and (why := utils.run_name_problem(self.run_name)):
+            found.append(f"--run_name: got {self.run_name!r}, {why}")
+        for name in ("output_dir", "log_dir"):
+            if Path(getattr(self, name)).is_file():
+                found.append(f"--{name}: {getattr(self, name)} is a file, wants a folder")
+        if not all(self.lora_target_modules.split(",")):
+            found.append(f"--lora_target_modules: got {self.lora_target_modules!r}, wants names with commas between")
+        if self.demo and self.resume_from:
+            found.append("--demo: goes without --resume_from; a demo run resumes like any other")
+        return found
+
+    @property
+    def pairs_per_step(self) -> int:
+        return self.batch_size * self.grad_accum
+
+
+# What --demo sets where the user did not: small enough for a laptop, large enough to learn.
+DEMO_SETTINGS = {
+    "batch_size": 32, "grad_accum": 1, "epochs": 5, "lr": 1e-3, "lr_schedule": "cosine", "warmup_steps": 20,
+    "gradient_checkpointing": False, "eval_steps": 50, "eval_num_batches": 0,
+}  # fmt: skip
+# A resumed run with other values of these would not be the run it continues.
+FIXED_BY_CHECKPOINT = ("model", "lora", "lora_r", "lora_alpha", "lora_target_modules")
+EXACTNESS_NEEDS = ("dataset", "max_length", "batch_size", "grad_accum", "seed", "bad_rows")
+NOT_STORED = ("resume_from", "config", "demo", "debug", "allow_data_change")
+
+
+def read_config(argv: list[str]) -> tuple[TrainConfig, Path | None]:
+    """The run's settings and, for a resumed run, the checkpoint to go on from.
+
+    Layers, later ones win: defaults, the checkpoint's `train_config.json`, `--demo`'s settings, `--config`, flags.
+    """
+    given, problems = utils.read_flags(TrainConfig, argv, __doc__.split("\n\n")[0])
+    config = utils.build_config(TrainConfig, given, problems)
+    if config.resume_from:
+        folder = checkpoint.find(config.resume_from)
+        stored = checkpoint.read_config(folder)
+        where_it_lies = {"output_dir": str(folder.parent.parent), "run_name": folder.parent.name}
+        resumed = {**stored, **where_it_lies, **given}
+        compare_with_stored(stored, given, config.allow_data_change)
+        return utils.build_config(TrainConfig, resumed, []), folder
+    if config.demo:
+        import demo
+
+        model, dataset = demo.write_demo(Path("demo"))
+        given = {**DEMO_SETTINGS, "model": str(model), "dataset": str(dataset), **given}
+        config = utils.build_config(TrainConfig, given, [])
+    return config, None
+
+
+def compare_with_stored(stored: dict[str, Any], given: dict[str, Any], allow_data_change: bool) -> None:
+    """Say which settings of a resumed run changed; refuse those that would make it another run."""
+    changed = {name: value for name, value in given.items() if name in stored and value != stored[name]}
+    if changed:
+        print(f"{'setting':<24} {'stored':<28} asked and used")
+        for name, value in changed.items():
+            print(f"{name:<24} {stored[name]!s:<28} {value}")
+    if fixed := [name for name in FIXED_BY_CHECKPOINT if name in changed]:
+        raise UserError(
+            f"a checkpoint's {', '.join('--' + name for name in fixed)} cannot change",
+            next="leave it out to go on as before, or start a new run without --resume_from",
+        )
+    if (inexact := [name for name in EXACTNESS_NEEDS if name in changed]) and not allow_data_change:
+        raise UserError(
+            f"with another {', '.join('--' + name for name in inexact)} the run would not go on where it stopped",
+            safe="the checkpoint is untouched",
+            next="leave it out, or add --allow_data_change to go on with other pairs from here",
+        )
