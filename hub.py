@@ -8,13 +8,15 @@ from pathlib import Path
 
 from utils import DiskOrNetworkError, UserError, nearest
 
-ANSWER_WITHIN_SECONDS = 8
+ANSWER_WITHIN_SECONDS = 3  # it is asked twice if it stays silent
+DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 EXAMPLES = {"--model": "Qwen/Qwen3-0.6B", "--dataset": "Anthropic/hh-rlhf"}
 
 
 def looks_like_a_path(name: str) -> bool:
     """Whether somebody who typed `name` meant a file or folder: hub ids have at most one slash and never start so."""
-    return name.startswith((".", "/", "~", "\\")) or "\\" in name or name.count("/") > 1 or Path(name).exists()
+    starts_or_ends_so = name.startswith((".", "/", "~", "\\")) or name.endswith(DATA_SUFFIXES)
+    return starts_or_ends_so or "\\" in name or name.count("/") > 1 or Path(name).exists()
 
 
 def refuse_missing_path(name: str, flag: str) -> None:
@@ -36,7 +38,7 @@ def only_local_copy(repo_id: str, repo_type: str, flag: str, instead: str) -> bo
     """Whether `repo_id` must be opened from the local cache because the hub cannot be reached.
 
     Raises UserError if the hub says there is no such repository or it is closed, DiskOrNetworkError if the hub cannot
-    be reached within 8 s and no local copy exists. `instead` says what to type then.
+    be reached in time and no local copy exists. `instead` says what to type then.
     """
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError

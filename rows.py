@@ -21,7 +21,7 @@ from typing import Any
 import hub
 from utils import UserError, nearest, sha256_of
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+SUFFIXES = hub.DATA_SUFFIXES
 TEST_NAMES = ("test", "validation", "eval")
 HELD_OUT_IN = 20  # without a test split, one prompt in 20 is held out
 Messages = list[dict[str, str]]
@@ -32,6 +32,7 @@ LEFT_OUT = {
     "no_reply": "no reply (the last turn is empty)",
     "wrong_last_speaker": "last turn not the assistant's",
     "identical": "chosen and rejected are the same",
+    "no_text": "half a character in a text (a lone UTF-16 surrogate)",
     "template": "refused by the model's chat template",
     "too_long": "too long",
 }
@@ -166,7 +167,7 @@ def _json_lines(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark says nothing about the rows
                 if line.strip():
-                    yield number, _parse_json(source, number, line)
+                    yield number, _parse_json(source.place(number), line)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(
             "the data file is damaged or cut off", where=f"{source.name}, after line {number}", found=error,
@@ -174,16 +175,16 @@ def _json_lines(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
         ) from error  # fmt: skip
 
 
-def _parse_json(source: Source, number: int, line: bytes) -> dict[str, Any]:
+def _parse_json(place: str, text: bytes) -> Any:
+    """The content of a line, or of a whole file (then the errors count its lines themselves)."""
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_row_without_repeats)
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_row_without_repeats)
     except UnicodeDecodeError as error:
-        raise UserError(
-            "the data is not UTF-8 text", where=source.place(number), found=f"byte {line[error.start]:#04x}"
-        ) from error
+        line = text.count(b"\n", 0, error.start) + 1
+        found = f"byte {text[error.start]:#04x}" + (f" in line {line}" if line > 1 else "")
+        raise UserError("the data is not UTF-8 text", where=place, found=found) from error
     except (ValueError, RecursionError) as error:
-        raise UserError("the data is not JSON", where=source.place(number), found=error) from error
-    return row
+        raise UserError("the data is not JSON", where=place, found=error) from error
 
 
 def _row_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -196,7 +197,8 @@ def _row_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _json_list(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
     assert source.path is not None
-    content = _parse_json(source, 1, source.path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    text = source.path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    content = _parse_json(source.name, text)
     if not isinstance(content, list):
         raise UserError(
             "a .json file wants one list of rows", where=source.name, found=type(content).__name__,
@@ -253,7 +255,8 @@ def _check_columns(source: Source, number: int, row: Any) -> None:
     for column in ("chosen", "rejected"):
         if row.get(column) is None:
             guess = nearest(column, [name for name in row if name not in ("chosen", "rejected", "prompt")])
-            raise _refuse(source, number, f"no column {column!r}{guess}; it has {', '.join(map(repr, row)) or 'none'}")
+            found = f"no column {column!r}{guess}; it has {', '.join(map(repr, row)) or 'none'}"
+            raise _refuse(source, number, f"{column!r} is null{guess}" if column in row else found)
 
 
 def _is_held_out(row: dict[str, Any]) -> bool:
@@ -262,7 +265,7 @@ def _is_held_out(row: dict[str, Any]) -> bool:
     if prompt is None:
         chosen = row["chosen"]
         prompt = chosen[:-1] if isinstance(chosen, list) else chosen[: chosen.rfind("\n\nAssistant:")]
-    digest = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).digest()
+    digest = hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).digest()
     return int.from_bytes(digest[:8], "big") % HELD_OUT_IN == 0
 
 
@@ -286,6 +289,8 @@ def parse_pair(row: dict[str, Any], refuse: Any) -> Pair | str:
         sides.append(joined)
     chosen, rejected = sides
     for messages in sides:
+        if any(_is_no_text(message["content"]) for message in messages):
+            return "no_text"
         if messages[-1]["role"] != "assistant":
             return "wrong_last_speaker"
         if not messages[-1]["content"].strip():
@@ -348,6 +353,11 @@ def parse_transcript(text: str) -> Messages | None:
         {"role": _ROLE[turn.group(1)], "content": text[turn.end() : end].strip()}
         for turn, end in zip(turns, ends, strict=True)
     ]
+
+
+def _is_no_text(content: str) -> bool:
+    """JSON can say "\\ud83d" alone, which no tokenizer and no file can take."""
+    return any("\ud800" <= character <= "\udfff" for character in content) if not content.isascii() else False
 
 
 def _merge_same_speaker(messages: Messages) -> Messages:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import flags
 import utils
-from utils import UserError, flag
+from flags import flag
+from utils import UserError
 
 if TYPE_CHECKING:
     import checkpoint
@@ -96,21 +98,21 @@ def read_config(argv: list[str]) -> tuple[TrainConfig, Path | None]:
 
     Layers, later ones win: defaults, the checkpoint's `train_config.json`, `--demo`'s settings, `--config`, flags.
     """
-    given, problems = utils.read_flags(TrainConfig, argv, __doc__.split("\n\n")[0])
-    config = utils.build_config(TrainConfig, given, problems)
+    given, problems = flags.read_flags(TrainConfig, argv, __doc__.split("\n\n")[0])
+    config = flags.build_config(TrainConfig, given, problems)
     if config.resume_from:
         folder = checkpoint.find(config.resume_from)
         stored = checkpoint.read_config(folder)
         where_it_lies = {"output_dir": str(folder.parent.parent), "run_name": folder.parent.name}
         resumed = {**stored, **where_it_lies, **given}
         compare_with_stored(stored, given, config.allow_data_change)
-        return utils.build_config(TrainConfig, resumed, []), folder
+        return flags.build_config(TrainConfig, resumed, []), folder
     if config.demo:
         import demo
 
         model, dataset = demo.write_demo(Path("demo"))
         given = {**DEMO_SETTINGS, "model": str(model), "dataset": str(dataset), **given}
-        config = utils.build_config(TrainConfig, given, [])
+        config = flags.build_config(TrainConfig, given, [])
     return config, None
 
 

@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     import checkpoint
     import data
     import models
+    import packing
     import progress
 else:  # loaded when first used, so that --help answers at once
-    np, torch, checkpoint, data, models, progress = map(
-        utils.lazy_import, ("numpy", "torch", "checkpoint", "data", "models", "progress")
+    np, torch, checkpoint, data, models, packing, progress = map(
+        utils.lazy_import, ("numpy", "torch", "checkpoint", "data", "models", "packing", "progress")
     )
 
 
@@ -54,9 +55,9 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margins: Tensor, center
     return loss + center_rewards * (chosen + rejected) ** 2
 
 
-def score(model: models.RewardModel, batch: data.PackedBatch | data.SeparateBatch) -> Tensor:
+def score(model: models.RewardModel, batch: packing.PackedBatch | packing.SeparateBatch) -> Tensor:
     """Rewards (N, 2) of a micro-batch's pairs: chosen, rejected."""
-    if isinstance(batch, data.PackedBatch):
+    if isinstance(batch, packing.PackedBatch):
         return model.score_packed(batch.input_ids, batch.position_ids, batch.pair_ids, batch.branch_ids, batch.ends)
     return model.score_rows(batch.input_ids, batch.attention_mask).view(-1, 2)
 
@@ -158,7 +159,7 @@ def evaluate(
 
 
 def micro_batches(model: models.RewardModel, dataset: data.PairDataset, indices: Any, config: TrainConfig) -> Any:
-    return data.micro_batches_of(
+    return packing.micro_batches_of(
         dataset,
         indices,
         config.tokens_per_batch,
@@ -182,7 +183,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     train_pairs: data.PairDataset
     test_pairs: data.PairDataset
-    plan: data.StepPlan
+    plan: packing.StepPlan
     folder: Path
     step: int
     random_state: dict[str, Tensor]
@@ -216,7 +217,18 @@ def main(argv: list[str]) -> None:
 
 def set_up(config: TrainConfig, resumed_from: Path | None) -> Run:
     """Everything that can fail early does so here, cheapest first: names, data, then the model."""
-    config, folder = claim_run_folder(config, resumed_from)
+    folder = claim_run_folder(config, resumed_from)
+    utils.remove_dead_saves(folder)
+    try:
+        return open_run(dataclasses.replace(config, run_name=folder.name), folder, resumed_from)
+    except BaseException:
+        if not any(folder.iterdir()):
+            folder.rmdir()  # nothing began, so nothing stays
+        raise
+
+
+def open_run(config: TrainConfig, folder: Path, resumed_from: Path | None) -> Run:
+    """Tokenizer, pairs, model and optimizer of a run that has its folder."""
     tokenizer = models.load_tokenizer(str(resumed_from or config.model))
     train_pairs, test_pairs = data.load_pairs(config.dataset, tokenizer, config.max_length)
     for pairs in (train_pairs, test_pairs):
@@ -225,7 +237,7 @@ def set_up(config: TrainConfig, resumed_from: Path | None) -> Run:
         print("\n".join([f"{pairs.name}: {len(pairs):,} of {pairs.counts.rows:,} rows kept", *pairs.counts.lines()]))
     if len(train_pairs) == 0:
         raise UserError("no training pair is left", where=train_pairs.name, next="see the counts above")
-    plan = data.StepPlan(len(train_pairs), config.pairs_per_step, config.epochs, config.seed, config.max_steps)
+    plan = packing.StepPlan(len(train_pairs), config.pairs_per_step, config.epochs, config.seed, config.max_steps)
 
     if resumed_from:
         model = models.RewardModel.restore(resumed_from)
@@ -261,7 +273,7 @@ def train(run: Run, check_for_stop: Callable[[], None]) -> Evaluation | None:
     board = progress.Board(Path(config.log_dir) / run.folder.name, run.step, plan.examples_seen(run.step))
     board.table("config", dataclasses.asdict(config), run.step)
     shown = progress.Progress(plan.total_steps, run.step)
-    eval_indices = data.fixed_sample(len(run.test_pairs), config.eval_num_batches * config.batch_size, config.seed)
+    eval_indices = packing.fixed_sample(len(run.test_pairs), config.eval_num_batches * config.batch_size, config.seed)
     parameters = list(checkpoint.trained_parameters(model).values())
     checkpoint.set_random_state(run.random_state)
     evaluation = None
@@ -321,27 +333,31 @@ def train(run: Run, check_for_stop: Callable[[], None]) -> Evaluation | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def claim_run_folder(config: TrainConfig, resumed_from: Path | None) -> tuple[TrainConfig, Path]:
-    """The run's folder, made now so that no two runs share one; a resumed run goes on in its own."""
+def claim_run_folder(config: TrainConfig, resumed_from: Path | None) -> Path:
+    """Make the run's folder, which no other run has; a resumed run goes on in its own."""
     root = Path(config.output_dir)
-    name = config.run_name or utils.timestamp()
-    folder, number = root / name, 2
-    if not (resumed_from and folder.resolve() == resumed_from.resolve().parent):
-        while folder.exists() and config.run_name is None:  # two runs in one second
-            folder, number = root / f"{name}-{number}", number + 1
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(
-                f"there is a run named {name!r} already",
-                where=folder,
-                safe="nothing of it was touched",
-                next=f"another --run_name, or go on with it: python train_rm.py --resume_from {folder}",
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    utils.remove_dead_saves(folder)
-    return dataclasses.replace(config, run_name=folder.name), folder
+    if resumed_from and (root / config.run_name).resolve() == resumed_from.resolve().parent:
+        return resumed_from.parent
+    root.mkdir(parents=True, exist_ok=True)
+    now = utils.timestamp()
+    names = [config.run_name] if config.run_name else [now, *(f"{now}-{number}" for number in range(2, 100))]
+    for name in names:
+        folder = root / name
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            if folder.is_dir() and not any(folder.iterdir()):  # of a run that never began
+                return folder
+    raise UserError(
+        f"there is a run named {name!r} already",
+        where=folder,
+        safe="nothing of it was touched",
+        next=f"another --run_name, or go on with it: python train_rm.py --resume_from {folder}",
+    )
 
 
-def describe(config: TrainConfig, model: models.RewardModel, trained: list[Any], plan: data.StepPlan) -> None:
+def describe(config: TrainConfig, model: models.RewardModel, trained: list[Any], plan: packing.StepPlan) -> None:
     total = sum(parameter.numel() for parameter in model.classifier.parameters())
     count = sum(parameter.numel() for parameter in trained)
     print(f"model: {config.model}, {total:,} parameters, {count:,} trained, {config.precision} on {model.device}")

@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: test processes share the cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the hub; the one about its absence sets this anew
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,3 +94,24 @@ def real_tokenizer_folder():
     if not folder:
         pytest.skip("QWEN3_DIR is not set: no Qwen3 tokenizer here")
     return folder
+
+
+def dataset_of(folder, pairs, margins=None):
+    """A PairDataset of given token ids, through files like the cache's."""
+    import data
+    import rows
+    import utils
+
+    folder.mkdir()
+    prefixes = [data.shared_prefix(np.array(c), np.array(r)) for c, r in pairs]
+    lengths = [(p, len(c) - p, len(r) - p) for p, (c, r) in zip(prefixes, pairs, strict=True)]
+    tokens = [np.concatenate([c, r[p:]]) for p, (c, r) in zip(prefixes, pairs, strict=True)]
+    np.concatenate(tokens).astype(np.int32).tofile(folder / "tokens.bin")
+    np.save(folder / "lengths.npy", np.array(lengths, np.int32))
+    np.save(folder / "rows.npy", np.arange(1, len(pairs) + 1))
+    np.save(folder / "margins.npy", np.array(margins or np.arange(len(pairs)), np.float32))
+    np.save(folder / "notes.npy", np.zeros((len(pairs), len(rows.NOTED)), dtype=bool))
+    np.save(folder / "kinds.npy", np.zeros(len(pairs), np.int32))
+    report = {"rows": len(pairs), "count": {}, "first_rows": {}, "kinds": [""], "tokens_sha256": "x", "source": "x"}
+    utils.write_json(folder / "report.json", report)
+    return data.PairDataset(folder, "made up")

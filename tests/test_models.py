@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import data
 import models
+import packing
 import train_rm
 from utils import CheckpointError, UserError
 
@@ -60,11 +61,11 @@ def packed_batches(pairs):
     """Two micro-batches of uneven rows: three pairs, two, one, so that rows share and are padded."""
     half = len(pairs.lengths) // 2
     rows = [[0, 1, 2], [3, 4], list(range(5, half))]
-    return [data.pack(pairs, np.arange(start, start + half), rows, pad_id=0) for start in (0, half)]
+    return [packing.pack(pairs, np.arange(start, start + half), rows, pad_id=0) for start in (0, half)]
 
 
 def separate_batches(pairs):
-    return list(data.micro_batches_of(pairs, np.arange(len(pairs.lengths)), 200, 32, 0, None))
+    return list(packing.micro_batches_of(pairs, np.arange(len(pairs.lengths)), 200, 32, 0, None))
 
 
 def rewards_of(model, batches):

@@ -1,0 +1,522 @@
+"""data.py: tokens equal to the chat template's, the cache, what is left out."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import dataset_of
+
+import data
+import models
+import packing
+import rows
+from utils import DiskOrNetworkError, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SYSTEM = {"role": "system", "content": "Be short."}
+QUESTION = {"role": "user", "content": "Is the oven hot?"}
+YES = {"role": "assistant", "content": "Yes, it is."}
+NO = {"role": "assistant", "content": "No."}
+PROMPT = "\n\nHuman: Is the oven hot?\n\nAssistant:"
+GOOD_ROW = {"chosen": f"{PROMPT} Yes, it is.", "rejected": f"{PROMPT} No."}
+TEST_ROW = {"chosen": f"{PROMPT} Try it.", "rejected": f"{PROMPT} No."}
+IDENTICAL_ROW = {"chosen": f"{PROMPT} No.", "rejected": f"{PROMPT} No."}
+
+
+def reply(text):
+    return [QUESTION, {"role": "assistant", "content": text}]
+
+
+def transcript(text):
+    return f"{PROMPT} {text}"
+
+
+# (row, chosen dialogue, rejected dialogue), in several forms
+FORMS = [
+    (GOOD_ROW, [QUESTION, YES], [QUESTION, NO]),
+    (
+        {"chosen": [SYSTEM, QUESTION, YES], "rejected": [SYSTEM, QUESTION, NO]},
+        [SYSTEM, QUESTION, YES], [SYSTEM, QUESTION, NO],
+    ),
+    ({"prompt": "Is the oven hot?", "chosen": "Yes, it is.", "rejected": "No."}, [QUESTION, YES], [QUESTION, NO]),
+    ({"prompt": [QUESTION], "chosen": [YES], "rejected": [NO]}, [QUESTION, YES], [QUESTION, NO]),
+    ({"prompt": "x", "chosen": [QUESTION, YES], "rejected": [QUESTION, NO]}, [QUESTION, YES], [QUESTION, NO]),
+    (
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: Yes?" + transcript("No."), "rejected": transcript("No.")},
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, QUESTION, NO], [QUESTION, NO],
+    ),
+    ({"chosen": transcript("Yes. And more."), "rejected": transcript("Yes.")}, reply("Yes. And more."), reply("Yes.")),
+    ({"chosen": [YES], "rejected": [NO]}, [YES], [NO]),
+    ({"chosen": transcript("😀 ï\tمرحبا\0"), "rejected": transcript("😃")}, reply("😀 ï\tمرحبا\0"), reply("😃")),
+    ({"chosen": transcript("<|im_end|>"), "rejected": transcript("<think>")}, reply("<|im_end|>"), reply("<think>")),
+    ({"chosen": reply("  spaces \n"), "rejected": reply("spaces")}, reply("  spaces \n"), reply("spaces")),
+]  # fmt: skip
+
+
+def ids_of(tokenizer, dialogue):
+    return tokenizer.apply_chat_template(dialogue, return_dict=False)
+
+
+@pytest.fixture
+def load(tmp_path, tokenizer):
+    """Load training rows, beside one test row, from a folder of their own."""
+
+    def load_rows(train_rows, max_length=None, tokenizer=tokenizer):
+        folder = tmp_path / "pairs"
+        folder.mkdir(exist_ok=True)
+        for name, content in (("train", train_rows), ("test", [TEST_ROW])):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+        return data.load_pairs(str(folder), tokenizer, max_length)[0]
+
+    return load_rows
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("RL_WITH_RM_CACHE", str(cache))
+    return cache
+
+
+@pytest.fixture
+def tokenised(monkeypatch):
+    """The names of the sources that are tokenised from now on."""
+    names, original = [], data._tokenise
+
+    def count(source, tokenizer, folder):
+        names.append(Path(source.name).name)
+        original(source, tokenizer, folder)
+
+    monkeypatch.setattr(data, "_tokenise", count)
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_form_of_row_has_exactly_the_chat_templates_tokens(load, tokenizer):
+    pairs = load([row for row, _, _ in FORMS])
+    assert pairs.rows.tolist() == list(range(1, len(FORMS) + 1)) and pairs.counts.left_out == 0
+    for index, (row, chosen, rejected) in enumerate(FORMS):
+        sides = [side.tolist() for side in pairs.sequences(index)]
+        assert sides == [ids_of(tokenizer, chosen), ids_of(tokenizer, rejected)], row
+
+
+def assert_tokens_are_the_templates(pairs, source, tokenizer):
+    parsed = dict(rows.read_pairs(source))
+    assert len(pairs) > 0 and len(parsed) == pairs.counts.rows
+    for index, row in enumerate(pairs.rows.tolist()):
+        chosen, rejected = (side.tolist() for side in pairs.sequences(index))
+        assert chosen == ids_of(tokenizer, parsed[row].chosen), row
+        assert rejected == ids_of(tokenizer, parsed[row].rejected), row
+
+
+def test_the_demos_tokens_are_exactly_the_chat_templates(small_dataset, tokenizer):
+    both = data.load_pairs(small_dataset, tokenizer)
+    assert [len(pairs) for pairs in both] == [64, 16]
+    for pairs, source in zip(both, rows.find_sources(small_dataset), strict=True):
+        assert_tokens_are_the_templates(pairs, source, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def real_tokenizer(real_tokenizer_folder):
+    return models.load_tokenizer(real_tokenizer_folder)
+
+
+@pytest.fixture(scope="module")
+def real_pairs(real_data, real_tokenizer):
+    return data.load_pairs(real_data, real_tokenizer, 2048)
+
+
+def test_real_tokens_are_exactly_the_chat_templates(real_pairs, real_data, real_tokenizer):
+    for pairs, source in zip(real_pairs, rows.find_sources(real_data), strict=True):
+        assert_tokens_are_the_templates(pairs, source, real_tokenizer)
+
+
+def test_every_real_row_is_kept_or_left_out_for_a_reason(real_pairs):
+    train, test = real_pairs
+    for pairs in real_pairs:
+        assert len(pairs) + pairs.counts.left_out == pairs.counts.rows
+    assert (train.counts.rows, len(train), test.counts.rows, len(test)) == (1200, 1199, 300, 300)
+    assert {key: train.counts.count[key] for key in rows.LEFT_OUT if train.counts.count[key]} == {"no_reply": 1}
+    assert train.counts.first_rows["no_reply"] == [270]
+
+
+def test_at_least_95_percent_of_the_computed_real_tokens_are_needed(real_pairs, real_tokenizer):
+    train, _ = real_pairs
+    plan = packing.StepPlan(len(train), pairs_per_step=128, epochs=1, seed=0)
+    needed = computed = 0
+    taken = []
+    for step in range(1, plan.total_steps + 1):
+        for batch in packing.micro_batches_of(train, plan.pairs_of(step), 4096, 32, real_tokenizer.pad_token_id, 3840):
+            needed += batch.needed_tokens
+            computed += batch.computed_tokens
+            taken += batch.indices.tolist()
+    assert sorted(taken) == list(range(len(train)))
+    assert needed == train.packed_lengths.sum()
+    assert 0.95 <= needed / computed <= 1
+
+
+def test_margins_and_kinds_come_along(load):
+    pairs = load(
+        [GOOD_ROW, {**GOOD_ROW, "margin": 1.5, "kind": "polite"}, IDENTICAL_ROW, {**GOOD_ROW, "kind": "polite"}]
+    )
+    assert pairs.margins.tolist() == [0, 1.5, 0] and pairs.margins.dtype == np.float32
+    assert [pairs.kind_names[kind] for kind in pairs.kinds] == ["", "polite", "polite"]
+    assert pairs.rows.tolist() == [1, 2, 4]
+
+
+def test_a_tokenizer_that_pads_and_cuts_on_its_own_does_neither_here(load, base, tokenizer):
+    odd = models.load_tokenizer(base)
+    odd.backend_tokenizer.enable_padding(length=64)
+    odd.backend_tokenizer.enable_truncation(max_length=8)
+    pairs = load([GOOD_ROW], tokenizer=odd)
+    assert pairs.sequences(0)[0].tolist() == ids_of(tokenizer, [QUESTION, YES])
+
+
+def test_a_tokenizer_that_adds_tokens_on_its_own_adds_none_to_the_templates(load, base, tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    odd = models.load_tokenizer(base)
+    start = ("<|endoftext|>", odd.convert_tokens_to_ids("<|endoftext|>"))
+    odd.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[start])
+    assert odd("Yes.")["input_ids"][0] == start[1], "this tokenizer should add a token"
+    pairs = load([GOOD_ROW], tokenizer=odd)
+    assert pairs.sequences(0)[0].tolist() == ids_of(odd, [QUESTION, YES]) == ids_of(tokenizer, [QUESTION, YES])
+
+
+def test_rows_beyond_the_first_chunk_keep_numbers_and_tokens(load, tokenizer, monkeypatch, empty_cache):
+    monkeypatch.setattr(data, "ROWS_AT_A_TIME", 3)
+    pairs = load([row for row, _, _ in FORMS[:4]] + [IDENTICAL_ROW] * 3 + [row for row, _, _ in FORMS[4:8]])
+    assert pairs.rows.tolist() == [1, 2, 3, 4, 8, 9, 10, 11] and pairs.counts.rows == 11
+    for index, (_, chosen, rejected) in enumerate(FORMS[:8]):
+        sides = [side.tolist() for side in pairs.sequences(index)]
+        assert sides == [ids_of(tokenizer, chosen), ids_of(tokenizer, rejected)]
+
+
+def test_half_a_surrogate_pair_in_a_text_does_not_stop_the_run(load):
+    pairs = load([GOOD_ROW, {"chosen": transcript("Yes \ud83d."), "rejected": transcript("No.")}])
+    assert len(pairs) + pairs.counts.left_out == 2
+
+
+def test_no_usable_row_makes_an_empty_dataset(load):
+    pairs = load([IDENTICAL_ROW])
+    assert len(pairs) == 0 and (pairs.counts.rows, pairs.counts.left_out) == (1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The shared prefix
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, expected",
+    [
+        ([1, 2, 3], [1, 2, 4, 5], 2),
+        ([1, 2, 3], [1, 2, 3, 4], 2),  # one side is a prefix of the other
+        ([1, 2, 3, 4], [1, 2, 3], 2),
+        ([1], [1, 2, 3], 0),
+        ([1, 2], [1], 0),
+        ([1, 2, 3], [4, 2, 3], 0),  # the first token differs
+        ([1], [2], 0),
+        ([1, 2, 3], [1, 4, 3], 1),  # equal again after the difference
+        ([1, 2, 3], [1, 2, 3], 2),
+    ],
+)
+def test_shared_prefix_leaves_each_side_a_token(chosen, rejected, expected):
+    assert data.shared_prefix(np.array(chosen), np.array(rejected)) == expected
+
+
+def test_shared_prefix_agrees_with_a_plain_loop_on_random_sequences():
+    draw = np.random.default_rng(0)
+    for _ in range(500):
+        chosen, rejected = (draw.integers(0, 2, size=draw.integers(1, 9)) for _ in range(2))
+        length = 0
+        while length < min(len(chosen), len(rejected)) - 1 and chosen[length] == rejected[length]:
+            length += 1
+        assert data.shared_prefix(chosen, rejected) == length
+
+
+def test_sides_of_which_one_starts_with_the_other_come_back_whole(tmp_path):
+    made = [([7, 8, 9], [7, 8, 9, 10]), ([7, 8, 9, 10], [7]), ([1, 2], [3, 4])]
+    pairs = dataset_of(tmp_path / "made", made)
+    assert pairs.lengths.tolist() == [[2, 1, 2], [0, 4, 1], [0, 2, 2]]
+    assert [tuple(side.tolist() for side in pairs.sequences(index)) for index in range(3)] == made
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_second_load_does_not_tokenise_again(load, empty_cache, monkeypatch):
+    first = load([row for row, _, _ in FORMS])
+
+    def fail(*args):
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(data, "_tokenise", fail)
+    second = load([row for row, _, _ in FORMS])
+    assert second.fingerprint == first.fingerprint and len(second) == len(FORMS)
+    assert all(np.array_equal(second.tokens(index), first.tokens(index)) for index in range(len(FORMS)))
+
+
+def test_only_a_file_with_new_content_is_tokenised_again(load, empty_cache, tokenised):
+    first = load([GOOD_ROW])
+    assert tokenised == ["train.jsonl", "test.jsonl"]
+    second = load([GOOD_ROW, {**GOOD_ROW, "chosen": transcript("Maybe.")}])
+    assert tokenised == ["train.jsonl", "test.jsonl", "train.jsonl"]
+    assert (len(first), len(second)) == (1, 2) and first.fingerprint != second.fingerprint
+
+
+def test_another_template_or_tokenizer_tokenises_again(load, base, tokenizer, empty_cache, tokenised):
+    load([GOOD_ROW])
+    other_template = models.load_tokenizer(base)
+    other_template.chat_template = tokenizer.chat_template.replace("<think>\n\n</think>\n\n", "")
+    other_words = models.load_tokenizer(base)
+    other_words.add_tokens(["oven"])
+    for number, other in enumerate((other_template, other_words), start=2):
+        pairs = load([GOOD_ROW], tokenizer=other)
+        assert len(tokenised) == 2 * number
+        assert pairs.sequences(0)[0].tolist() == ids_of(other, [QUESTION, YES]) != ids_of(tokenizer, [QUESTION, YES])
+    load([GOOD_ROW], tokenizer=models.load_tokenizer(base))
+    assert len(tokenised) == 6, "the first tokenizer's result is still there"
+
+
+def test_another_max_length_does_not_tokenise_again(load, empty_cache, tokenised):
+    load([GOOD_ROW])
+    load([GOOD_ROW], max_length=8)
+    assert len(tokenised) == 2
+
+
+def test_the_fingerprint_is_that_of_the_kept_pairs(load):
+    longer = {**GOOD_ROW, "chosen": transcript("Yes. " * 50)}
+    everything, kept = load([GOOD_ROW, longer]), load([GOOD_ROW, longer], max_length=60)
+    assert len(kept) == 1 and everything.fingerprint != kept.fingerprint
+    assert kept.fingerprint == load([GOOD_ROW, longer], max_length=61).fingerprint
+
+
+def test_a_broken_file_leaves_nothing_in_the_cache(load, empty_cache):
+    with pytest.raises(UserError, match=r"train\.jsonl:3"):
+        load([GOOD_ROW, GOOD_ROW, {"chosen": "Yes."}])
+    assert list(empty_cache.iterdir()) == []
+
+
+TOKENISE_AT_ONCE = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+
+root, base, dataset, meeting, name = sys.argv[1:]
+sys.path.insert(0, root)
+import data, tokenizers  # not transformers, which takes seconds to import
+
+tokenizer = SimpleNamespace(
+    backend_tokenizer=tokenizers.Tokenizer.from_file(base + "/tokenizer.json"),
+    chat_template="none",
+    apply_chat_template=lambda dialogues, tokenize: [str(dialogue) for dialogue in dialogues],
+)
+original = data._tokenise
+
+def tokenise_once_both_are_here(source, tokenizer, folder):
+    original(source, tokenizer, folder)
+    split = Path(source.name).stem
+    Path(meeting, f"{split}-{name}").touch()
+    deadline = time.monotonic() + 60
+    while len(list(Path(meeting).glob(f"{split}-*"))) < 2:
+        assert time.monotonic() < deadline, "the other process did not come"
+        time.sleep(0.005)
+
+data._tokenise = tokenise_once_both_are_here
+train, test = data.load_pairs(dataset, tokenizer)
+print(len(train), len(test), train.fingerprint, test.fingerprint, int(train.tokens(len(train) - 1).sum()))
+"""
+
+
+def test_two_processes_that_tokenise_at_once_both_succeed(base, small_dataset, tmp_path, empty_cache):
+    (tmp_path / "meeting").mkdir()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOKENISE_AT_ONCE, str(ROOT), base, small_dataset, str(tmp_path / "meeting"), name],
+            env={**os.environ, "RL_WITH_RM_CACHE": str(empty_cache)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("one", "other")
+    ]
+    results = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], results
+    assert results[0][0] == results[1][0] and results[0][0].startswith("64 16 ")
+    assert len(list(empty_cache.iterdir())) == 2, "one folder for each split, and no temporary one"
+
+
+@pytest.mark.parametrize("below", ["", "cache"])
+def test_a_cache_at_a_files_place_is_named(load, tmp_path, monkeypatch, below):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RL_WITH_RM_CACHE", str(tmp_path / "file" / below))
+    with pytest.raises(DiskOrNetworkError, match=r"cache cannot be written(.|\n)*RL_WITH_RM_CACHE"):
+        load([GOOD_ROW])
+
+
+def test_a_cache_that_may_not_be_written_is_named(load, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o500)
+    if os.access(cache, os.W_OK):  # root may write anywhere: say no in the system's place
+        original = os.mkdir
+
+        def refuse(path, *args, **kwargs):
+            if cache in Path(path).parents:
+                raise PermissionError(13, "Permission denied", str(path))
+            original(path, *args, **kwargs)
+
+        monkeypatch.setattr(os, "mkdir", refuse)
+    monkeypatch.setenv("RL_WITH_RM_CACHE", str(cache))
+    with pytest.raises(DiskOrNetworkError, match=r"cache cannot be written(.|\n)*RL_WITH_RM_CACHE") as caught:
+        load([GOOD_ROW])
+    assert str(cache) in str(caught.value)
+
+
+def test_the_cache_is_below_the_users_unless_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("RL_WITH_RM_CACHE", str(tmp_path / "own"))
+    assert data.cache_root() == tmp_path / "own"
+    monkeypatch.delenv("RL_WITH_RM_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert data.cache_root() == tmp_path / "xdg" / "rl-with-rm"
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    assert data.cache_root() == Path.home() / ".cache" / "rl-with-rm"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is left out
+# ---------------------------------------------------------------------------------------------------------------------
+
+REPLIES = ["Yes.", "Yes, yes.", "Yes, yes, yes.", *(("Yes. " * count).strip() for count in (10, 20, 40))]
+
+
+def test_a_pair_of_exactly_max_length_is_kept_and_a_longer_one_left_out(load, tokenizer):
+    # the longer side is once the chosen, once the rejected one
+    content = [{"chosen": transcript(text), "rejected": transcript("No.")} for text in REPLIES]
+    content += [{"chosen": transcript("No."), "rejected": transcript(text)} for text in REPLIES]
+    longest = [max(len(ids_of(tokenizer, reply(t))), len(ids_of(tokenizer, reply("No.")))) for t in REPLIES] * 2
+    for max_length in sorted({*longest, *(length - 1 for length in longest)}):
+        pairs = load(content, max_length)
+        fitting = [row for row, length in enumerate(longest, start=1) if length <= max_length]
+        too_long = [row for row, length in enumerate(longest, start=1) if length > max_length]
+        assert pairs.rows.tolist() == fitting
+        assert pairs.counts.count["too_long"] == pairs.counts.left_out == len(too_long)
+        assert pairs.counts.first_rows.get("too_long", []) == too_long[:5]
+
+
+def test_pairs_behind_one_that_is_too_long_keep_their_tokens(load, tokenizer):
+    content = [{"chosen": transcript(text), "rejected": transcript("No.")} for text in ("Ja.", "Yes. " * 99, "Sure.")]
+    pairs = load(content, max_length=100)
+    assert pairs.rows.tolist() == [1, 3] and len(pairs) == 2
+    assert [pairs.sequences(index)[0].tolist() for index in (0, 1)] == [
+        ids_of(tokenizer, reply(text)) for text in ("Ja.", "Sure.")
+    ]
+
+
+def test_a_reply_of_120_000_words_is_counted_as_too_long(load):
+    huge = " ".join(f"word{number}" for number in range(120_000))
+    pairs = load([GOOD_ROW, {"chosen": transcript(huge), "rejected": transcript("No.")}], max_length=2048)
+    assert len(pairs) == 1 and pairs.counts.first_rows == {"too_long": [2]}
+
+
+def test_every_reason_is_counted_with_its_rows(load, base):
+    picky = models.load_tokenizer(base)
+    picky.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + picky.chat_template
+    )
+    reasons = {
+        "no_dialogue": {"chosen": "A text.", "rejected": transcript("No.")},
+        "no_reply": {"chosen": PROMPT, "rejected": transcript("No.")},
+        "wrong_last_speaker": {"chosen": [QUESTION, YES], "rejected": [QUESTION]},
+        "identical": IDENTICAL_ROW,
+        "no_text": {"chosen": transcript("half: \ud83d"), "rejected": transcript("No.")},
+        "template": {"chosen": [SYSTEM, QUESTION, YES], "rejected": [SYSTEM, QUESTION, NO]},
+        "too_long": {"chosen": transcript("Yes. " * 50), "rejected": transcript("No.")},
+    }
+    assert reasons.keys() == rows.LEFT_OUT.keys()
+    pairs = load([GOOD_ROW, *reasons.values(), GOOD_ROW], max_length=60, tokenizer=picky)
+    assert pairs.counts.count == Counter(dict.fromkeys(reasons, 1))
+    assert pairs.counts.first_rows == {key: [row] for row, key in enumerate(reasons, start=2)}
+    assert (pairs.counts.rows, pairs.counts.left_out, pairs.rows.tolist()) == (8, 6, [1, 8])
+    lines = pairs.counts.lines()
+    assert len(lines) == 6 and "  left out 1 refused by the model's chat template (row 6)" in lines
+
+
+def test_a_template_that_is_broken_is_not_blamed_on_the_rows(load, base):
+    broken = models.load_tokenizer(base)
+    broken.chat_template = "{% for message in messages %}{{ message.content + 1 }}{% endfor %}"
+    with pytest.raises(TypeError):
+        load([GOOD_ROW], tokenizer=broken)
+
+
+def test_noted_rows_are_counted_and_kept(load):
+    merged = {"chosen": transcript("Yes.\n\nAssistant: Sure."), "rejected": transcript("No.")}
+    differ = {"chosen": transcript("Yes."), "rejected": "\n\nHuman: B?\n\nAssistant: No."}
+    pairs = load([GOOD_ROW, merged, differ, merged])
+    assert len(pairs) == 4 and pairs.counts.left_out == 0
+    assert pairs.counts.first_rows == {"merged": [2, 4], "prompts_differ": [3]}
+    assert pairs.counts.lines() == [
+        "  kept 2 with turns of the same speaker in a row, merged into one (rows 2, 4)",
+        "  kept 1 whose two sides answer different prompts (row 3)",
+    ]
+
+
+def test_a_row_that_is_too_long_is_not_also_counted_as_kept(load):
+    merged = {"chosen": transcript("Yes. " * 50 + "\n\nAssistant: Sure."), "rejected": transcript("No.")}
+    pairs = load([GOOD_ROW, merged], max_length=60)
+    assert pairs.counts.lines() == ["  left out 1 too long (row 2)"]
+
+
+def test_only_the_first_five_rows_of_a_reason_are_listed(load):
+    pairs = load([GOOD_ROW, *[IDENTICAL_ROW] * 7])
+    assert pairs.counts.lines() == ["  left out 7 chosen and rejected are the same (rows 2, 3, 4, 5, 6, …)"]
+
+
+def test_different_texts_with_equal_tokens_are_identical(load, base):
+    from tokenizers import normalizers
+
+    lower = models.load_tokenizer(base)
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    pairs = load([GOOD_ROW, {"chosen": transcript("NO."), "rejected": transcript("no.")}], tokenizer=lower)
+    assert pairs.rows.tolist() == [1] and pairs.counts.first_rows == {"identical": [2]}
+
+
+@pytest.mark.parametrize("bad, total", [(1, 10), (2, 20), (3, 30), (7, 70)])
+def test_exactly_a_tenth_may_be_left_out_and_one_row_more_may_not(load, bad, total):
+    good = [{**GOOD_ROW, "id": number} for number in range(total - bad)]
+    load([*good, *[IDENTICAL_ROW] * bad]).refuse_if_too_much_is_left_out()
+    pairs = load([*good[1:], *[IDENTICAL_ROW] * (bad + 1)])
+    assert pairs.counts.rows == total
+    with pytest.raises(UserError, match=r"% of the rows would be left out(.|\n)*are the same(.|\n)*--bad_rows skip"):
+        pairs.refuse_if_too_much_is_left_out()
+
+
+def test_pairs_that_are_too_long_count_as_left_out(load):
+    longer = {"chosen": transcript("Yes. " * 50), "rejected": transcript("No.")}
+    load([GOOD_ROW, longer]).refuse_if_too_much_is_left_out()
+    pairs = load([GOOD_ROW, longer], max_length=60)
+    with pytest.raises(UserError, match=r"^error: 50% of the rows(.|\n)*too long \(row 2\)") as caught:
+        pairs.refuse_if_too_much_is_left_out()
+    assert pairs.name in str(caught.value)
+
+
+def test_one_row_above_a_tenth_of_a_thousand_is_refused():
+    pairs = data.PairDataset.__new__(data.PairDataset)
+    pairs.name, pairs.counts = "made up", data.Counts(1000, Counter(identical=100), {"identical": [1]})
+    pairs.refuse_if_too_much_is_left_out()
+    pairs.counts.add("identical", 7)
+    with pytest.raises(UserError, match="left out 101 "):
+        pairs.refuse_if_too_much_is_left_out()

@@ -1,0 +1,105 @@
+"""README.md: its flag tables are the dataclass, and its commands run."""
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from train_config import TrainConfig
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def code_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands():
+    lines = [line.split(" #")[0].strip() for block in code_blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_flag_tables_are_the_dataclass():
+    rows = re.findall(r"^\| `--(\w+)` \| (.*?) ?\| (.*) \|$", README, re.MULTILINE)
+    fields = dataclasses.fields(TrainConfig)
+    wanted = [(f.name, "" if f.default is None else str(f.default), f.metadata["help"]) for f in fields]
+    assert rows == wanted
+
+
+def test_project_structure_names_every_script_and_nothing_else():
+    table = README.split("## Project structure")[1].split("## ")[0]
+    named = set(re.findall(r"`(\w+\.py)`", table))
+    assert named == {path.name for path in ROOT.glob("*.py")}
+
+
+def test_every_command_is_of_a_kind_that_is_run():
+    run_here = ("python train_rm.py", "python chat.py", "tensorboard ")
+    run_by_ci = ("make demo", "make test", "uv venv", "uv pip install -r requirements.txt")
+    for command in commands():
+        assert command.startswith(run_here) or command in run_by_ci, command
+    ci = (ROOT / ".ci/run").read_text()
+    for command in run_by_ci:
+        assert command.replace("install -r", "install --dry-run -r") in ci, command
+
+
+@pytest.fixture(scope="module")
+def readers_folder(tmp_path_factory, small_dataset):
+    """Where a reader would stand: with a `pairs.jsonl` and a `settings.json` of their own."""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "pairs.jsonl").write_bytes((Path(small_dataset) / "train.jsonl").read_bytes())
+    (folder / "settings.json").write_text(json.dumps({"batch_size": 16, "lora": True}))
+    return folder
+
+
+def run(arguments, folder):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=300, env=os.environ
+    )
+
+
+def test_training_commands_run_as_written(readers_folder, base, small_dataset):
+    """Each `python train_rm.py …` of the README in its order, on the small model and with one step (later flags win)."""
+    training = [shlex.split(command)[1:] for command in commands() if command.startswith("python train_rm.py")]
+    assert len(training) >= 8
+    for number, (script, *flags) in enumerate(training):
+        small = ["--max_steps", "1", "--eval_num_batches", "1"]
+        if "--resume_from" not in flags:
+            small += ["--model", base]
+            small += [] if "--dataset" in flags else ["--dataset", small_dataset]
+            small += [] if "--run_name" in flags else ["--run_name", f"run{number}"]
+        result = run([ROOT / script, *flags, *small], readers_folder)
+        assert result.returncode == 0, (flags, result.stderr)
+
+
+def test_python_blocks_load_what_training_wrote(readers_folder, base, small_dataset):
+    flags = ["--model", base, "--dataset", small_dataset, "--max_steps", "1", "--eval_num_batches", "1"]
+    for name, more in (("first", []), ("adapter", ["--lora"])):
+        if not (readers_folder / "checkpoints/rm" / name).exists():
+            assert run([ROOT / "train_rm.py", *flags, "--run_name", name, *more], readers_folder).returncode == 0
+    blocks = code_blocks("python")
+    assert len(blocks) == 2
+    for block in blocks:
+        code = block.replace("pad_token_id=151643", "pad_token_id=0") + "\nassert model.score.weight.shape[0] == 1\n"
+        if "reward =" in block:
+            code += "assert reward.isfinite()\n"
+        result = run(["-c", code], readers_folder)
+        assert result.returncode == 0, result.stderr
+
+
+def test_tensorboard_serves_the_logs(readers_folder):
+    command = next(command for command in commands() if command.startswith("tensorboard"))
+    arguments = [sys.executable, "-m", "tensorboard.main", *shlex.split(command)[1:], "--port", "0"]
+    (readers_folder / "logs/rm").mkdir(parents=True, exist_ok=True)
+    with subprocess.Popen(arguments, cwd=readers_folder, stderr=subprocess.PIPE, text=True) as process:
+        served = next((line for line in process.stderr if "http://" in line), "")
+        process.send_signal(signal.SIGTERM)
+        process.stderr.read()
+    assert re.search(r"TensorBoard [\d.]+ at http://\S+", served)

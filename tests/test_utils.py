@@ -1,0 +1,484 @@
+"""utils.py: exit codes and messages, stopping, publishing, run folders, small things."""
+
+import errno
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import utils
+from utils import Stopped, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# run_script: messages and exit codes
+# ---------------------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import errno, os, signal, sys, time
+sys.path.insert(0, {root!r})
+import utils
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the shell of the tests has set
+
+def main(argv):
+{body}
+
+if __name__ == "__main__":
+    sys.exit(utils.run_script(main))
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Write a script with the given body of `main`."""
+
+    def write(body):
+        path = tmp_path / "script.py"
+        indented = "\n".join("    " + line for line in body.strip().splitlines())
+        path.write_text(SCRIPT.format(root=str(ROOT), body=indented))
+        return path
+
+    return write
+
+
+FULL_DISK_BENEATH = """
+try:
+    raise OSError(errno.EDQUOT, "Quota exceeded", "x")
+except OSError as error:
+    raise RuntimeError("could not save") from error
+"""
+FULL_DISK_ON_THE_WAY = """
+try:
+    raise OSError(errno.EROFS, "Read-only", "x")
+except OSError:
+    raise KeyError("lost")
+"""
+ENDS = {
+    "done": ("print('fine')", 0, ""),
+    "our fault": ("return 1 / 0", 1, "error: ZeroDivisionError: division by zero"),
+    "no message": ("raise RuntimeError", 1, "error: RuntimeError: no message"),
+    "other OSError": ("open('nowhere')", 1, "error: FileNotFoundError"),
+    "bad input": ("raise utils.UserError('blue', where='here', next='x')", 2, "blue\n  where:  here\n  next:   x\n"),
+    "missing package": ("import no_such_package", 2, "the package 'no_such_package' is not installed\n  next:   pip"),
+    "checkpoint": ("raise utils.CheckpointError('torn')", 3, "error: torn\n"),
+    "network": ("raise utils.DiskOrNetworkError('no line')", 4, "error: no line\n"),
+    "full disk": ("raise OSError(errno.ENOSPC, 'No space', 'file')", 4, "the disk did not take it\n  where:  file\n"),
+    "full disk beneath": (FULL_DISK_BENEATH, 4, "Quota exceeded"),
+    "full disk on the way": (FULL_DISK_ON_THE_WAY, 4, "Read-only"),
+    "ctrl-c": ("raise KeyboardInterrupt", 130, "stopped\n"),
+    "stopped by ctrl-c": ("raise utils.Stopped(signal.SIGINT)", 130, "stopped\n"),
+    "stopped by SIGTERM": ("raise utils.Stopped(signal.SIGTERM)", 143, "stopped\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(ENDS))
+def test_each_end_has_its_exit_code_and_message_and_a_traceback_only_with_debug(script, run_script, name):
+    body, exit_code, message = ENDS[name]
+    path = script(body)
+    plain, debug = run_script(path), run_script(path, "--debug")
+    assert (plain.returncode, debug.returncode) == (exit_code, exit_code)
+    assert message in plain.stderr and message in debug.stderr
+    assert "Traceback" not in plain.stderr
+    assert ("Traceback" in debug.stderr) == (exit_code != 0)
+    if exit_code == 0:
+        assert (plain.stdout, plain.stderr) == ("fine\n", "")
+
+
+def test_our_fault_says_where_it_was_and_how_to_report_it(script, run_script):
+    path = script("x = 1\nreturn x / 0")
+    line = path.read_text().splitlines().index("    return x / 0") + 1
+    text = run_script(path).stderr
+    assert f"where:  {path}:{line}\n" in text and "our fault" in text and "--debug" in text
+
+
+def test_the_script_gets_its_arguments(script, run_script):
+    assert run_script(script("print(argv)"), "--a", "b c").stdout == "['--a', 'b c']\n"
+
+
+def test_a_reader_that_leaves_early_is_no_error(script):
+    path = script("for number in range(100_000):\n    print(number)")
+    process = subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(30) == 0
+    process.stderr.close()
+
+
+def signalled(path, *signals):
+    """Run a script and send it each signal when it says that it is ready; (exit code, other stdout, stderr)."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        for number in signals:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=30)
+    return process.returncode, stdout, stderr
+
+
+@pytest.mark.parametrize("number, exit_code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_a_sleeping_script_stops_it_without_a_traceback(script, number, exit_code):
+    path = script("print('ready', flush=True)\ntime.sleep(30)\nprint('slept')")
+    assert signalled(path, number) == (exit_code, "", "stopped\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# StopRequest
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number, exit_code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_is_noted_and_raised_by_check(number, exit_code, capsys):
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with utils.StopRequest() as stop:
+        stop.check()
+        signal.raise_signal(number)
+        assert stop.signal_number == number
+        with pytest.raises(Stopped) as caught:
+            stop.check()
+    assert caught.value.exit_code == exit_code
+    assert not isinstance(caught.value, Exception)
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    assert "once more to leave" in capsys.readouterr().err
+
+
+def test_the_handlers_are_restored_after_an_error_too():
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(RuntimeError), utils.StopRequest():
+        assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] != before
+        raise RuntimeError
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("number, exit_code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_first_signal_lets_the_step_end_and_the_clean_up_run(script, number, exit_code):
+    path = script("""
+with utils.StopRequest() as stop:
+    try:
+        print("ready", flush=True)
+        while stop.signal_number is None:
+            time.sleep(0.01)
+        print("step ended", flush=True)
+        stop.check()
+        print("not reached", flush=True)
+    finally:
+        print("saved", flush=True)
+""")
+    code, stdout, stderr = signalled(path, number)
+    assert (code, stdout) == (exit_code, "step ended\nsaved\n")
+    assert stderr.endswith("stopped\n") and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("second, exit_code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_leaves_at_once(script, second, exit_code):
+    path = script("""
+with utils.StopRequest() as stop:
+    try:
+        print("ready", flush=True)
+        while stop.signal_number is None:
+            time.sleep(0.01)
+        print("ready", flush=True)
+        time.sleep(30)
+        stop.check()
+    finally:
+        print("saved", flush=True)
+""")
+    code, stdout, stderr = signalled(path, signal.SIGINT, second)
+    assert (code, stdout) == (exit_code, "") and "Traceback" not in stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Publishing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_published_folder_appears_whole_and_only_at_the_end(tmp_path):
+    final = tmp_path / "run" / "step-5"
+    with utils.published_folder(final) as temporary:
+        assert temporary.parent == final.parent, "a rename is only whole within one file system"
+        (temporary / "weights").write_text("w")
+        (temporary / "deeper").mkdir()
+        (temporary / "deeper" / "more").write_text("m")
+        assert not final.exists()
+    assert (final / "weights").read_text() == "w" and (final / "deeper" / "more").read_text() == "m"
+    assert names_in(final.parent) == ["step-5"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, OSError])
+def test_a_failure_while_writing_leaves_nothing(tmp_path, error):
+    with pytest.raises(error), utils.published_folder(tmp_path / "step-5") as temporary:
+        (temporary / "weights").write_text("half")
+        raise error
+    assert names_in(tmp_path) == []
+
+
+def test_what_is_published_is_never_written_into(tmp_path):
+    (tmp_path / "step-5").mkdir()
+    with pytest.raises(FileExistsError), utils.published_folder(tmp_path / "step-5"):
+        pytest.fail("the body ran")
+    assert names_in(tmp_path) == ["step-5"] and names_in(tmp_path / "step-5") == []
+
+
+def test_the_first_of_two_publishers_wins(tmp_path):
+    final = tmp_path / "step-5"
+    with pytest.raises(FileExistsError) as caught, utils.published_folder(final, ".tmp-second") as second:
+        (second / "weights").write_text("second")
+        with utils.published_folder(final, ".tmp-first") as first:
+            (first / "weights").write_text("first")
+    assert caught.value.filename == str(final)
+    assert (final / "weights").read_text() == "first" and names_in(tmp_path) == ["step-5"]
+
+
+def test_an_existing_file_inside_the_body_is_not_taken_for_another_publisher(tmp_path):
+    with pytest.raises(FileExistsError) as caught, utils.published_folder(tmp_path / "step-5") as temporary:
+        (temporary / "weights").mkdir()
+        (temporary / "weights").mkdir()
+    assert "already published" not in str(caught.value)
+    assert names_in(tmp_path) == []
+
+
+def test_the_rest_of_a_killed_save_is_no_part_of_the_next(tmp_path):
+    (tmp_path / ".tmp-step-5").mkdir()
+    (tmp_path / ".tmp-step-5" / "old").write_text("half")
+    with utils.published_folder(tmp_path / "step-5") as temporary:
+        (temporary / "new").write_text("whole")
+    assert names_in(tmp_path) == ["step-5"] and names_in(tmp_path / "step-5") == ["new"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask to respect")
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
+def test_published_files_follow_the_umask_whatever_wrote_them(tmp_path, umask, mode):
+    previous = os.umask(umask)
+    try:
+        with utils.published_folder(tmp_path / "step-5") as temporary:
+            (temporary / "deeper").mkdir()
+            for number, path in enumerate((temporary / "private", temporary / "deeper" / "open")):
+                path.write_text("x")
+                path.chmod((0o600, 0o666)[number])
+        assert os.umask(umask) == umask, "the umask was left changed"
+    finally:
+        os.umask(previous)
+    files = [path for path in (tmp_path / "step-5").rglob("*") if path.is_file()]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in files] == [mode, mode]
+
+
+def test_dead_saves_are_removed_and_nothing_else(tmp_path):
+    for name in (".tmp-step-5", ".tmp-step-10", "step-5", "tmp-notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("x")
+    (tmp_path / ".tmp-file").write_text("not a save")
+    (tmp_path / ".tmp-link").symlink_to(tmp_path / "step-5")
+    removed = utils.remove_dead_saves(tmp_path)
+    assert sorted(path.name for path in removed) == [".tmp-step-10", ".tmp-step-5"]
+    assert names_in(tmp_path) == [".tmp-file", ".tmp-link", "step-5", "tmp-notes"]
+    assert (tmp_path / "step-5" / "weights").read_text() == "x"
+    assert utils.remove_dead_saves(tmp_path) == []
+
+
+def test_disk_errors_are_found_in_the_chain_of_causes():
+    full = OSError(errno.ENOSPC, "full")
+    outer = RuntimeError("outer")
+    outer.__cause__ = ValueError("middle")
+    outer.__cause__.__context__ = full
+    assert utils.disk_full_cause(outer) is full and utils.disk_full_cause(full) is full
+    assert utils.disk_full_cause(OSError(errno.ENOENT, "not there")) is None
+    assert utils.disk_full_cause(RuntimeError()) is utils.disk_full_cause(None) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run folders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_steps_are_ordered_by_number_and_not_by_name_or_date(tmp_path):
+    for age, step in enumerate((1000, 9, 200, 10)):
+        utils.step_folder(tmp_path, step).mkdir()
+        os.utime(utils.step_folder(tmp_path, step), (10_000 + age, 10_000 + age))
+    assert [path.name for path in utils.step_folders(tmp_path)] == ["step-9", "step-10", "step-200", "step-1000"]
+
+
+def test_other_names_are_no_steps(tmp_path):
+    for name in (
+        "step-5",
+        "step-",
+        "step-x",
+        "step-5.old",
+        "xstep-5",
+        "step--5",
+        "step-٣",
+        "Step-7",
+        ".tmp-step-8",
+        "5",
+    ):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-6").write_text("a file")
+    assert [path.name for path in utils.step_folders(tmp_path)] == ["step-5"]
+    assert utils.step_of(tmp_path / "step-12") == 12 and utils.step_of(tmp_path / "step-12b") is None
+
+
+def test_a_run_without_a_folder_has_no_steps(tmp_path):
+    assert utils.step_folders(tmp_path / "nowhere") == []
+    (tmp_path / "file").touch()
+    assert utils.step_folders(tmp_path / "file") == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["first", "a", "7", "20240115_143022", "lr=1e-5", "a.b+c@d-e_f", "É1", "実験", "a" * 100, "console", "com10"],
+)
+def test_good_run_names(name):
+    assert utils.run_name_problem(name) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "", " ", "a b", "a/b", "a\\b", "..", ".", ".hidden", "-first", "_first", "name.", "a:b", "a*", "a\n", "a\0",
+        "a?", "con", "NUL", "com1", "LPT9", "aux.txt", "a" * 101, "~", "$HOME", "a'b",
+    ],
+)  # fmt: skip
+def test_bad_run_names_are_explained(name):
+    assert utils.run_name_problem(name)
+
+
+def test_a_run_name_is_never_longer_than_a_folders_name_may_be():
+    assert utils.run_name_problem("実" * 100), "300 bytes; most file systems take 255"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small things
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "successes, trials, low, high",
+    [
+        (95, 100, 0.8882, 0.9785),
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (5, 10, 0.2366, 0.7634),
+        (1, 1, 0.2065, 1.0),
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I
+        (0, 0, 0.0, 1.0),
+    ],
+)
+def test_wilsons_interval_has_its_published_values(successes, trials, low, high):
+    got = utils.wilson_interval(successes, trials)
+    assert got == pytest.approx((low, high), abs=5e-5)
+    assert 0 <= got[0] <= got[1] <= 1
+
+
+@pytest.mark.parametrize("trials", [1, 7, 100, 2000])
+def test_wilsons_bounds_are_the_shares_from_which_the_observed_one_is_196_deviations_away(trials):
+    for successes in range(trials + 1):
+        for bound in utils.wilson_interval(successes, trials):
+            distance = abs(successes / trials - bound)
+            assert distance == pytest.approx(1.959964 * (bound * (1 - bound) / trials) ** 0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "count, text",
+    [
+        (0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (5 * 2**20, "5.0 MiB"),
+        (2.25 * 2**30, "2.2 GiB"), (3 * 2**40, "3.0 TiB"), (5000 * 2**40, "5000.0 TiB"),
+    ],
+)  # fmt: skip
+def test_bytes_are_shown_in_binary_units(count, text):
+    assert utils.format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0, "0s"), (0.4, "0s"), (59.4, "59s"), (59.6, "1m00s"), (75, "1m15s"), (3599.4, "59m59s"), (3599.6, "1h00m"),
+        (5000, "1h23m"), (360_000, "100h00m"),
+    ],
+)  # fmt: skip
+def test_durations_are_shown_in_two_units(seconds, text):
+    assert utils.format_duration(seconds) == text
+
+
+def test_the_nearest_name_is_suggested_or_nothing():
+    assert utils.nearest("trian", ["test", "train"]) == ", did you mean 'train'?"
+    assert utils.nearest("zebra", ["test", "train"]) == utils.nearest("train", []) == ""
+
+
+def test_an_error_shows_its_details_in_one_form():
+    error = UserError("it broke", where="here", found=0, safe="the rest", next="try again")
+    assert str(error).splitlines() == [
+        "error: it broke", "  where:  here", "  found:  0", "  safe:   the rest", "  next:   try again",
+    ]  # fmt: skip
+    assert (error.what, str(UserError("it broke"))) == ("it broke", "error: it broke")
+
+
+def test_json_files_come_back_as_they_went(tmp_path):
+    content = {"a": [1, 2.5, None, True], "ü": "日本"}
+    utils.write_json(tmp_path / "x.json", content)
+    assert utils.read_json(tmp_path / "x.json") == content == json.loads((tmp_path / "x.json").read_bytes())
+    assert "日本" in (tmp_path / "x.json").read_text(encoding="utf-8")
+
+
+def test_the_sha256_of_a_file_is_that_of_its_bytes(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert utils.sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Imports
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_code(code, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+
+
+def test_a_lazy_import_waits_for_its_first_use(tmp_path, monkeypatch):
+    (tmp_path / "slow_to_import.py").write_text("ANSWER = 42\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = utils.lazy_import("slow_to_import")
+    assert "slow_to_import" not in sys.modules
+    assert module.ANSWER == 42 and "slow_to_import" in sys.modules
+    monkeypatch.delitem(sys.modules, "slow_to_import")
+    missing = utils.lazy_import("no_such_module")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        _ = missing.anything
+
+
+def test_utils_imports_the_standard_library_only():
+    result = run_code("""
+import sys
+before = set(sys.modules)
+import utils
+new = {name.split(".")[0] for name in set(sys.modules) - before} - {"utils"}
+print(sorted(new - set(sys.stdlib_module_names)))
+""")
+    assert (result.stdout, result.stderr) == ("[]\n", "")
+
+
+def test_help_does_not_wait_for_torch():
+    result = run_code("""
+import runpy, sys
+sys.path.insert(0, ".")
+sys.argv = ["train_rm.py", "--help"]
+try:
+    runpy.run_path("train_rm.py", run_name="__main__")
+except SystemExit as end:
+    slow = {"torch", "numpy", "transformers", "datasets", "pyarrow", "tensorboard"} & set(sys.modules)
+    print("end", end.code, sorted(slow))
+""")
+    assert "--batch_size" in result.stdout and result.stderr == ""
+    assert result.stdout.splitlines()[-1] == "end 0 []"
