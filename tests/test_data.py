@@ -450,7 +450,7 @@ def test_every_reason_is_counted_with_its_rows(load, base):
     pairs = load([GOOD_ROW, *reasons.values(), GOOD_ROW], max_length=60, tokenizer=picky)
     assert pairs.counts.count == Counter(dict.fromkeys(reasons, 1))
     assert pairs.counts.first_rows == {key: [row] for row, key in enumerate(reasons, start=2)}
-    assert (pairs.counts.rows, pairs.counts.left_out, pairs.rows.tolist()) == (8, 6, [1, 8])
+    assert (pairs.counts.rows, pairs.counts.left_out, pairs.rows.tolist()) == (9, 7, [1, 9])
     lines = pairs.counts.lines()
     assert len(lines) == 6 and "  left out 1 refused by the model's chat template (row 6)" in lines
 

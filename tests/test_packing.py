@@ -240,7 +240,7 @@ def test_separate_rows_are_the_plain_sequences_padded_on_the_right(tmp_path):
 
 @pytest.mark.parametrize("costly_width", [3840.0, None])
 def test_an_evaluation_planned_in_parts_takes_every_pair_once(tmp_path, monkeypatch, costly_width):
-    monkeypatch.setattr(data, "PAIRS_PLANNED_AT_ONCE", 7)
+    monkeypatch.setattr(packing, "PAIRS_PLANNED_AT_ONCE", 7)
     pairs = dataset_of(tmp_path / "made", random_pairs(30))
     batches = list(packing.micro_batches_of(pairs, np.arange(30), 1000, 32, 0, costly_width))
     assert sorted(np.concatenate([batch.indices for batch in batches]).tolist()) == list(range(30))

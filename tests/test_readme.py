@@ -66,7 +66,7 @@ def run(arguments, folder):
 
 
 def test_training_commands_run_as_written(readers_folder, base, small_dataset):
-    """Each `python train_rm.py …` of the README in its order, on the small model and with one step (later flags win)."""
+    """Each `python train_rm.py …` of the README, in order, on the small model and for one step (later flags win)."""
     training = [shlex.split(command)[1:] for command in commands() if command.startswith("python train_rm.py")]
     assert len(training) >= 8
     for number, (script, *flags) in enumerate(training):
