@@ -14,19 +14,22 @@ Nothing in it is a pickle.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import utils
 from models import RewardModel
-from utils import CheckpointError
+from utils import CheckpointError, DiskOrNetworkError
 
 OPTIMIZER, RANDOM_STATE = "optimizer.safetensors", "random_state.safetensors"
+SMALL_FILES_BYTES = 32 * 2**20  # tokenizer and JSON files
 POSITION, CONFIG, MANIFEST = "training_state.json", "train_config.json", "manifest.json"
 
 
@@ -70,20 +73,87 @@ def save(
     position: Position,
     config: dict[str, Any],
 ) -> Path:
-    """Write `step-N` under a temporary name and publish it by renaming; returns its path once it is on disk."""
+    """Write `step-N` under a temporary name and publish it by renaming; returns its path once it is on disk.
+
+    Before the renaming every tensor is read back and compared with the one in memory, one at a time. Raises
+    DiskOrNetworkError if the disk is full, or would be; whatever was published before stays as it was.
+    """
+    optimizer_tensors = _optimizer_tensors(model, optimizer)
+    run_folder.mkdir(parents=True, exist_ok=True)
+    _refuse_full_disk(run_folder, model, optimizer_tensors)
     final = utils.step_folder(run_folder, position.step)
-    with utils.published_folder(final) as folder:
-        model.save(folder)
-        save_file(_optimizer_tensors(model, optimizer), folder / OPTIMIZER)
-        save_file(states, folder / RANDOM_STATE)
-        utils.write_json(folder / POSITION, asdict(position))
-        utils.write_json(folder / CONFIG, config)
-        files = {path.name: path for path in sorted(folder.iterdir())}
-        entries = {
-            name: {"bytes": path.stat().st_size, "sha256": utils.sha256_of(path)} for name, path in files.items()
-        }
-        utils.write_json(folder / MANIFEST, {"step": position.step, "files": entries})
+    try:
+        with utils.published_folder(final) as folder:
+            model.save(folder)
+            save_file(optimizer_tensors, folder / OPTIMIZER)
+            save_file(states, folder / RANDOM_STATE)
+            _compare_with_memory(folder, model.saved_tensors() | optimizer_tensors | states)
+            utils.write_json(folder / POSITION, asdict(position))
+            utils.write_json(folder / CONFIG, config)
+            entries = {
+                path.name: {"bytes": path.stat().st_size, "sha256": utils.sha256_of(path)}
+                for path in sorted(folder.iterdir())
+            }
+            utils.write_json(folder / MANIFEST, {"step": position.step, "files": entries})
+    except (OSError, SafetensorError) as error:
+        # safetensors wraps the disk's own error in one of its own, as text
+        if utils.disk_full_cause(error) is None and "os error" not in str(error):
+            raise
+        free = shutil.disk_usage(run_folder).free
+        raise DiskOrNetworkError(
+            f"step {position.step} could not be saved",
+            where=final,
+            found=f"{error} ({utils.format_bytes(free)} free)",
+            safe=_newest_saved(run_folder),
+            next=f"make room, then: python train_rm.py --resume_from {run_folder}",
+        ) from error
     return final
+
+
+def _refuse_full_disk(run_folder: Path, model: RewardModel, optimizer_tensors: dict[str, Tensor]) -> None:
+    """Raise before anything is written if the checkpoint will not fit."""
+    tensors = [*model.saved_tensors().values(), *optimizer_tensors.values()]
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors) + SMALL_FILES_BYTES
+    free = shutil.disk_usage(run_folder).free
+    if needed > free:
+        raise DiskOrNetworkError(
+            "the disk has no room for the next checkpoint",
+            where=run_folder,
+            found=f"{needed:,} bytes needed, {free:,} free",
+            safe=_newest_saved(run_folder),
+            next=f"make room, then: python train_rm.py --resume_from {run_folder}",
+        )
+
+
+def _newest_saved(run_folder: Path) -> str:
+    steps = utils.step_folders(run_folder)
+    return f"{steps[-1].name} is untouched" if steps else "no step of this run was saved before"
+
+
+def _compare_with_memory(folder: Path, expected: dict[str, Tensor]) -> None:
+    """Read every tensor back and compare; only one at a time is in memory twice."""
+    found = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                wanted, got = expected.get(name), file.get_tensor(name)
+                if wanted is None or wanted.dtype != got.dtype or not torch.equal(wanted.cpu(), got):
+                    raise DiskOrNetworkError("what was written is not what is in memory", where=path, found=name)
+                found.add(name)
+    if lost := expected.keys() - found:
+        raise DiskOrNetworkError("the checkpoint lacks what is in memory", where=folder, found=sorted(lost)[0])
+
+
+def set_aside_later_steps(run_folder: Path, step: int) -> Path | None:
+    """Move the steps after `step` out of a resumed run's way."""
+    later = [path for path in utils.step_folders(run_folder) if (utils.step_of(path) or 0) > step]
+    if not later:
+        return None
+    aside = run_folder / f"superseded-{utils.timestamp()}"
+    aside.mkdir(exist_ok=True)
+    for path in later:
+        path.rename(aside / path.name)
+    return aside
 
 
 def _optimizer_tensors(model: RewardModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -141,6 +141,14 @@ class RewardModel(nn.Module):
         """Write weights, configuration and tokenizer; for LoRA the adapter and the head only."""
         save_model(self.classifier, self.peft_model, self.tokenizer, folder)
 
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """What `save` writes, by the names it has in the file."""
+        if self.peft_model is None:
+            return self.classifier.state_dict()
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
+
     @property
     def device(self) -> torch.device:
         return next(self.classifier.parameters()).device

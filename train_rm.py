@@ -264,6 +264,8 @@ def open_run(config: TrainConfig, folder: Path, resumed_from: Path | None) -> Ru
         checkpoint.restore_optimizer(resumed_from, model, optimizer)
         step, random_state = position.step, checkpoint.read_random_state(resumed_from)
         print(f"resuming after step {step} of {plan.total_steps} from {resumed_from}")
+        if folder == resumed_from.parent and (aside := checkpoint.set_aside_later_steps(folder, step)):
+            print(f"  the steps after it now lie in {aside}")
     return Run(config, model, optimizer, train_pairs, test_pairs, plan, folder, step, random_state, saved_step=step)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import stat
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,3 +113,34 @@ def test_an_existing_step_is_never_written_into(saved):
         checkpoint.save(run, model, optimizer, {}, checkpoint.Position(2, 16, "other", 64), {})
     assert (run / "step-2" / "manifest.json").stat().st_mtime_ns == before
     assert json.loads((run / "step-2" / "training_state.json").read_text())["data_fingerprint"] == "data"
+
+
+def test_a_disk_without_room_is_foreseen_with_needed_and_free_bytes(saved, monkeypatch):
+    run, model, optimizer = saved
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(utils.DiskOrNetworkError, match=r"bytes needed, 1,000 free(.|\n)*step-2 is untouched") as caught:
+        checkpoint.save(run, model, optimizer, {}, checkpoint.Position(3, 24, "data", 64), {})
+    assert caught.value.exit_code == 4
+    assert sorted(path.name for path in run.iterdir()) == ["step-1", "step-2"]
+
+
+def test_what_was_written_wrongly_is_not_published(saved, monkeypatch):
+    run, model, optimizer = saved
+    original = checkpoint.save_file
+
+    def flip_one(tensors, path):
+        name = next(iter(tensors))
+        original({**tensors, name: tensors[name] + 1}, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", flip_one)
+    with pytest.raises(utils.DiskOrNetworkError, match="not what is in memory"):
+        checkpoint.save(run, model, optimizer, checkpoint.random_state(), checkpoint.Position(3, 24, "data", 64), {})
+    assert sorted(path.name for path in run.iterdir()) == ["step-1", "step-2"]
+
+
+def test_later_steps_are_set_aside_and_not_deleted(saved):
+    run = saved[0]
+    assert checkpoint.set_aside_later_steps(run, 2) is None
+    aside = checkpoint.set_aside_later_steps(run, 1)
+    assert checkpoint.problem(aside / "step-2") is None
+    assert [path.name for path in utils.step_folders(run)] == ["step-1"]

@@ -452,7 +452,7 @@ def test_every_reason_is_counted_with_its_rows(load, base):
     assert pairs.counts.first_rows == {key: [row] for row, key in enumerate(reasons, start=2)}
     assert (pairs.counts.rows, pairs.counts.left_out, pairs.rows.tolist()) == (9, 7, [1, 9])
     lines = pairs.counts.lines()
-    assert len(lines) == 6 and "  left out 1 refused by the model's chat template (row 6)" in lines
+    assert len(lines) == 7 and "  left out 1 refused by the model's chat template (row 7)" in lines
 
 
 def test_a_template_that_is_broken_is_not_blamed_on_the_rows(load, base):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import dataset_of
 
-import data
 import packing
 
 ROOT = Path(__file__).resolve().parent.parent

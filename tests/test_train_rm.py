@@ -296,6 +296,17 @@ def test_a_finished_run_says_so_and_goes_on_with_more_epochs(run_script, base, s
     assert json.loads((run / "step-3/train_config.json").read_text())["lr"] == 0.002
 
 
+def test_resuming_from_an_older_step_sets_later_ones_aside(run_script, base, small_dataset, tmp_path):
+    run = tmp_path / "checkpoints/rm/one"
+    flags = ["--model", base, "--dataset", small_dataset, "--batch_size", 8, "--grad_accum", 2, "--eval_num_batches", 1]
+    assert run_script("train_rm.py", *flags, "--run_name", "one", "--save_steps", 2).returncode == 0
+    result = run_script("train_rm.py", "--resume_from", run / "step-2")
+    assert result.returncode == 0, result.stderr
+    (aside,) = run.glob("superseded-*/step-4")
+    names = ["model.safetensors", "optimizer.safetensors", "random_state.safetensors"]
+    assert same_bytes(aside, run / "step-4", *names)
+
+
 def test_resuming_with_other_data_or_model_is_refused(run_script, base, small_dataset, demo_folder, tmp_path):
     run = tmp_path / "checkpoints/rm/one"
     assert (
