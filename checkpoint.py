@@ -41,6 +41,10 @@ class Position:
     examples_seen: int
     data_fingerprint: str  # SHA-256 of the training pairs' token ids
     num_pairs: int
+    tokens_per_batch: int  # the budget in use, which is smaller than the one asked for if memory ran out
+    skipped_steps: int = 0  # steps whose loss or gradient was not finite
+    eval_accuracy: float | None = None  # if this step was evaluated
+    base_fingerprint: str | None = None  # of the model under an adapter
 
 
 def random_state() -> dict[str, Tensor]:
@@ -142,6 +146,19 @@ def _compare_with_memory(folder: Path, expected: dict[str, Tensor]) -> None:
                 found.add(name)
     if lost := expected.keys() - found:
         raise DiskOrNetworkError("the checkpoint lacks what is in memory", where=folder, found=sorted(lost)[0])
+
+
+def prune(run_folder: Path, keep: int) -> list[Path]:
+    """Delete all but the newest `keep` steps and the best one; 0 keeps all. Returns what was deleted."""
+    steps = utils.step_folders(run_folder)
+    kept = {*steps[-keep:], utils.best_step(run_folder)} if keep else set(steps)
+    pruned = [path for path in steps if path not in kept]
+    for path in pruned:
+        # out of sight first: a kill in the middle must not leave half a step behind
+        hidden = path.with_name(f".tmp-pruned-{path.name}")
+        path.rename(hidden)
+        shutil.rmtree(hidden)
+    return pruned
 
 
 def set_aside_later_steps(run_folder: Path, step: int) -> Path | None:

@@ -9,6 +9,8 @@ Letters: B rows, T tokens per row, N pairs, D hidden size.
 from __future__ import annotations
 
 import contextlib
+import gc
+import hashlib
 import math
 import threading
 from collections.abc import Iterator
@@ -36,6 +38,21 @@ def pick_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA has a class for it, MPS and the CPU's allocator have words."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give cached blocks back, so that a smaller batch finds room in one piece."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if device.type == "mps":
+        torch.mps.empty_cache()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,6 +165,17 @@ class RewardModel(nn.Module):
         from peft import get_peft_model_state_dict
 
         return get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
+
+    def base_fingerprint(self) -> str | None:
+        """What tells the model under an adapter from another of its shape: a hash over the edges of every weight."""
+        if self.peft_model is None:
+            return None
+        digest = hashlib.sha256()
+        for name, weight in self.classifier.named_parameters():
+            if not weight.requires_grad and "original_module" not in name:
+                edges = torch.cat([weight.flatten()[:16], weight.flatten()[-16:]])
+                digest.update(f"{name} {tuple(weight.shape)}".encode() + edges.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def device(self) -> torch.device:

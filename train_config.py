@@ -52,6 +52,7 @@ class TrainConfig:
     eval_steps: int = flag(50, "evaluate every N optimizer steps; 0 = at the end only", minimum=0, group="evaluation and output")
     eval_num_batches: int = flag(32, "evaluation size in batches, the same pairs every time; 0 = the whole test split", minimum=0, group="evaluation and output")
     save_steps: int = flag(500, "save a checkpoint every N optimizer steps; 0 = at the end only", minimum=0, group="evaluation and output")
+    keep_checkpoints: int = flag(0, "keep the newest N checkpoints and the best by evaluation accuracy; 0 = all", minimum=0, group="evaluation and output")
     output_dir: str = flag("./checkpoints/rm", "checkpoints go to OUTPUT_DIR/RUN_NAME/step-N", group="evaluation and output")
     log_dir: str = flag("./logs/rm", "TensorBoard's files go to LOG_DIR/RUN_NAME", group="evaluation and output")
     run_name: str | None = flag(None, "name of the run (default: date and time, as 20240115_143022)", group="evaluation and output")

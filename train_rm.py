@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import utils
-from train_config import NOT_STORED, TrainConfig, read_config
+from train_config import TrainConfig, read_config
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -34,11 +34,14 @@ if TYPE_CHECKING:
     import models
     import packing
     import progress
+    import runs
 else:  # loaded when first used, so that --help answers at once
-    np, torch, checkpoint, data, models, packing, progress = map(
-        utils.lazy_import, ("numpy", "torch", "checkpoint", "data", "models", "packing", "progress")
+    np, torch, checkpoint, data, models, packing, progress, runs = map(
+        utils.lazy_import, ("numpy", "torch", "checkpoint", "data", "models", "packing", "progress", "runs")
     )
 
+
+MOST_SKIPPED_IN_A_ROW = 10
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
@@ -88,6 +91,32 @@ def accumulate_gradients(
     return torch.cat(losses), torch.cat(rewards)
 
 
+def gradients_of_step(run: runs.Run, indices: Any, between: Callable[[], None]) -> tuple[list[Any], Tensor, Tensor]:
+    """The gradient of the pairs `indices`: its micro-batches, losses (N,) and rewards (N, 2).
+
+    All micro-batches are made first, so that the true count of pairs is known. If the device runs out of memory, the
+    step begins again with half the token budget: the gradient is the same, and the smaller budget stays.
+    """
+    while True:
+        step_batches = list(micro_batches(run, run.train_pairs, indices))
+        try:
+            return step_batches, *accumulate_gradients(run.model, step_batches, run.config.center_rewards, between)
+        except RuntimeError as error:
+            if not models.is_out_of_memory(error):
+                raise
+            used = max(batch.computed_tokens for batch in step_batches)
+            if all(len(batch.margins) == 1 for batch in step_batches):
+                raise UserError(
+                    f"a single pair of {used:,} tokens does not fit the memory of {run.model.device}",
+                    next="a smaller --max_length, --gradient_checkpointing, or --lora",
+                ) from error
+        run.optimizer.zero_grad(set_to_none=True)
+        run.tokens_per_batch = used // 2
+        models.free_memory(run.model.device)
+        checkpoint.set_random_state(run.random_state)  # the same dropout as in the first try
+        print(f"out of memory at {used:,} tokens a batch; going on with {run.tokens_per_batch:,}", flush=True)
+
+
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     """The rate of one step (from 1): a linear warm-up, then constant, linear or cosine decay towards 0."""
     if step <= config.warmup_steps:
@@ -128,16 +157,15 @@ class Evaluation:
         )
 
 
-def evaluate(
-    model: models.RewardModel, dataset: data.PairDataset, indices: Any, config: TrainConfig, between: Callable[[], None]
-) -> Evaluation:
-    """Loss and accuracy over `indices` of a dataset, without dropout. A tie counts as wrong."""
+def evaluate(run: runs.Run, indices: Any, between: Callable[[], None]) -> Evaluation:
+    """Loss and accuracy over `indices` of the test pairs, without dropout. A tie counts as wrong."""
+    model, dataset = run.model, run.test_pairs
     was_training = model.training
     model.eval()
     losses, rewards, order = [], [], []
     try:
         with torch.no_grad():
-            for batch in micro_batches(model, dataset, indices, config):
+            for batch in micro_batches(run, dataset, indices):
                 between()
                 batch = batch.to(model.device)
                 pair_rewards = score(model, batch)
@@ -158,14 +186,15 @@ def evaluate(
     return Evaluation(metrics, int(is_right.sum()), len(is_right), all_rewards.cpu(), by_kind)
 
 
-def micro_batches(model: models.RewardModel, dataset: data.PairDataset, indices: Any, config: TrainConfig) -> Any:
+def micro_batches(run: runs.Run, dataset: data.PairDataset, indices: Any) -> Any:
+    packs = run.model.packs_up_to(run.config.max_length)
     return packing.micro_batches_of(
         dataset,
         indices,
-        config.tokens_per_batch,
-        config.batch_size,
-        model.tokenizer.pad_token_id,
-        model.costly_width() if model.packs_up_to(config.max_length) else None,
+        run.tokens_per_batch,
+        run.config.batch_size,
+        run.model.tokenizer.pad_token_id,
+        run.model.costly_width() if packs else None,
     )
 
 
@@ -174,102 +203,22 @@ def micro_batches(model: models.RewardModel, dataset: data.PairDataset, indices:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Run:
-    """All that one training holds. `step` and `random_state` always describe the last completed step."""
-
-    config: TrainConfig
-    model: models.RewardModel
-    optimizer: torch.optim.Optimizer
-    train_pairs: data.PairDataset
-    test_pairs: data.PairDataset
-    plan: packing.StepPlan
-    folder: Path
-    step: int
-    random_state: dict[str, Tensor]
-    saved_step: int
-    is_updating: bool = False  # inside optimizer.step(): the weights are between two steps
-
-    def save(self) -> Path:
-        position = checkpoint.Position(
-            self.step, self.plan.examples_seen(self.step), self.train_pairs.fingerprint, len(self.train_pairs)
-        )
-        stored = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in NOT_STORED}
-        path = checkpoint.save(self.folder, self.model, self.optimizer, self.random_state, position, stored)
-        self.saved_step = self.step
-        return path
-
-
 def main(argv: list[str]) -> None:
     config, resumed_from = read_config(argv)
-    run = set_up(config, resumed_from)
+    run = runs.set_up(config, resumed_from)
     if run.step >= run.plan.total_steps:
         print(f"nothing to do: step {run.step} of {run.plan.total_steps} is done; more with --epochs or --max_steps")
         return
     with utils.StopRequest() as stop:
         try:
             last = train(run, stop.check)
-        except BaseException:
-            save_last_completed_step(run)
+        except BaseException as cause:
+            runs.save_last_completed_step(run, cause)
             raise
     print(summary(run, last))
 
 
-def set_up(config: TrainConfig, resumed_from: Path | None) -> Run:
-    """Everything that can fail early does so here, cheapest first: names, data, then the model."""
-    folder = claim_run_folder(config, resumed_from)
-    utils.remove_dead_saves(folder)
-    try:
-        return open_run(dataclasses.replace(config, run_name=folder.name), folder, resumed_from)
-    except BaseException:
-        if not any(folder.iterdir()):
-            folder.rmdir()  # nothing began, so nothing stays
-        raise
-
-
-def open_run(config: TrainConfig, folder: Path, resumed_from: Path | None) -> Run:
-    """Tokenizer, pairs, model and optimizer of a run that has its folder."""
-    tokenizer = models.load_tokenizer(str(resumed_from or config.model))
-    train_pairs, test_pairs = data.load_pairs(config.dataset, tokenizer, config.max_length)
-    for pairs in (train_pairs, test_pairs):
-        if config.bad_rows == "stop":
-            pairs.refuse_if_too_much_is_left_out()
-        print("\n".join([f"{pairs.name}: {len(pairs):,} of {pairs.counts.rows:,} rows kept", *pairs.counts.lines()]))
-    if len(train_pairs) == 0:
-        raise UserError("no training pair is left", where=train_pairs.name, next="see the counts above")
-    plan = packing.StepPlan(len(train_pairs), config.pairs_per_step, config.epochs, config.seed, config.max_steps)
-
-    if resumed_from:
-        model = models.RewardModel.restore(resumed_from)
-    else:
-        lora = models.LoraSettings(
-            config.lora_r, config.lora_alpha, config.lora_dropout, tuple(config.lora_target_modules.split(","))
-        )
-        model = models.RewardModel.create(config.model, tokenizer, config.seed, lora if config.lora else None)
-        torch.manual_seed(config.seed)
-    model.autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
-    model.to(models.pick_device()).train()
-    if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    # Qwen3's published weights are bf16, but they are trained in fp32: at 1e-5, bf16 rounds most updates to nothing.
-    trained = list(checkpoint.trained_parameters(model).values())
-    fused = model.device.type in ("cuda", "cpu")
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
-    describe(config, model, trained, plan)
-
-    step, random_state = 0, checkpoint.random_state()
-    if resumed_from:
-        position = checkpoint.read_position(resumed_from)
-        refuse_changed_data(position, train_pairs, config)
-        checkpoint.restore_optimizer(resumed_from, model, optimizer)
-        step, random_state = position.step, checkpoint.read_random_state(resumed_from)
-        print(f"resuming after step {step} of {plan.total_steps} from {resumed_from}")
-        if folder == resumed_from.parent and (aside := checkpoint.set_aside_later_steps(folder, step)):
-            print(f"  the steps after it now lie in {aside}")
-    return Run(config, model, optimizer, train_pairs, test_pairs, plan, folder, step, random_state, saved_step=step)
-
-
-def train(run: Run, check_for_stop: Callable[[], None]) -> Evaluation | None:
+def train(run: runs.Run, check_for_stop: Callable[[], None]) -> Evaluation | None:
     """From the step after the last completed one to the end; returns the last evaluation."""
     config, model, optimizer, plan = run.config, run.model, run.optimizer, run.plan
     board = progress.Board(Path(config.log_dir) / run.folder.name, run.step, plan.examples_seen(run.step))
@@ -284,11 +233,8 @@ def train(run: Run, check_for_stop: Callable[[], None]) -> Evaluation | None:
             started = time.perf_counter()
             is_last = step == plan.total_steps
 
-            # choose: the whole step's micro-batches first, so that the true count of pairs is known
-            step_batches = list(micro_batches(model, run.train_pairs, plan.pairs_of(step), config))
-
-            # forward and backward
-            losses, rewards = accumulate_gradients(model, step_batches, config.center_rewards, check_for_stop)
+            # choose pairs, forward and backward
+            step_batches, losses, rewards = gradients_of_step(run, plan.pairs_of(step), check_for_stop)
 
             # clip; max_norm infinity measures without clipping
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
@@ -296,14 +242,20 @@ def train(run: Run, check_for_stop: Callable[[], None]) -> Evaluation | None:
             # the step's only wait for the device: .item() in the inner loop would stall a GPU
             metrics = {f"train/{name}": value for name, value in pair_metrics(losses, rewards).items()}
             metrics["train/grad_norm"] = float(grad_norm)
-            refuse_non_finite(step, metrics, run)
+            is_finite = math.isfinite(metrics["train/loss"]) and math.isfinite(metrics["train/grad_norm"])
 
             # update, fenced: an interruption on either side finds whole weights
             metrics["train/lr"] = optimizer.param_groups[0]["lr"] = learning_rate(step, plan.total_steps, config)
             run.is_updating = True
-            optimizer.step()
+            if is_finite:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            run.step, run.random_state, run.is_updating = step, checkpoint.random_state(), False
+            run.step, run.random_state, run.eval_accuracy = step, checkpoint.random_state(), None
+            run.is_updating = False
+            if not is_finite:
+                shown.say(note_skipped_step(run, step_batches, losses))
+            run.skipped_in_a_row = 0 if is_finite else run.skipped_in_a_row
+            metrics["train/skipped_steps"] = run.skipped_steps
 
             # log
             examples = plan.examples_seen(step)
@@ -313,7 +265,8 @@ def train(run: Run, check_for_stop: Callable[[], None]) -> Evaluation | None:
 
             # evaluate
             if len(eval_indices) and (is_last or (config.eval_steps and step % config.eval_steps == 0)):
-                evaluation = evaluate(model, run.test_pairs, eval_indices, config, check_for_stop)
+                evaluation = evaluate(run, eval_indices, check_for_stop)
+                run.eval_accuracy = evaluation.metrics["accuracy"]
                 board.scalars({f"eval/{name}": value for name, value in evaluation.metrics.items()}, step, examples)
                 board.histogram("eval/rewards_chosen", evaluation.rewards[:, 0], step)
                 board.histogram("eval/rewards_rejected", evaluation.rewards[:, 1], step)
@@ -335,59 +288,21 @@ def train(run: Run, check_for_stop: Callable[[], None]) -> Evaluation | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def claim_run_folder(config: TrainConfig, resumed_from: Path | None) -> Path:
-    """Make the run's folder, which no other run has; a resumed run goes on in its own."""
-    root = Path(config.output_dir)
-    if resumed_from and (root / config.run_name).resolve() == resumed_from.resolve().parent:
-        return resumed_from.parent
-    root.mkdir(parents=True, exist_ok=True)
-    now = utils.timestamp()
-    names = [config.run_name] if config.run_name else [now, *(f"{now}-{number}" for number in range(2, 100))]
-    for name in names:
-        folder = root / name
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            if folder.is_dir() and not any(folder.iterdir()):  # of a run that never began
-                return folder
-    raise UserError(
-        f"there is a run named {name!r} already",
-        where=folder,
-        safe="nothing of it was touched",
-        next=f"another --run_name, or go on with it: python train_rm.py --resume_from {folder}",
-    )
-
-
-def describe(config: TrainConfig, model: models.RewardModel, trained: list[Any], plan: packing.StepPlan) -> None:
-    total = sum(parameter.numel() for parameter in model.classifier.parameters())
-    count = sum(parameter.numel() for parameter in trained)
-    print(f"model: {config.model}, {total:,} parameters, {count:,} trained, {config.precision} on {model.device}")
-    if not model.packs_up_to(config.max_length):
-        print(
-            f"  one sequence per row, because {model.why_not or 'its attention window is below --max_length'}: slower"
-        )
-    print(f"plan: {plan.total_steps:,} steps of {config.pairs_per_step} pairs", flush=True)
-
-
-def refuse_changed_data(position: Any, train_pairs: data.PairDataset, config: TrainConfig) -> None:
-    if position.data_fingerprint != train_pairs.fingerprint and not config.allow_data_change:
+def note_skipped_step(run: runs.Run, step_batches: list[Any], losses: Tensor) -> str:
+    """Count a step whose loss or gradient is not finite and say which rows; too many in a row end the run."""
+    run.skipped_steps += 1
+    run.skipped_in_a_row += 1
+    indices = np.concatenate([batch.indices for batch in step_batches])
+    guilty = indices[~losses.isfinite().cpu().numpy()]
+    rows = ", ".join(str(row) for row in sorted(run.train_pairs.rows[guilty if len(guilty) else indices])[:8])
+    if run.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
         raise UserError(
-            "the training pairs are not the ones this run was started with",
-            where=train_pairs.name,
-            found=f"{len(train_pairs):,} pairs, then {position.num_pairs:,}",
-            next="bring the old data back, or add --allow_data_change to go on with these",
+            f"{run.skipped_in_a_row} steps in a row had a loss or gradient that is not finite",
+            found=f"the last one at step {run.step}, rows {rows}",
+            safe=f"no such gradient reached the weights; they are those of step {run.step - run.skipped_in_a_row}",
+            next="a smaller --lr, more --warmup_steps, or --precision fp32",
         )
-
-
-def refuse_non_finite(step: int, metrics: dict[str, float], run: Run) -> None:
-    if not all(math.isfinite(metrics[name]) for name in ("train/loss", "train/grad_norm")):
-        raise UserError(
-            f"the loss or its gradient is not finite at step {step}",
-            found=f"loss {metrics['train/loss']}, gradient norm {metrics['train/grad_norm']}",
-            safe=f"the weights are those of step {run.step}",
-            next="a smaller --lr, --warmup_steps, or --precision fp32",
-        )
+    return f"step {run.step} skipped: its loss or gradient is not finite (rows {rows}, {len(guilty) or 'all'} of them)"
 
 
 def speed(step_batches: list[Any], seconds: float, device: Any) -> dict[str, float]:
@@ -404,14 +319,7 @@ def speed(step_batches: list[Any], seconds: float, device: Any) -> dict[str, flo
     }
 
 
-def save_last_completed_step(run: Run) -> None:
-    """After Ctrl-C or a crash: nothing that was learned is lost, unless the crash was inside the update itself."""
-    if run.is_updating or run.step == run.saved_step:
-        return
-    print(f"saved {run.save()} (the last completed step)", flush=True)
-
-
-def summary(run: Run, evaluation: Evaluation | None) -> str:
+def summary(run: runs.Run, evaluation: Evaluation | None) -> str:
     """The end of a run: how good, where it lies, what to type next."""
     lines = [f"done: {run.step:,} steps, {run.plan.examples_seen(run.step):,} pairs"]
     if evaluation:

@@ -13,6 +13,7 @@ import importlib
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -181,6 +182,64 @@ def step_folders(run_folder: Path) -> list[Path]:
         return []
     steps = [path for path in run_folder.iterdir() if step_of(path) is not None and path.is_dir()]
     return sorted(steps, key=lambda path: step_of(path) or 0)
+
+
+def best_step(run_folder: Path) -> Path | None:
+    """The step with the highest evaluation accuracy, the newest of equals; None if none was evaluated when saved."""
+    scored = []
+    for path in step_folders(run_folder):
+        try:
+            accuracy = read_json(path / "training_state.json")["eval_accuracy"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a damaged step is nobody's best
+        if isinstance(accuracy, float) and math.isfinite(accuracy):
+            scored.append((accuracy, step_of(path) or 0, path))
+    return max(scored)[2] if scored else None
+
+
+class RunLock:
+    """Held by the process that trains a run. The system lets go of it when the process ends, however it ends."""
+
+    FILE = ".lock"
+
+    def __init__(self, run_folder: Path):
+        """Raise UserError, naming host and process, if another process trains this run."""
+        self._file = (run_folder / self.FILE).open("a+", encoding="utf-8")
+        try:
+            _lock(self._file)
+        except OSError as error:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise UserError(
+                "this run is being trained just now",
+                where=run_folder,
+                found=f"held by {holder}",
+                safe="nothing of it was touched",
+                next="another --run_name, or wait until it ends",
+            ) from error
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {platform.node()}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def _lock(file: typing.IO[str]) -> None:
+    """An exclusive lock on an open file; OSError if somebody else has it."""
+    if os.name == "nt":
+        import msvcrt
+
+        file.seek(LOCKED_BYTE)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+LOCKED_BYTE = 1024  # Windows forbids reading a locked byte, so it is one behind the text
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ def saved(base, tokenizer, tmp_path):
         for parameter in model.classifier.parameters():
             parameter.grad = torch.full_like(parameter, 0.1 * step)
         optimizer.step()
-        position = checkpoint.Position(step, 8 * step, "data", 64)
+        position = checkpoint.Position(step, 8 * step, "data", 64, 4096)
         checkpoint.save(tmp_path / "run", model, optimizer, checkpoint.random_state(), position, {"lr": 1e-3})
     return tmp_path / "run", model, optimizer
 
@@ -37,7 +37,7 @@ def test_everything_comes_back(saved, base):
         assert torch.equal(old, new), name
         for key in ("step", "exp_avg", "exp_avg_sq"):
             assert torch.equal(optimizer.state[old][key], other.state[new][key]), (name, key)
-    assert checkpoint.read_position(folder) == checkpoint.Position(2, 16, "data", 64)
+    assert checkpoint.read_position(folder) == checkpoint.Position(2, 16, "data", 64, 4096)
     assert checkpoint.read_config(folder) == {"lr": 1e-3}
 
 
@@ -110,7 +110,7 @@ def test_an_existing_step_is_never_written_into(saved):
     run, model, optimizer = saved
     before = (run / "step-2" / "manifest.json").stat().st_mtime_ns
     with pytest.raises(FileExistsError):
-        checkpoint.save(run, model, optimizer, {}, checkpoint.Position(2, 16, "other", 64), {})
+        checkpoint.save(run, model, optimizer, {}, checkpoint.Position(2, 16, "other", 64, 4096), {})
     assert (run / "step-2" / "manifest.json").stat().st_mtime_ns == before
     assert json.loads((run / "step-2" / "training_state.json").read_text())["data_fingerprint"] == "data"
 
@@ -119,7 +119,7 @@ def test_a_disk_without_room_is_foreseen_with_needed_and_free_bytes(saved, monke
     run, model, optimizer = saved
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(utils.DiskOrNetworkError, match=r"bytes needed, 1,000 free(.|\n)*step-2 is untouched") as caught:
-        checkpoint.save(run, model, optimizer, {}, checkpoint.Position(3, 24, "data", 64), {})
+        checkpoint.save(run, model, optimizer, {}, checkpoint.Position(3, 24, "data", 64, 4096), {})
     assert caught.value.exit_code == 4
     assert sorted(path.name for path in run.iterdir()) == ["step-1", "step-2"]
 
@@ -134,7 +134,9 @@ def test_what_was_written_wrongly_is_not_published(saved, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_file", flip_one)
     with pytest.raises(utils.DiskOrNetworkError, match="not what is in memory"):
-        checkpoint.save(run, model, optimizer, checkpoint.random_state(), checkpoint.Position(3, 24, "data", 64), {})
+        checkpoint.save(
+            run, model, optimizer, checkpoint.random_state(), checkpoint.Position(3, 24, "data", 64, 4096), {}
+        )
     assert sorted(path.name for path in run.iterdir()) == ["step-1", "step-2"]
 
 

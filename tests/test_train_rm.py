@@ -1,9 +1,11 @@
 """train_rm.py: the loss, accumulation, equality with TRL, resuming, the logs, and the script run as a user runs it."""
 
+import dataclasses
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,12 +17,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import save_file
 
 import checkpoint
 import data
 import models
 import packing
 import train_rm
+import utils
 
 TINY = ["--eval_num_batches", "1", "--save_steps", "0", "--eval_steps", "0", "--lr", "1e-3"]
 
@@ -342,23 +346,139 @@ def test_a_run_name_in_use_is_refused_and_nothing_is_touched(run_script, base, s
     assert [path.name for path in (tmp_path / "checkpoints/rm/mine").iterdir()] == ["notes.txt"]
 
 
-def test_an_infinite_loss_never_reaches_the_weights(base, tokenizer, small_dataset, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def poison(monkeypatch, steps):
+    """Make the losses of the given steps NaN, gradients included."""
     original = train_rm.accumulate_gradients
+    calls = []
 
-    def poison_second_step(model, *rest):
+    def poisoned(model, *rest):
         losses, rewards = original(model, *rest)
-        if len(list(Path("logs/rm/nan").iterdir())) and poison_second_step.calls == 1:
-            losses = losses * math.nan
-        poison_second_step.calls += 1
+        calls.append(1)
+        if len(calls) in steps:
+            losses[0] = math.nan
+            next(model.classifier.parameters()).grad.fill_(math.nan)
         return losses, rewards
 
-    poison_second_step.calls = 0
-    monkeypatch.setattr(train_rm, "accumulate_gradients", poison_second_step)
-    with pytest.raises(train_rm.UserError, match=r"not finite at step 2(.|\n)*the weights are those of step 1"):
-        train_rm.main(["--model", base, "--dataset", small_dataset, "--batch_size", "4", "--run_name", "nan", *TINY])
+    monkeypatch.setattr(train_rm, "accumulate_gradients", poisoned)
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_named(base, small_dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    poison(monkeypatch, {2, 4})
+    flags = ["--model", base, "--dataset", small_dataset, "--batch_size", "4", "--grad_accum", "2", "--run_name", "nan"]
+    train_rm.main([*flags, *TINY])
+    assert len(re.findall(r"step [24] skipped: .* \(rows \d+, 1 of them\)", capsys.readouterr().out)) == 2
+    assert [value for _, value in scalars("logs/rm/nan")[0]["train/skipped_steps"]] == [0, 1, 1, 2, 2, 2, 2, 2]
+    saved = checkpoint.find("checkpoints/rm/nan")
+    assert checkpoint.read_position(saved).skipped_steps == 2
+    assert all(tensor.isfinite().all() for tensor in loaded(saved, "model.safetensors").values())
+    assert {value.item() for key, value in loaded(saved, "optimizer.safetensors").items() if key[:5] == "step/"} == {
+        6.0
+    }
+
+
+def test_ten_skipped_steps_in_a_row_stop_the_run_and_name_the_last_good_step(
+    base, small_dataset, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    poison(monkeypatch, set(range(4, 100)))
+    flags = ["--model", base, "--dataset", small_dataset, "--batch_size", "4", "--grad_accum", "1", "--run_name", "nan"]
+    with pytest.raises(train_rm.UserError, match="10 steps in a row(.|\n)*the last one at step 13(.|\n)*of step 3"):
+        train_rm.main([*flags, *TINY])
     saved = checkpoint.find("checkpoints/rm/nan")
     assert all(tensor.isfinite().all() for tensor in loaded(saved, "model.safetensors").values())
+
+
+def test_out_of_memory_halves_the_budget_and_gives_the_same_gradient(
+    base, small_dataset, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    flags = [
+        "--model",
+        base,
+        "--dataset",
+        small_dataset,
+        "--batch_size",
+        "8",
+        "--grad_accum",
+        "2",
+        "--precision",
+        "fp32",
+    ]
+    train_rm.main([*flags, *TINY, "--run_name", "roomy", "--lr", "1e-5"])
+    original = train_rm.score
+
+    def little_memory(model, batch):
+        if batch.computed_tokens > 400:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        return original(model, batch)
+
+    monkeypatch.setattr(train_rm, "score", little_memory)
+    train_rm.main([*flags, *TINY, "--run_name", "tight", "--lr", "1e-5"])
+    output = capsys.readouterr().out
+    assert output.count("out of memory at") in (1, 2, 3), output
+    budget = checkpoint.read_position(checkpoint.find("checkpoints/rm/tight")).tokens_per_batch
+    assert f"going on with {budget:,}" in output and budget <= 800
+    roomy, tight = (loaded(f"checkpoints/rm/{name}/step-4", "model.safetensors") for name in ("roomy", "tight"))
+    for name, weights in roomy.items():
+        torch.testing.assert_close(tight[name], weights, rtol=0, atol=4e-6, msg=name)
+
+    train_rm.main(["--resume_from", "checkpoints/rm/tight", "--epochs", "2"])
+    assert "out of memory" not in capsys.readouterr().out, "the smaller budget was forgotten"
+
+
+def test_a_pair_that_fits_no_memory_says_what_to_change(base, small_dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def no_memory(model, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_rm, "score", no_memory)
+    with pytest.raises(train_rm.UserError, match=r"a single pair of \d+ tokens(.|\n)*--max_length"):
+        train_rm.main(["--model", base, "--dataset", small_dataset, *TINY])
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(base, small_dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    accuracies = iter([0.6, 0.9, 0.7, 0.9, 0.5, 0.6, 0.7, 0.8])
+    original = train_rm.evaluate
+
+    def with_accuracy(*arguments):
+        found = original(*arguments)
+        return dataclasses.replace(found, metrics={**found.metrics, "accuracy": next(accuracies)})
+
+    monkeypatch.setattr(train_rm, "evaluate", with_accuracy)
+    train_rm.main(
+        ["--model", base, "--dataset", small_dataset, "--batch_size", "8", "--grad_accum", "1", "--eval_steps", "1",
+         "--eval_num_batches", "1", "--save_steps", "1", "--keep_checkpoints", "2", "--run_name", "kept"]
+    )  # fmt: skip
+    run = tmp_path / "checkpoints/rm/kept"
+    assert [path.name for path in utils.step_folders(run)] == ["step-4", "step-7", "step-8"]
+    assert utils.best_step(run) == run / "step-4", "of equals, the newest"
+    assert not list(run.glob(".tmp-*"))
+
+
+def test_an_adapter_on_another_base_of_the_same_shape_is_refused(run_script, base, small_dataset, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    flags = ["--model", tmp_path / "base", "--dataset", small_dataset, "--lora", "--run_name", "one", *TINY]
+    assert run_script("train_rm.py", *flags).returncode == 0
+    weights = loaded(tmp_path / "base", "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] += 0.01
+    save_file(weights, tmp_path / "base/model.safetensors", {"format": "pt"})
+    result = run_script("train_rm.py", "--resume_from", tmp_path / "checkpoints/rm/one", "--epochs", 2)
+    assert result.returncode == 3, result.stderr
+    assert str(tmp_path / "base") in result.stderr and "step-1" in result.stderr
+
+
+def test_two_processes_cannot_train_one_run(run_script, base, small_dataset, tmp_path):
+    flags = ["--model", base, "--dataset", small_dataset, *TINY]
+    assert run_script("train_rm.py", *flags, "--run_name", "one").returncode == 0
+    lock = utils.RunLock(tmp_path / "checkpoints/rm/one")
+    held = run_script("train_rm.py", "--resume_from", tmp_path / "checkpoints/rm/one", "--epochs", 2)
+    assert held.returncode == 2 and f"process {os.getpid()} on" in held.stderr, held.stderr
+    lock.release()
+    free = run_script("train_rm.py", "--resume_from", tmp_path / "checkpoints/rm/one", "--epochs", 2)
+    assert free.returncode == 0, free.stderr
 
 
 def hub_at(address, folder):

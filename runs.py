@@ -1,0 +1,195 @@
+"""One training run: its folder and lock, its pairs, model and optimizer, and where it stands.
+
+Opening it, going back to a checkpoint, and saving are here, so that train_rm.py is the training and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import checkpoint
+import data
+import models
+import packing
+import utils
+from train_config import NOT_STORED, TrainConfig
+from utils import UserError
+
+
+@dataclass
+class Run:
+    """All that one training holds. `step` and `random_state` always describe the last completed step."""
+
+    config: TrainConfig
+    model: models.RewardModel
+    optimizer: torch.optim.Optimizer
+    train_pairs: data.PairDataset
+    test_pairs: data.PairDataset
+    plan: packing.StepPlan
+    folder: Path
+    step: int
+    random_state: dict[str, Tensor]
+    saved_step: int
+    lock: utils.RunLock
+    tokens_per_batch: int  # what of config.tokens_per_batch fits the memory
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    eval_accuracy: float | None = None  # of `step`, if it was evaluated
+    is_updating: bool = False  # inside optimizer.step(): the weights are between two steps
+
+    def save(self) -> Path:
+        position = checkpoint.Position(
+            self.step,
+            self.plan.examples_seen(self.step),
+            self.train_pairs.fingerprint,
+            len(self.train_pairs),
+            self.tokens_per_batch,
+            self.skipped_steps,
+            self.eval_accuracy,
+            self.model.base_fingerprint(),
+        )
+        stored = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in NOT_STORED}
+        path = checkpoint.save(self.folder, self.model, self.optimizer, self.random_state, position, stored)
+        self.saved_step = self.step
+        checkpoint.prune(self.folder, self.config.keep_checkpoints)
+        return path
+
+
+def set_up(config: TrainConfig, resumed_from: Path | None) -> Run:
+    """Everything that can fail early does so here, cheapest first: names, data, then the model."""
+    folder = claim_run_folder(config, resumed_from)
+    lock = utils.RunLock(folder)
+    try:
+        utils.remove_dead_saves(folder)
+        return open_run(dataclasses.replace(config, run_name=folder.name), folder, lock, resumed_from)
+    except BaseException:
+        lock.release()
+        if not has_begun(folder):
+            shutil.rmtree(folder)  # so nothing stays
+        raise
+
+
+def open_run(config: TrainConfig, folder: Path, lock: utils.RunLock, resumed_from: Path | None) -> Run:
+    """Tokenizer, pairs, model and optimizer of a run that has its folder."""
+    tokenizer = models.load_tokenizer(str(resumed_from or config.model))
+    train_pairs, test_pairs = data.load_pairs(config.dataset, tokenizer, config.max_length)
+    for pairs in (train_pairs, test_pairs):
+        if config.bad_rows == "stop":
+            pairs.refuse_if_too_much_is_left_out()
+        print("\n".join([f"{pairs.name}: {len(pairs):,} of {pairs.counts.rows:,} rows kept", *pairs.counts.lines()]))
+    if len(train_pairs) == 0:
+        raise UserError("no training pair is left", where=train_pairs.name, next="see the counts above")
+    plan = packing.StepPlan(len(train_pairs), config.pairs_per_step, config.epochs, config.seed, config.max_steps)
+
+    if resumed_from:
+        model = models.RewardModel.restore(resumed_from)
+    else:
+        lora = models.LoraSettings(
+            config.lora_r, config.lora_alpha, config.lora_dropout, tuple(config.lora_target_modules.split(","))
+        )
+        model = models.RewardModel.create(config.model, tokenizer, config.seed, lora if config.lora else None)
+        torch.manual_seed(config.seed)
+    model.autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
+    model.to(models.pick_device()).train()
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    # Qwen3's published weights are bf16, but they are trained in fp32: at 1e-5, bf16 rounds most updates to nothing.
+    trained = list(checkpoint.trained_parameters(model).values())
+    fused = model.device.type in ("cuda", "cpu")
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    describe(config, model, trained, plan)
+
+    run = Run(
+        config, model, optimizer, train_pairs, test_pairs, plan, folder, step=0, random_state=checkpoint.random_state(),
+        saved_step=0, lock=lock, tokens_per_batch=config.tokens_per_batch,
+    )  # fmt: skip
+    if resumed_from:
+        go_back_to(resumed_from, run)
+    return run
+
+
+def go_back_to(folder: Path, run: Run) -> None:
+    """Put a new run where a checkpoint was."""
+    position = checkpoint.read_position(folder)
+    refuse_changed_data(position, run.train_pairs, run.config)
+    if position.base_fingerprint != run.model.base_fingerprint():
+        raise utils.CheckpointError(
+            "the adapter was trained on another base model",
+            where=folder,
+            found=f"{run.config.model} is not what it was: its weights differ",
+            next="bring the old base model back to that place",
+        )
+    checkpoint.restore_optimizer(folder, run.model, run.optimizer)
+    run.step = run.saved_step = position.step
+    run.random_state, run.skipped_steps = checkpoint.read_random_state(folder), position.skipped_steps
+    run.tokens_per_batch = min(position.tokens_per_batch, run.config.tokens_per_batch)
+    print(f"resuming after step {run.step} of {run.plan.total_steps} from {folder}")
+    if run.folder == folder.parent and (aside := checkpoint.set_aside_later_steps(run.folder, run.step)):
+        print(f"  the steps after it now lie in {aside}")
+
+
+def refuse_changed_data(position: Any, train_pairs: data.PairDataset, config: TrainConfig) -> None:
+    if position.data_fingerprint != train_pairs.fingerprint and not config.allow_data_change:
+        raise UserError(
+            "the training pairs are not the ones this run was started with",
+            where=train_pairs.name,
+            found=f"{len(train_pairs):,} pairs, then {position.num_pairs:,}",
+            next="bring the old data back, or add --allow_data_change to go on with these",
+        )
+
+
+def claim_run_folder(config: TrainConfig, resumed_from: Path | None) -> Path:
+    """Make the run's folder, which no other run has; a resumed run goes on in its own."""
+    root = Path(config.output_dir)
+    if resumed_from and (root / config.run_name).resolve() == resumed_from.resolve().parent:
+        return resumed_from.parent
+    root.mkdir(parents=True, exist_ok=True)
+    now = utils.timestamp()
+    names = [config.run_name] if config.run_name else [now, *(f"{now}-{number}" for number in range(2, 100))]
+    for name in names:
+        folder = root / name
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            if folder.is_dir() and not has_begun(folder):
+                return folder
+    raise UserError(
+        f"there is a run named {name!r} already",
+        where=folder,
+        safe="nothing of it was touched",
+        next=f"another --run_name, or go on with it: python train_rm.py --resume_from {folder}",
+    )
+
+
+def has_begun(run_folder: Path) -> bool:
+    return any(path.name != utils.RunLock.FILE for path in run_folder.iterdir())
+
+
+def describe(config: TrainConfig, model: models.RewardModel, trained: list[Any], plan: packing.StepPlan) -> None:
+    total = sum(parameter.numel() for parameter in model.classifier.parameters())
+    count = sum(parameter.numel() for parameter in trained)
+    print(f"model: {config.model}, {total:,} parameters, {count:,} trained, {config.precision} on {model.device}")
+    if not model.packs_up_to(config.max_length):
+        print(
+            f"  one sequence per row, because {model.why_not or 'its attention window is below --max_length'}: slower"
+        )
+    print(f"plan: {plan.total_steps:,} steps of {config.pairs_per_step} pairs", flush=True)
+
+
+def save_last_completed_step(run: Run, cause: BaseException) -> None:
+    """After Ctrl-C or a crash: nothing that was learned is lost, unless the crash was inside the update itself."""
+    if run.is_updating or run.step == run.saved_step or isinstance(cause, utils.DiskOrNetworkError):
+        return
+    try:
+        print(f"saved {run.save()} (the last completed step)", flush=True)
+    except Exception as error:  # the cause is what run_script reports; this must not replace it
+        print(f"the last completed step, {run.step}, could not be saved either:\n{error}", file=sys.stderr)
