@@ -215,6 +215,8 @@ def main(argv: list[str]) -> None:
         except BaseException as cause:
             runs.save_last_completed_step(run, cause)
             raise
+        finally:
+            run.lock.release()
     print(summary(run, last))
 
 
@@ -328,7 +330,15 @@ def summary(run: runs.Run, evaluation: Evaluation | None) -> str:
         for kind, (correct, pairs) in evaluation.by_kind.items():
             lines.append(f"  {kind:<{width}}  {correct / pairs:6.1%} of {pairs}")
     saved = utils.step_folder(run.folder, run.step)
-    return "\n".join([*lines, f"checkpoint: {saved}", "next:", f"  tensorboard --logdir {run.config.log_dir}"])
+    return "\n".join(
+        [
+            *lines,
+            f"checkpoint: {saved}",
+            "next:",
+            f"  tensorboard --logdir {run.config.log_dir}",
+            f"  python chat.py --model {saved}",
+        ]
+    )
 
 
 if __name__ == "__main__":

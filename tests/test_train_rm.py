@@ -196,6 +196,7 @@ def test_a_run_logs_every_tag_once_a_step_and_says_what_to_type_next(run_script,
     assert "64 of 64 rows kept" in result.stdout
     assert re.search(r"held-out accuracy [\d.]+% \(95 % interval [\d.]+% to [\d.]+%\)", result.stdout)
     assert "tensorboard --logdir ./logs/rm" in result.stdout
+    assert "python chat.py --model checkpoints/rm/full/step-6" in result.stdout
     assert "step 6/6" in result.stdout
 
 
@@ -372,9 +373,8 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(base, small_data
     saved = checkpoint.find("checkpoints/rm/nan")
     assert checkpoint.read_position(saved).skipped_steps == 2
     assert all(tensor.isfinite().all() for tensor in loaded(saved, "model.safetensors").values())
-    assert {value.item() for key, value in loaded(saved, "optimizer.safetensors").items() if key[:5] == "step/"} == {
-        6.0
-    }
+    moments = loaded(saved, "optimizer.safetensors")
+    assert {value.item() for key, value in moments.items() if key.startswith("step/")} == {6.0}
 
 
 def test_ten_skipped_steps_in_a_row_stop_the_run_and_name_the_last_good_step(
@@ -383,7 +383,7 @@ def test_ten_skipped_steps_in_a_row_stop_the_run_and_name_the_last_good_step(
     monkeypatch.chdir(tmp_path)
     poison(monkeypatch, set(range(4, 100)))
     flags = ["--model", base, "--dataset", small_dataset, "--batch_size", "4", "--grad_accum", "1", "--run_name", "nan"]
-    with pytest.raises(train_rm.UserError, match="10 steps in a row(.|\n)*the last one at step 13(.|\n)*of step 3"):
+    with pytest.raises(train_rm.UserError, match=r"10 steps in a row(.|\n)*the last one at step 13(.|\n)*of step 3"):
         train_rm.main([*flags, *TINY])
     saved = checkpoint.find("checkpoints/rm/nan")
     assert all(tensor.isfinite().all() for tensor in loaded(saved, "model.safetensors").values())

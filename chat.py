@@ -40,7 +40,7 @@ class ChatConfig:
     """Every setting of the page."""
 
     # fmt: off
-    model: str = flag("Qwen/Qwen3-0.6B", "who talks: hub id or folder; a reward checkpoint brings its base; given: loaded at start")
+    model: str = flag("Qwen/Qwen3-0.6B", "who talks: hub id or folder, or a reward checkpoint for its base")
     reward_model: str | None = flag(None, "who scores: a reward checkpoint's folder, or its run's for the newest one")
     autoload: bool = flag(False, "load the default model at start too, without waiting for the button")
     host: str = flag("127.0.0.1", "address to listen at; 0.0.0.0 lets the whole network in")
@@ -156,10 +156,8 @@ def refuse_too_long(dialogue: list[dict[str, str]], tokenizer: Any, model_config
     options = {"add_generation_prompt": new_tokens > 0, "enable_thinking": False, "return_dict": False}
     tokens = len(tokenizer.apply_chat_template(dialogue, **options))
     if limit is not None and tokens + new_tokens > limit:
-        raise ValueError(
-            f"too long: {tokens:,} tokens so far and up to {new_tokens:,} new ones make {tokens + new_tokens:,}; "
-            f"the model's limit is {limit:,}"
-        )
+        new = f" and up to {new_tokens:,} new ones make {tokens + new_tokens:,}" if new_tokens else ""
+        raise ValueError(f"too long: {tokens:,} tokens so far{new}; the model's limit is {limit:,}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,8 +216,8 @@ class Stage:
         temperature: float,
         top_p: float,
         max_new_tokens: int,
-    ) -> Iterator[str | dict[str, Any]]:
-        """Reply to a message: the text so far, again and again; or a note that says why there is none."""
+    ) -> Iterator[tuple[str | dict[str, Any], bool]]:
+        """Reply to a message: (text so far, True) again and again, then (reply, or a note why there is none; False)."""
         try:
             if self.policy is None:
                 raise ValueError("no model is loaded yet: press Load")
@@ -230,11 +228,12 @@ class Stage:
             reply = ""
             for piece in self.policy.stream(dialogue, int(max_new_tokens), temperature, top_p):
                 reply += piece
-                yield reply
+                yield reply, True
             if not reply.strip():
                 raise ValueError("the model ended its reply before it said anything")
+            yield reply, False
         except Exception as error:  # a stream must end with a word to the visitor, or the page waits for ever
-            yield {"role": "assistant", "content": self.explain(error), "metadata": {"title": "no reply"}}
+            yield {"role": "assistant", "content": self.explain(error), "metadata": {"title": "no reply"}}, False
 
     def reward_of(self, dialogue: list[dict[str, str]]) -> float:
         if self.reward is None:
@@ -245,16 +244,16 @@ class Stage:
             self._rewards[key] = self.reward.score_dialogues([dialogue])[0]
         return self._rewards[key]
 
-    def describe_rewards(self, history: list[dict[str, Any]], system_prompt: str) -> str:
-        """The rewards of a chat's replies, the last one first, as Markdown."""
-        if self.reward is None:
+    def describe_rewards(self, history: list[dict[str, Any]], system_prompt: str, is_replying: bool = False) -> str:
+        """The rewards of a chat's replies, the last one first, as Markdown; nothing while a reply is being written."""
+        if self.reward is None or is_replying:
             return ""
         dialogue = dialogue_of(history, system_prompt)
         ends = [end for end, message in enumerate(dialogue, 1) if message["role"] == "assistant"]
         try:
             rewards = [f"{self.reward_of(dialogue[:end]):.3f}" for end in ends]
         except Exception as error:  # the replies themselves are fine
-            return f"no reward: {html.escape(self.explain(error))}"
+            return f"no reward: {html.escape(self.explain(error), quote=False)}"
         if not rewards:
             return ""
         return f"**reward {rewards[-1]}**" + (f" · replies before: {', '.join(rewards[:-1])}" if rewards[1:] else "")
@@ -262,11 +261,14 @@ class Stage:
     def score(self, messages_json: str) -> float:
         """The reward of a dialogue: a JSON list of {"role": ..., "content": ...}."""
         try:
-            messages = [(message["role"], text_of(message["content"])) for message in json.loads(messages_json)]
-            return self.reward_of([{"role": role, "content": text} for role, text in messages])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise gr.Error('wants a JSON list of {"role": ..., "content": ...}', print_exception=False) from error
-        except Exception as error:
+            messages = json.loads(messages_json)
+            dialogue = [{"role": message["role"], "content": text_of(message["content"])} for message in messages]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            wanted = 'wants a JSON list of {"role": ..., "content": ...}'
+            raise gr.Error(f"{wanted}: {self.explain(error)}", print_exception=False) from error
+        try:
+            return self.reward_of(dialogue)
+        except Exception as error:  # the caller must hear what it is, and the server lives on
             raise gr.Error(self.explain(error), print_exception=False) from error
 
 
@@ -281,24 +283,23 @@ def plain_chatbot(**options: Any) -> Any:
     Gradio's own, even told not to render Markdown, turns HTML into elements (sanitized: nothing runs, but pictures are
     fetched), and it takes the indentation out of a reply on its way into the history.
     """
-from gradio.events import Dependency
 
-    class PlainChatbot(gr.Chatbot):
-        is_template = True  # the browser's part stays Chatbot's
+    chatbot = gr.Chatbot(sanitize_html=True, render_markdown=False, **options)
+    show = chatbot._postprocess_content
 
-        def _postprocess_content(self, content: Any) -> Any:
-            text = html.escape(text_of(content if isinstance(content, str) else [content]), quote=False)
-            return super()._postprocess_content({"type": "text", "text": text})
+    def show_plain(content: Any) -> Any:
+        text = html.escape(text_of(content if isinstance(content, str) else [content]), quote=False)
+        return show({"type": "text", "text": text})
 
-        def _preprocess_content(self, content: Any) -> Any:
-            return {"type": "text", "text": html.unescape(content.text)}
-
-    return PlainChatbot(sanitize_html=True, render_markdown=False, **options)
+    # on the instance: Gradio answers a subclass by writing a .pyi file beside this one
+    chatbot._postprocess_content = show_plain
+    chatbot._preprocess_content = lambda content: {"type": "text", "text": html.unescape(content.text)}
+    return chatbot
 
 
 def build_page(stage: Stage) -> Any:
     with gr.Blocks(title="chat", fill_height=True, analytics_enabled=False) as page:
-        with gr.Row(equal_height=True):
+        with gr.Row():
             status = gr.Markdown()
             load = gr.Button("Load", variant="primary", scale=0, visible=False)
         with gr.Sidebar(position="right"):
@@ -309,12 +310,23 @@ def build_page(stage: Stage) -> Any:
                 gr.Slider(1, 4096, 512, step=1, label="Max new tokens"),
             ]
         chatbot = plain_chatbot(show_label=False, scale=1, buttons=["copy"])
-        chat = gr.ChatInterface(stage.answer, chatbot=chatbot, additional_inputs=settings, api_name="chat")
+        is_replying = gr.State(False)
+        chat = gr.ChatInterface(
+            stage.answer,
+            chatbot=chatbot,
+            additional_inputs=settings,
+            additional_outputs=[is_replying],
+            api_name="chat",
+        )
         rewards = gr.Markdown()
-        # The rewards follow from the history instead of standing in it: so a stopped reply has one too, retry, undo and
-        # clear need no care, and neither the next prompt nor /chat's answer holds a number that the model never wrote.
-        changed, hidden = chat.chatbot_state.change, {"show_progress": "hidden", "api_visibility": "undocumented"}
-        changed(stage.describe_rewards, [chat.chatbot_state, settings[0]], rewards, **hidden)
+        # The rewards follow from the chat instead of standing in it: so a stopped reply has one too, and neither the
+        # next prompt nor /chat's answer holds a number that the model never wrote.
+        hidden = {"show_progress": "hidden", "api_visibility": "undocumented"}
+        scoring = (stage.describe_rewards, [chatbot, settings[0], is_replying], rewards)
+        is_replying.change(*scoring, **hidden)
+        gr.on([chat.textbox.stop, chatbot.undo, chatbot.clear], lambda: False, None, is_replying, **hidden).then(
+            *scoring, **hidden
+        )
         load.click(stage.press_load, None, [status, load], api_name="load")
         page.load(stage.status, None, [status, load], **hidden)
         gr.api(stage.score, api_name="score")
@@ -348,7 +360,14 @@ def main(argv: list[str]) -> None:
         stage.load()
     page = build_page(stage)
     page.launch(
-        server_name=config.host, server_port=port, share=False, quiet=True, ssr_mode=False, prevent_thread_lock=True
+        server_name=config.host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        ssr_mode=False,
+        run_history=False,
+        footer_links=["api"],
+        prevent_thread_lock=True,
     )
     print(f"open {page.local_url}   (Ctrl-C stops)", flush=True)
     try:
