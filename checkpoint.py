@@ -14,6 +14,8 @@ Nothing in it is a pickle.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,7 +100,8 @@ def save(
                 path.name: {"bytes": path.stat().st_size, "sha256": utils.sha256_of(path)}
                 for path in sorted(folder.iterdir())
             }
-            utils.write_json(folder / MANIFEST, {"step": position.step, "files": entries})
+            manifest = {"step": position.step, "files": entries}
+            utils.write_json(folder / MANIFEST, manifest | {"sha256": _own_checksum(manifest)})
     except (OSError, SafetensorError) as error:
         # safetensors wraps the disk's own error in one of its own, as text
         if utils.disk_full_cause(error) is None and "os error" not in str(error):
@@ -159,6 +162,11 @@ def prune(run_folder: Path, keep: int) -> list[Path]:
         path.rename(hidden)
         shutil.rmtree(hidden)
     return pruned
+
+
+def _own_checksum(manifest: dict[str, Any]) -> str:
+    """What a manifest says of itself, so that a flipped bit in it is not blamed on a file that it lists."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def set_aside_later_steps(run_folder: Path, step: int) -> Path | None:
@@ -262,10 +270,13 @@ def problem(folder: Path) -> tuple[Path, str] | None:
     """What is wrong with a checkpoint: (file, what was found and expected); None if every file is as it was written."""
     manifest = folder / MANIFEST
     try:
-        files = utils.read_json(manifest)["files"]
-        expected = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+        content = utils.read_json(manifest)
+        own_checksum = content.pop("sha256")
+        expected = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return manifest, f"no readable manifest ({type(error).__name__}: {error})"
+    if own_checksum != _own_checksum(content):
+        return manifest, "its content changed; its SHA-256 is not the one it names"
     for path, (size, checksum) in expected.items():
         if not path.is_file():
             return path, f"no such file; the manifest says {size:,} bytes"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import shutil
 import sys
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ import numpy as np
 import utils
 from rows import LEFT_OUT, NOTED, Pair, Source, find_sources, read_pairs
 
-CACHE_VERSION = 1  # raise it when parsing or tokenising changes what comes out
+CACHE_VERSION = 2  # raise it when parsing, tokenising or the files change
 ROWS_AT_A_TIME = 2000
 MOST_LEFT_OUT = 0.10
 
@@ -136,7 +137,8 @@ def cache_root() -> Path:
 def _cached(source: Source, tokenizer: Any, tokenizer_print: str) -> Path:
     key = hashlib.sha256(f"{CACHE_VERSION}/{source.fingerprint()}/{tokenizer_print}".encode()).hexdigest()[:32]
     folder = cache_root() / key
-    if not (folder / "report.json").exists():
+    if not _is_whole(folder):
+        shutil.rmtree(folder, ignore_errors=True)
         try:
             with utils.published_folder(folder, f".tmp-{key}-{os.getpid()}") as temporary:
                 _tokenise(source, tokenizer, temporary)
@@ -147,6 +149,15 @@ def _cached(source: Source, tokenizer: Any, tokenizer_print: str) -> Path:
         except (PermissionError, NotADirectoryError) as error:
             raise _cache_unwritable(error) from error
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a cache entry has all its files at their sizes; one that somebody cut is made anew."""
+    try:
+        sizes = utils.read_json(folder / "report.json")["bytes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _cache_unwritable(error: OSError) -> utils.DiskOrNetworkError:
@@ -190,7 +201,8 @@ def _tokenise(source: Source, tokenizer: Any, folder: Path) -> None:
     utils.write_json(
         folder / "report.json",
         {"rows": counts.rows, "count": counts.count, "first_rows": counts.first_rows, "kinds": kind_names,
-         "tokens_sha256": utils.sha256_of(folder / "tokens.bin"), "source": source.name},
+         "tokens_sha256": utils.sha256_of(folder / "tokens.bin"), "source": source.name,
+         "bytes": {path.name: path.stat().st_size for path in folder.iterdir()}},
     )  # fmt: skip
 
 

@@ -115,3 +115,7 @@ def dataset_of(folder, pairs, margins=None):
     report = {"rows": len(pairs), "count": {}, "first_rows": {}, "kinds": [""], "tokens_sha256": "x", "source": "x"}
     utils.write_json(folder / "report.json", report)
     return data.PairDataset(folder, "made up")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "survives(fault): the row of the README's fault table that a test stands for")

@@ -396,6 +396,18 @@ def test_the_cache_is_below_the_users_unless_told(monkeypatch, tmp_path):
     assert data.cache_root() == Path.home() / ".cache" / "rl-with-rm"
 
 
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+@pytest.mark.parametrize("name", ["tokens.bin", "lengths.npy", "notes.npy", "report.json"])
+def test_a_damaged_cache_entry_is_made_anew(load, empty_cache, name, damage):
+    wanted = load([GOOD_ROW, TEST_ROW]).lengths.tolist()
+    for path in empty_cache.glob(f"*/{name}"):
+        if damage == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:-1])
+    assert load([GOOD_ROW, TEST_ROW]).lengths.tolist() == wanted
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is left out
 # ---------------------------------------------------------------------------------------------------------------------

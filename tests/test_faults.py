@@ -1,0 +1,389 @@
+"""What a run survives: real kills, signals, full disks and damage, each followed by a resume that must be exact.
+
+Each fault hits a forked child of this process, so that importing torch is paid for once. `survives` names the row of
+the README's table that a test stands for.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+import checkpoint
+import data
+import train_rm
+import utils
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its victims")
+
+WEIGHTS = ("adapter_model.safetensors", "optimizer.safetensors", "random_state.safetensors")
+
+
+def survives(fault):
+    return pytest.mark.survives(fault)
+
+
+def in_child(function, output):
+    """Run `function` in a forked child through `utils.run_script`; returns its exit code, negative for a signal."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.stdout = os.fdopen(1, "w", buffering=1)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        sys.argv = ["train_rm.py"]
+        code = 70  # not one of ours
+        try:
+            code = utils.run_script(lambda argv: function())
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+@pytest.fixture(scope="module")
+def flags(base, small_dataset):
+    """A LoRA run of 4 steps with dropout: save and evaluation after every one."""
+    return ["--model", base, "--dataset", small_dataset, "--batch_size", "8", "--grad_accum", "2", "--lora",
+            "--lora_dropout", "0.2", "--eval_steps", "1", "--eval_num_batches", "1", "--save_steps", "1",
+            "--lr", "1e-3"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(flags, tmp_path_factory):
+    """The run folder of a training that nothing ever happened to."""
+    folder = tmp_path_factory.mktemp("straight")
+    os.chdir(folder)
+    code = in_child(lambda: train_rm.main([*flags, "--run_name", "run"]), folder / "log")
+    assert code == 0, (folder / "log").read_text()
+    os.chdir(ROOT)
+    return folder / "checkpoints/rm/run"
+
+
+@pytest.fixture
+def begun(straight, tmp_path, monkeypatch):
+    """A copy of that run as it was after step 2, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "checkpoints/rm/run"
+    run.mkdir(parents=True)
+    for step in (1, 2):
+        shutil.copytree(straight / f"step-{step}", run / f"step-{step}")
+    shutil.copytree(straight.parents[2] / "logs", tmp_path / "logs")
+    return run
+
+
+def resume(run, *more):
+    return lambda: train_rm.main(["--resume_from", str(run), *more])
+
+
+def assert_goes_on_exactly(run, straight, log):
+    """Every visible step is sound, and resuming ends with the bytes of the straight run and leaves no debris."""
+    for step in utils.step_folders(run):
+        assert checkpoint.problem(step) is None, step
+    assert in_child(resume(run), log) == 0, log.read_text()
+    for name in WEIGHTS:
+        assert (run / "step-4" / name).read_bytes() == (straight / "step-4" / name).read_bytes(), name
+    assert not list(run.glob(".tmp-*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kills
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def die_at(number, run):
+    """Kill this process right before the n-th time that it opens for writing, renames or removes something of a run."""
+    seen = [0]
+
+    def watch(event, arguments):
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if not writes and event not in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod"):
+            return
+        if str(run) in str(arguments[0]) and utils.RunLock.FILE not in str(arguments[0]):
+            seen[0] += 1
+            if seen[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    return seen
+
+
+@survives("SIGKILL right before each write, rename and removal of two saves with pruning")
+def test_a_kill_at_any_point_of_a_save_loses_nothing(begun, straight, tmp_path):
+    log = tmp_path / "log"
+    untouched = tmp_path / "untouched"
+    shutil.copytree(begun, untouched)
+
+    def count():
+        seen = die_at(0, begun)
+        resume(begun, "--keep_checkpoints", "2")()
+        print(f"counted {seen[0]}")
+
+    assert in_child(count, log) == 0, log.read_text()
+    points = int(log.read_text().split("counted ")[1])
+    assert points > 20
+    for number in range(1, points + 1):
+        shutil.rmtree(begun)
+        shutil.copytree(untouched, begun)
+
+        def victim(number=number):
+            die_at(number, begun)
+            resume(begun, "--keep_checkpoints", "2")()
+
+        assert in_child(victim, log) == -signal.SIGKILL, (number, log.read_text())
+        steps = utils.step_folders(begun)
+        assert len(steps) >= 2, f"kill point {number} lost a step"
+        assert_goes_on_exactly(begun, straight, log)
+
+
+@survives("SIGKILL at random moments of one training, again and again")
+def test_a_training_killed_again_and_again_ends_as_the_straight_one(flags, straight, tmp_path, monkeypatch):
+    """SOAK_KILLS=50 is the long form."""
+    monkeypatch.chdir(tmp_path)
+    draw, log = random.Random(0), tmp_path / "log"
+    run = tmp_path / "checkpoints/rm/run"
+    kills = int(os.environ.get("SOAK_KILLS", "5"))
+    done = 0
+    while done < kills:
+        child = os.fork()
+        if child == 0:
+            os._exit(in_child(resume(run) if utils.step_folders(run) else begin(flags, run), log) & 127)
+        time.sleep(draw.uniform(0.2, 2.5))
+        # the grandchild is the victim: its whole group would take this process along
+        for line in os.popen(f"ps -o pid= --ppid {child}").read().split():
+            os.kill(int(line), signal.SIGKILL)
+        os.waitpid(child, 0)
+        done += 1
+        if utils.step_folders(run) and utils.step_of(utils.step_folders(run)[-1]) == 4:
+            break
+    if not utils.step_folders(run):
+        assert in_child(begin(flags, run), log) == 0, log.read_text()
+    assert_goes_on_exactly(run, straight, log)
+
+
+def begin(flags, run):
+    def start():
+        shutil.rmtree(run, ignore_errors=True)
+        train_rm.main([*flags, "--run_name", run.name])
+
+    return start
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals
+# ---------------------------------------------------------------------------------------------------------------------
+
+PHASES = {
+    "loading the data": (data, "load_pairs"),
+    "forward and backward": (train_rm, "accumulate_gradients"),
+    "evaluating": (train_rm, "evaluate"),
+    "saving": (checkpoint, "save_file"),
+}
+
+
+@survives("Ctrl-C and SIGTERM while loading data, training, evaluating and saving")
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_in_any_phase_is_served_and_the_run_goes_on_exactly(begun, straight, tmp_path, phase, number, code):
+    log = tmp_path / "log"
+    module, name = PHASES[phase]
+
+    def victim():
+        original = getattr(module, name)
+
+        def interrupted(*arguments, **options):
+            os.kill(os.getpid(), number)
+            return original(*arguments, **options)
+
+        setattr(module, name, interrupted)
+        resume(begun)()
+
+    started = time.monotonic()
+    assert in_child(victim, log) == code, log.read_text()
+    assert time.monotonic() - started < 30
+    assert "Traceback" not in log.read_text()
+    assert_goes_on_exactly(begun, straight, log)
+
+
+@survives("a second Ctrl-C")
+def test_a_second_signal_leaves_at_once_and_harms_nothing(begun, straight, tmp_path):
+    log = tmp_path / "log"
+
+    def victim():
+        original = checkpoint.save_file
+
+        def interrupted_twice(*arguments):
+            original(*arguments)
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+
+        checkpoint.save_file = interrupted_twice
+        resume(begun)()
+
+    started = time.monotonic()
+    assert in_child(victim, log) == 130
+    assert time.monotonic() - started < 30
+    assert_goes_on_exactly(begun, straight, log)
+
+
+@survives("an exception in the loop")
+def test_a_crash_saves_the_last_completed_step_and_exits_1(begun, straight, tmp_path):
+    log = tmp_path / "log"
+
+    def victim():
+        def fail(*arguments):
+            raise RuntimeError("the cat pulled the plug")
+
+        train_rm.evaluate = fail
+        resume(begun, "--save_steps", "0")()
+
+    assert in_child(victim, log) == 1
+    assert "the cat pulled the plug" in log.read_text() and "the last completed step" in log.read_text()
+    assert (begun / "step-3").is_dir()
+    assert_goes_on_exactly(begun, straight, log)
+
+
+@survives("an exception in the loop whose emergency save fails too")
+def test_a_crash_whose_save_fails_too_reports_both(begun, straight, tmp_path):
+    log = tmp_path / "log"
+
+    def victim():
+        def fail(*arguments):
+            raise RuntimeError("the cat pulled the plug")
+
+        train_rm.evaluate = checkpoint.save_file = fail
+        resume(begun, "--save_steps", "0")()
+
+    assert in_child(victim, log) == 1
+    assert "could not be saved either" in log.read_text() and log.read_text().count("the cat pulled the plug") == 2
+    assert_goes_on_exactly(begun, straight, log)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Disks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@survives("a disk that takes no more, at ten sizes")
+@pytest.mark.parametrize("kib", [0, 1, 4, 5, 16, 64, 100, 171, 200, 300])
+def test_a_full_disk_exits_4_and_leaves_the_older_steps(begun, straight, tmp_path, kib):
+    log = tmp_path / "log"
+
+    def victim():
+        def full(*arguments):
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (kib * 1024, resource.RLIM_INFINITY))
+            try:
+                return original(*arguments)
+            finally:  # the log that this test reads is a file too
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+        original, checkpoint.save = checkpoint.save, full
+        resume(begun)()
+
+    assert in_child(victim, log) == 4, log.read_text()
+    text = log.read_text()
+    assert "step 3 could not be saved" in text and "step-2 is untouched" in text, text
+    assert f"--resume_from {begun}" in text and "Traceback" not in text and "saved checkpoints" not in text
+    assert [path.name for path in begun.iterdir() if path.name.startswith(("step", ".tmp"))] == ["step-1", "step-2"]
+    assert_goes_on_exactly(begun, straight, log)
+
+
+@survives("a disk whose lack of room can be foreseen")
+def test_a_save_that_would_not_fit_is_not_begun(begun, straight, tmp_path):
+    log = tmp_path / "log"
+
+    def victim():
+        real = shutil.disk_usage(begun)
+        checkpoint.shutil.disk_usage = lambda path: real._replace(free=1_000_000)
+        resume(begun)()
+
+    assert in_child(victim, log) == 4, log.read_text()
+    assert "1,000,000 free" in log.read_text() and "step-2 is untouched" in log.read_text()
+    assert_goes_on_exactly(begun, straight, log)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damage
+# ---------------------------------------------------------------------------------------------------------------------
+
+FILES = ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "manifest.json",
+         "optimizer.safetensors", "random_state.safetensors", "tokenizer.json", "tokenizer_config.json",
+         "train_config.json", "training_state.json"]  # fmt: skip
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "missing": lambda path: path.unlink(),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "emptied": lambda path: path.write_bytes(b""),
+    "bit-flipped": flip_a_bit,
+    "zeroed at its end": lambda path: path.write_bytes(path.read_bytes()[:16] + bytes(path.stat().st_size - 16)),
+}
+
+
+@survives("each file of a checkpoint missing, cut, emptied, bit-flipped or zeroed at its end")
+def test_any_damage_exits_3_and_names_file_and_way_out(begun, straight, tmp_path):
+    assert sorted(path.name for path in (begun / "step-2").iterdir()) == FILES
+    log = tmp_path / "log"
+    for name in FILES:
+        for kind, damage in DAMAGES.items():
+            path = begun / "step-2" / name
+            whole = path.read_bytes()
+            damage(path)
+            assert in_child(resume(begun / "step-2"), log) == 3, (name, kind, log.read_text())
+            assert name in log.read_text() and f"--resume_from {begun / 'step-1'}" in log.read_text(), (name, kind)
+            path.write_bytes(whole)
+    # a run folder falls back to its newest sound step, and the damaged one is set aside, not deleted
+    (begun / "step-2" / "optimizer.safetensors").unlink()
+    assert in_child(resume(begun), log) == 0, log.read_text()
+    assert "resuming after step 1" in log.read_text()
+    assert list(begun.glob("superseded-*/step-2"))
+    assert_goes_on_exactly(begun, straight, log)
+
+
+@survives("leftovers of a dead save")
+def test_leftovers_are_cleaned_and_never_picked_up(begun, straight, tmp_path):
+    shutil.copytree(begun / "step-2", begun / ".tmp-step-9")
+    assert checkpoint.find(str(begun)) == begun / "step-2"
+    assert_goes_on_exactly(begun, straight, tmp_path / "log")
+
+
+def test_the_table_in_the_readme_is_this_suites(request):
+    """Each fault of the suite stands in the README with the number of times it is injected here, and nothing else."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("### What a run survives")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ")[0] for line in table.splitlines() if line.startswith("| ")][1:]
+    marks = []
+    for item in request.session.items:
+        marks += [mark.args[0] for mark in item.iter_markers("survives")]
+    if len(set(marks)) < 10:
+        pytest.skip("only a part of the suite was selected")
+    assert rows == list(dict.fromkeys(marks))
+
+
+def test_weights_of_the_straight_run_moved(straight):
+    """Guards the suite itself: equal bytes would mean little if training changed nothing."""
+    first, last = ((straight / f"step-{step}" / WEIGHTS[0]).read_bytes() for step in (1, 4))
+    assert first != last and json.loads((straight / "step-4/training_state.json").read_text())["step"] == 4
+    assert torch.get_num_threads() >= 1
