@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python train_rm.py --demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
