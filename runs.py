@@ -130,7 +130,9 @@ def go_back_to(folder: Path, run: Run) -> None:
     checkpoint.restore_optimizer(folder, run.model, run.optimizer)
     run.step = run.saved_step = position.step
     run.random_state, run.skipped_steps = checkpoint.read_random_state(folder), position.skipped_steps
-    run.tokens_per_batch = min(position.tokens_per_batch, run.config.tokens_per_batch)
+    run.eval_accuracy = position.eval_accuracy
+    if run.config.tokens_per_batch == checkpoint.read_config(folder)["tokens_per_batch"]:
+        run.tokens_per_batch = position.tokens_per_batch  # the smaller one if memory ran out before
     print(f"resuming after step {run.step} of {run.plan.total_steps} from {folder}")
     if run.folder == folder.parent and (aside := checkpoint.set_aside_later_steps(run.folder, run.step)):
         print(f"  the steps after it now lie in {aside}")

@@ -121,9 +121,11 @@ def compare_with_stored(stored: dict[str, Any], given: dict[str, Any], allow_dat
     """Say which settings of a resumed run changed; refuse those that would make it another run."""
     changed = {name: value for name, value in given.items() if name in stored and value != stored[name]}
     if changed:
-        print(f"{'setting':<24} {'stored':<28} asked and used")
+        refused = {*FIXED_BY_CHECKPOINT, *([] if allow_data_change else EXACTNESS_NEEDS)}
+        print(f"{'setting':<24} {'stored':<24} {'asked':<24} used")
         for name, value in changed.items():
-            print(f"{name:<24} {stored[name]!s:<28} {value}")
+            used = "refused" if name in refused else value
+            print(f"{name:<24} {stored[name]!s:<24} {value!s:<24} {used}")
     if fixed := [name for name in FIXED_BY_CHECKPOINT if name in changed]:
         raise UserError(
             f"a checkpoint's {', '.join('--' + name for name in fixed)} cannot change",

@@ -206,7 +206,7 @@ def micro_batches(run: runs.Run, dataset: data.PairDataset, indices: Any) -> Any
 def main(argv: list[str]) -> None:
     config, resumed_from = read_config(argv)
     run = runs.set_up(config, resumed_from)
-    if run.step >= run.plan.total_steps:
+    if run.step >= run.plan.total_steps and not evaluation_is_missing(run):
         print(f"nothing to do: step {run.step} of {run.plan.total_steps} is done; more with --epochs or --max_steps")
         return
     with utils.StopRequest() as stop:
@@ -226,11 +226,12 @@ def train(run: runs.Run, check_for_stop: Callable[[], None]) -> Evaluation | Non
     board = progress.Board(Path(config.log_dir) / run.folder.name, run.step, plan.examples_seen(run.step))
     board.table("config", dataclasses.asdict(config), run.step)
     shown = progress.Progress(plan.total_steps, run.step)
-    eval_indices = packing.fixed_sample(len(run.test_pairs), config.eval_num_batches * config.batch_size, config.seed)
     parameters = list(checkpoint.trained_parameters(model).values())
     checkpoint.set_random_state(run.random_state)
     evaluation = None
     try:
+        if evaluation_is_missing(run):  # the run was stopped in the middle of it
+            evaluation = evaluate_and_show(run, board, shown, check_for_stop)
         for step in range(run.step + 1, plan.total_steps + 1):
             started = time.perf_counter()
             is_last = step == plan.total_steps
@@ -266,14 +267,9 @@ def train(run: runs.Run, check_for_stop: Callable[[], None]) -> Evaluation | Non
             shown.step(step, metrics)
 
             # evaluate
-            if len(eval_indices) and (is_last or (config.eval_steps and step % config.eval_steps == 0)):
-                evaluation = evaluate(run, eval_indices, check_for_stop)
-                run.eval_accuracy = evaluation.metrics["accuracy"]
-                board.scalars({f"eval/{name}": value for name, value in evaluation.metrics.items()}, step, examples)
-                board.histogram("eval/rewards_chosen", evaluation.rewards[:, 0], step)
-                board.histogram("eval/rewards_rejected", evaluation.rewards[:, 1], step)
+            if evaluation_is_missing(run):
                 board.histogram("train/rewards", rewards, step)
-                shown.say(f"step {step}: {evaluation.line()}")
+                evaluation = evaluate_and_show(run, board, shown, check_for_stop)
 
             # save
             if is_last or (config.save_steps and step % config.save_steps == 0):
@@ -288,6 +284,29 @@ def train(run: runs.Run, check_for_stop: Callable[[], None]) -> Evaluation | Non
 # ---------------------------------------------------------------------------------------------------------------------
 # Around the loop
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def evaluation_is_missing(run: runs.Run) -> bool:
+    """Whether the last completed step is one to evaluate after, and has not been."""
+    config = run.config
+    is_due = run.step == run.plan.total_steps or (config.eval_steps and run.step % config.eval_steps == 0)
+    return bool(run.step and is_due and len(run.test_pairs) and run.eval_accuracy is None)
+
+
+def evaluate_and_show(
+    run: runs.Run, board: progress.Board, shown: progress.Progress, check_for_stop: Callable[[], None]
+) -> Evaluation:
+    """Evaluate after the last completed step, always on the same pairs, and write it where people look."""
+    config, step = run.config, run.step
+    indices = packing.fixed_sample(len(run.test_pairs), config.eval_num_batches * config.batch_size, config.seed)
+    evaluation = evaluate(run, indices, check_for_stop)
+    run.eval_accuracy = evaluation.metrics["accuracy"]
+    values = {f"eval/{name}": value for name, value in evaluation.metrics.items()}
+    board.scalars(values, step, run.plan.examples_seen(step))
+    board.histogram("eval/rewards_chosen", evaluation.rewards[:, 0], step)
+    board.histogram("eval/rewards_rejected", evaluation.rewards[:, 1], step)
+    shown.say(f"step {step}: {evaluation.line()}")
+    return evaluation
 
 
 def note_skipped_step(run: runs.Run, step_batches: list[Any], losses: Tensor) -> str:

@@ -243,6 +243,34 @@ def test_a_signal_in_any_phase_is_served_and_the_run_goes_on_exactly(
     injected()
 
 
+@pytest.mark.parametrize("step", [3, 4])
+def test_an_evaluation_that_was_interrupted_is_made_up_for(begun, straight, tmp_path, step):
+    log = tmp_path / "log"
+
+    def victim():
+        original = train_rm.evaluate
+
+        def interrupted(run, *rest):
+            if run.step == step:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(run, *rest)
+
+        train_rm.evaluate = interrupted
+        resume(begun)()
+
+    assert in_child(victim, log) == 130, log.read_text()
+    assert_goes_on_exactly(begun, straight, log)
+    assert eval_points(tmp_path) == eval_points(straight.parents[2])
+    assert in_child(resume(begun), log) == 0 and (step == 4 or "nothing to do" in log.read_text())
+
+
+def eval_points(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "logs/rm/run")).Reload()
+    return [(event.step, event.value) for event in events.Scalars("eval/loss")]
+
+
 @survives("a second Ctrl-C")
 def test_a_second_signal_leaves_at_once_and_harms_nothing(begun, straight, tmp_path, injected):
     log = tmp_path / "log"

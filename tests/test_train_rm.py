@@ -297,7 +297,8 @@ def test_a_finished_run_says_so_and_goes_on_with_more_epochs(run_script, base, s
     assert again.returncode == 0 and "nothing to do: step 1 of 1 is done" in again.stdout
     more = run_script("train_rm.py", "--resume_from", run, "--epochs", 3, "--lr", "2e-3")
     assert more.returncode == 0, more.stderr
-    assert re.search(r"epochs +1 +3", more.stdout) and re.search(r"lr +0.001 +0.002", more.stdout)
+    assert re.search(r"setting +stored +asked +used\n", more.stdout)
+    assert re.search(r"epochs +1 +3 +3", more.stdout) and re.search(r"lr +0.001 +0.002 +0.002", more.stdout)
     assert json.loads((run / "step-3/train_config.json").read_text())["lr"] == 0.002
 
 
