@@ -31,7 +31,7 @@ from models import RewardModel
 from utils import CheckpointError, DiskOrNetworkError
 
 OPTIMIZER, RANDOM_STATE = "optimizer.safetensors", "random_state.safetensors"
-SMALL_FILES_BYTES = 32 * 2**20  # tokenizer and JSON files
+SMALL_FILES_BYTES = 2**18  # random state and JSON files
 POSITION, CONFIG, MANIFEST = "training_state.json", "train_config.json", "manifest.json"
 
 
@@ -86,7 +86,7 @@ def save(
     """
     optimizer_tensors = _optimizer_tensors(model, optimizer)
     run_folder.mkdir(parents=True, exist_ok=True)
-    _refuse_full_disk(run_folder, model, optimizer_tensors)
+    refuse_full_disk(run_folder, model)
     final = utils.step_folder(run_folder, position.step)
     try:
         with utils.published_folder(final) as folder:
@@ -96,12 +96,7 @@ def save(
             _compare_with_memory(folder, model.saved_tensors() | optimizer_tensors | states)
             utils.write_json(folder / POSITION, asdict(position))
             utils.write_json(folder / CONFIG, config)
-            entries = {
-                path.name: {"bytes": path.stat().st_size, "sha256": utils.sha256_of(path)}
-                for path in sorted(folder.iterdir())
-            }
-            manifest = {"step": position.step, "files": entries}
-            utils.write_json(folder / MANIFEST, manifest | {"sha256": _own_checksum(manifest)})
+            write_manifest(folder, position.step)
     except (OSError, SafetensorError) as error:
         # safetensors wraps the disk's own error in one of its own, as text
         if utils.disk_full_cause(error) is None and "os error" not in str(error):
@@ -112,15 +107,17 @@ def save(
             where=final,
             found=f"{error} ({utils.format_bytes(free)} free)",
             safe=_newest_saved(run_folder),
-            next=f"make room, then: python train_rm.py --resume_from {run_folder}",
+            next=_after_making_room(run_folder),
         ) from error
     return final
 
 
-def _refuse_full_disk(run_folder: Path, model: RewardModel, optimizer_tensors: dict[str, Tensor]) -> None:
-    """Raise before anything is written if the checkpoint will not fit."""
-    tensors = [*model.saved_tensors().values(), *optimizer_tensors.values()]
+def refuse_full_disk(run_folder: Path, model: RewardModel) -> None:
+    """Raise before anything is written if a checkpoint of this model will not fit."""
+    # AdamW keeps two moments for each parameter that is trained
+    tensors = [*model.saved_tensors().values(), *2 * list(trained_parameters(model).values())]
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors) + SMALL_FILES_BYTES
+    needed += len(model.tokenizer.backend_tokenizer.to_str().encode())
     free = shutil.disk_usage(run_folder).free
     if needed > free:
         raise DiskOrNetworkError(
@@ -128,8 +125,13 @@ def _refuse_full_disk(run_folder: Path, model: RewardModel, optimizer_tensors: d
             where=run_folder,
             found=f"{needed:,} bytes needed, {free:,} free",
             safe=_newest_saved(run_folder),
-            next=f"make room, then: python train_rm.py --resume_from {run_folder}",
+            next=_after_making_room(run_folder),
         )
+
+
+def _after_making_room(run_folder: Path) -> str:
+    has_steps = bool(utils.step_folders(run_folder))
+    return "make room, then " + (f"python train_rm.py --resume_from {run_folder}" if has_steps else "start again")
 
 
 def _newest_saved(run_folder: Path) -> str:
@@ -164,14 +166,27 @@ def prune(run_folder: Path, keep: int) -> list[Path]:
     return pruned
 
 
+def write_manifest(folder: Path, step: int) -> None:
+    """Sizes and checksums of all files of a folder, and a checksum of itself."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": utils.sha256_of(path)} for path in sorted(folder.iterdir())
+    }
+    manifest = {"step": step, "files": files}
+    utils.write_json(folder / MANIFEST, manifest | {"sha256": _own_checksum(manifest)})
+
+
 def _own_checksum(manifest: dict[str, Any]) -> str:
     """What a manifest says of itself, so that a flipped bit in it is not blamed on a file that it lists."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
+def later_steps(run_folder: Path, step: int) -> list[Path]:
+    return [path for path in utils.step_folders(run_folder) if (utils.step_of(path) or 0) > step]
+
+
 def set_aside_later_steps(run_folder: Path, step: int) -> Path | None:
     """Move the steps after `step` out of a resumed run's way."""
-    later = [path for path in utils.step_folders(run_folder) if (utils.step_of(path) or 0) > step]
+    later = later_steps(run_folder, step)
     if not later:
         return None
     aside = run_folder / f"superseded-{utils.timestamp()}"
@@ -228,6 +243,7 @@ def read_random_state(folder: Path) -> dict[str, Tensor]:
 def find(resume_from: str) -> Path:
     """The `step-N` folder that `--resume_from` means: itself, or the newest sound one of a run folder."""
     path = Path(resume_from).expanduser()
+    path = path if path.name not in ("", "..") else path.resolve()  # "." has no name
     if not path.is_dir():
         parent = path.parent
         siblings = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
@@ -246,7 +262,8 @@ def find(resume_from: str) -> Path:
     for step in reversed(steps):
         if problem(step) is None:
             return step
-    raise CheckpointError("every checkpoint of this run is damaged", where=path.absolute(), found=problem(steps[-1]))
+    file, found = problem(steps[-1]) or (steps[-1], "damaged a moment ago")
+    raise CheckpointError("every checkpoint of this run is damaged", where=file, found=found)
 
 
 def verify(folder: Path) -> None:
@@ -277,6 +294,8 @@ def problem(folder: Path) -> tuple[Path, str] | None:
         return manifest, f"no readable manifest ({type(error).__name__}: {error})"
     if own_checksum != _own_checksum(content):
         return manifest, "its content changed; its SHA-256 is not the one it names"
+    if utils.step_of(folder) not in (None, content["step"]):
+        return manifest, f"it is of step {content['step']}; the folder was renamed"
     for path, (size, checksum) in expected.items():
         if not path.is_file():
             return path, f"no such file; the manifest says {size:,} bytes"

@@ -76,8 +76,7 @@ class PairDataset:
         self._tokens = (
             np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r") if starts[-1] else np.zeros(0, np.int32)
         )
-        longest_side = lengths[:, 0] + np.maximum(lengths[:, 1], lengths[:, 2])
-        fits = longest_side <= (max_length or np.iinfo(np.int32).max)
+        fits = _longest_sides(lengths) <= (max_length or np.iinfo(np.int32).max)
         for row in rows[~fits]:
             self.counts.add("too_long", int(row))
         for name, is_noted in zip(NOTED, np.load(folder / "notes.npy").T, strict=True):
@@ -92,6 +91,10 @@ class PairDataset:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def longest_sides(self) -> np.ndarray:
+        """(N,) tokens of the longer of each pair's two sequences."""
+        return _longest_sides(self.lengths)
 
     def tokens(self, index: int) -> np.ndarray:
         """The ids of `[prefix | chosen tail | rejected tail]`."""
@@ -114,6 +117,10 @@ class PairDataset:
                 found="\n".join(["", *self.counts.lines()]).replace("\n", "\n  "),
                 next="mend the data, raise --max_length, or accept it with --bad_rows skip",
             )
+
+
+def _longest_sides(lengths: np.ndarray) -> np.ndarray:
+    return lengths[:, 0] + lengths[:, 1:].max(axis=1, initial=0)
 
 
 def load_pairs(dataset: str, tokenizer: Any, max_length: int | None = None) -> tuple[PairDataset, PairDataset]:

@@ -126,16 +126,25 @@ HELPING = [
 
 
 def write_demo(folder: Path) -> tuple[Path, Path]:
-    """Write the model and the pairs below `folder` unless they are there; returns (model folder, pairs folder)."""
+    """Write the model and the pairs below `folder` unless they are there; returns (model folder, pairs folder).
+
+    Raises FileExistsError if `folder` holds something else: what is not ours is never touched.
+    """
     model_folder, pairs_folder = folder / "model", folder / "pairs"
     if not (model_folder.is_dir() and pairs_folder.is_dir()):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileExistsError(f"{folder} is there and is not the demo's")
         temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
         shutil.rmtree(temporary, ignore_errors=True)
         train, test = make_pairs()
         _write_pairs(temporary / "pairs", train, test)
         _write_model(temporary / "model", [text for pair in train for text in (pair["chosen"], pair["rejected"])])
-        shutil.rmtree(folder, ignore_errors=True)  # a half of an older one
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            shutil.rmtree(temporary)
+            if not (model_folder.is_dir() and pairs_folder.is_dir()):  # else another process was faster
+                raise
     return model_folder, pairs_folder
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import sys
 import types
 import typing
@@ -39,7 +40,7 @@ def read_flags(config_class: type, argv: list[str], description: str) -> tuple[d
     values = _read_config_file(config_class, file_name, problems) if file_name else {}
     for name, text in texts.items():
         try:
-            values[name] = _from_text(_type_of(config_class, name), text)
+            values[name] = _from_text(_type_of(config_class, name), os.path.expanduser(text))
         except ValueError as error:
             problems.append(f"--{name}: got {text!r}, wants {error}")
     return values, problems
@@ -170,6 +171,8 @@ def _limit_broken(field: dataclasses.Field, config: Any) -> str | None:
     value, limits = getattr(config, field.name), field.metadata
     if value is None:
         return None
+    if isinstance(value, str) and (not value.strip() or "\0" in value):
+        return f"--{field.name}: got {value!r}, wants a text" + (" (is a variable unset?)" if not value else "")
     if "choices" in limits and value not in limits["choices"]:
         guess = nearest(str(value), limits["choices"])
         return f"--{field.name}: got {value!r}, wants one of {', '.join(limits['choices'])}{guess}"

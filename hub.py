@@ -4,7 +4,7 @@ seconds and not after a minute of retries."""
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from utils import DiskOrNetworkError, UserError, nearest
 
@@ -16,6 +16,7 @@ EXAMPLES = {"--model": "Qwen/Qwen3-0.6B", "--dataset": "Anthropic/hh-rlhf"}
 def looks_like_a_path(name: str) -> bool:
     """Whether somebody who typed `name` meant a file or folder: hub ids have at most one slash and never start so."""
     starts_or_ends_so = name.startswith((".", "/", "~", "\\")) or name.endswith(DATA_SUFFIXES)
+    starts_or_ends_so |= bool(PureWindowsPath(name).drive)
     return starts_or_ends_so or "\\" in name or name.count("/") > 1 or Path(name).exists()
 
 
@@ -44,7 +45,14 @@ def only_local_copy(repo_id: str, repo_type: str, flag: str, instead: str) -> bo
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        return True
+        if _has_local_copy(repo_id, repo_type):
+            return True
+        raise DiskOrNetworkError(
+            f"HF_HUB_OFFLINE is set, and there is no local copy of {repo_id}",
+            where=Path(repo_id).absolute(),
+            found="nothing there either",
+            next=instead,
+        )
     try:
         huggingface_hub.HfApi().repo_info(repo_id, repo_type=repo_type, timeout=ANSWER_WITHIN_SECONDS)
         return False
@@ -67,6 +75,7 @@ def only_local_copy(repo_id: str, repo_type: str, flag: str, instead: str) -> bo
             return True
         raise DiskOrNetworkError(
             f"the Hugging Face hub cannot be reached, and there is no local copy of {repo_id}",
+            where=f"nor is there a folder {Path(repo_id).absolute()}",
             found=f"{type(error).__name__}: {error}",
             next=instead,
         ) from error

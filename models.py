@@ -102,11 +102,15 @@ class RewardModel(nn.Module):
         """
         from transformers import AutoModelForSequenceClassification
 
+        torch.manual_seed(seed)  # for the heads that transformers draws
         classifier, missing = open_model(
             AutoModelForSequenceClassification, name, num_labels=1, pad_token_id=tokenizer.pad_token_id
         )
-        head_names = {path for path in missing if path.split(".")[0] in ("score", "classifier", "pooler")}
-        if strange := sorted(missing - head_names - {path for path in missing if ".pooler." in path}):
+        # whatever the head is called, it is not part of the backbone; poolers are, and belong to heads
+        strange = sorted(
+            path for path in missing if path.startswith(f"{classifier.base_model_prefix}.") and "pooler" not in path
+        )
+        if strange:
             raise UserError(
                 f"the base model's files lack {len(strange)} of its weights", where=name, found=", ".join(strange[:3])
             )
@@ -292,6 +296,10 @@ class RewardModel(nn.Module):
         weights = (sum(p.numel() for p in self.backbone.parameters()) - embeddings) / config.num_hidden_layers
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return weights / (2 * config.num_attention_heads * head_size)
+
+    def most_positions(self) -> int | None:
+        """The longest sequence, in tokens, that the architecture has positions for; None if it has no such limit."""
+        return getattr(self._text_config, "max_position_embeddings", None)
 
     @property
     def _text_config(self) -> Any:

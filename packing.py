@@ -274,6 +274,5 @@ def micro_batches_of(
             for rows in plan_micro_batches(lengths, tokens_per_batch, batch_size, costly_width):
                 yield pack(dataset, part, rows, pad_id)
         else:
-            longest_sides = dataset.lengths[part, 0] + dataset.lengths[part, 1:].max(axis=1)
-            for rows in plan_separate_rows(longest_sides, tokens_per_batch, batch_size):
+            for rows in plan_separate_rows(dataset.longest_sides()[part], tokens_per_batch, batch_size):
                 yield separate(dataset, part, rows, pad_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,24 +66,35 @@ class Board:
         if resumed_step:
             drop_events_after(folder, resumed_step, resumed_examples)
         self.writer = SummaryWriter(str(folder), flush_secs=10)
+        self.is_broken = False
 
     def scalars(self, values: dict[str, float], step: int, examples: int) -> None:
         """Write scalars over steps; loss and accuracy over examples seen as well."""
         for tag, value in values.items():
-            self.writer.add_scalar(tag, value, step)
+            self._write(self.writer.add_scalar, tag, value, step)
             if tag.endswith(("/loss", "/accuracy")):
-                self.writer.add_scalar(tag + BY_EXAMPLES, value, examples)
+                self._write(self.writer.add_scalar, tag + BY_EXAMPLES, value, examples)
 
     def histogram(self, tag: str, values: Any, step: int) -> None:
-        self.writer.add_histogram(tag, values, step)
+        self._write(self.writer.add_histogram, tag, values, step)
 
     def table(self, tag: str, rows: dict[str, Any], step: int) -> None:
         """Key and value as a Markdown table."""
         lines = ["| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
-        self.writer.add_text(tag, "\n".join(lines), step)
+        self._write(self.writer.add_text, tag, "\n".join(lines), step)
 
     def close(self) -> None:
-        self.writer.close()
+        self._write(self.writer.close)
+
+    def _write(self, write: Callable[..., None], *arguments: Any) -> None:
+        """A full disk under the logs ends the logging, and says so, but not the training."""
+        if self.is_broken:
+            return
+        try:
+            write(*arguments)
+        except OSError as error:
+            self.is_broken = True
+            print(f"TensorBoard's log cannot be written any more ({error}); training goes on without", file=sys.stderr)
 
 
 def drop_events_after(folder: Path, step: int, examples: int) -> None:
@@ -114,7 +126,10 @@ def drop_events_after(folder: Path, step: int, examples: int) -> None:
 
 
 def peak_memory_gib(device: Any) -> float:
-    """The most memory held so far: the GPU's by our tensors, or on a CPU the process's resident set."""
+    """The most memory held so far: the GPU's by our tensors, or on a CPU the process's resident set.
+
+    MPS keeps no peak; there it is what the driver holds now, after a step.
+    """
     import torch
 
     if device.type == "cuda":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import math
 import re
 import zlib
 from collections.abc import Iterator
@@ -264,7 +263,7 @@ def _is_held_out(row: dict[str, Any]) -> bool:
     prompt = row.get("prompt")
     if prompt is None:
         chosen = row["chosen"]
-        prompt = chosen[:-1] if isinstance(chosen, list) else chosen[: chosen.rfind("\n\nAssistant:")]
+        prompt = chosen[:-1] if isinstance(chosen, list) else chosen.rpartition("\n\nAssistant:")[0] or chosen
     digest = hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).digest()
     return int.from_bytes(digest[:8], "big") % HELD_OUT_IN == 0
 
@@ -297,8 +296,9 @@ def parse_pair(row: dict[str, Any], refuse: Any) -> Pair | str:
             return "no_reply"
     if chosen == rejected:
         return "identical"
+    kind = str(row.get("kind") or "").encode("utf-8", "replace").decode()
     notes = ("merged",) * merged + ("prompts_differ",) * (chosen[:-1] != rejected[:-1])
-    return Pair(chosen, rejected, _margin(row.get("margin"), refuse), str(row.get("kind") or ""), notes)
+    return Pair(chosen, rejected, _margin(row.get("margin"), refuse), kind, notes)
 
 
 def _side_messages(value: Any, prompt: Messages | None, column: str, refuse: Any) -> Messages | None:
@@ -374,6 +374,7 @@ def _merge_same_speaker(messages: Messages) -> Messages:
 def _margin(value: Any, refuse: Any) -> float:
     if value is None:
         return 0.0
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    # beyond 1e30 a margin would be infinite in fp32; nan compares False
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
         raise refuse(f"'margin' is {value!r}, not a finite number")
     return float(value)

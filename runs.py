@@ -43,12 +43,17 @@ class Run:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     eval_accuracy: float | None = None  # of `step`, if it was evaluated
+    examples_before: int = 0
     is_updating: bool = False  # inside optimizer.step(): the weights are between two steps
+
+    def examples_seen(self, step: int) -> int:
+        """Pairs taken up to `step`, those of steps of another size before a change of the data included."""
+        return self.examples_before + self.plan.examples_seen(step)
 
     def save(self) -> Path:
         position = checkpoint.Position(
             self.step,
-            self.plan.examples_seen(self.step),
+            self.examples_seen(self.step),
             self.train_pairs.fingerprint,
             len(self.train_pairs),
             self.tokens_per_batch,
@@ -57,6 +62,9 @@ class Run:
             self.model.base_fingerprint(),
         )
         stored = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in NOT_STORED}
+        for name in ("model", "dataset", "log_dir"):
+            if Path(stored[name]).exists():
+                stored[name] = str(Path(stored[name]).absolute())  # resuming works from any folder
         path = checkpoint.save(self.folder, self.model, self.optimizer, self.random_state, position, stored)
         self.saved_step = self.step
         checkpoint.prune(self.folder, self.config.keep_checkpoints)
@@ -65,15 +73,14 @@ class Run:
 
 def set_up(config: TrainConfig, resumed_from: Path | None) -> Run:
     """Everything that can fail early does so here, cheapest first: names, data, then the model."""
-    folder = claim_run_folder(config, resumed_from)
-    lock = utils.RunLock(folder)
+    folder, lock = claim_run_folder(config, resumed_from)
     try:
         utils.remove_dead_saves(folder)
         return open_run(dataclasses.replace(config, run_name=folder.name), folder, lock, resumed_from)
     except BaseException:
+        if not has_begun(folder):  # so nothing stays; Windows keeps a folder with an open file, which is no harm
+            shutil.rmtree(folder, ignore_errors=True)
         lock.release()
-        if not has_begun(folder):
-            shutil.rmtree(folder)  # so nothing stays
         raise
 
 
@@ -81,10 +88,13 @@ def open_run(config: TrainConfig, folder: Path, lock: utils.RunLock, resumed_fro
     """Tokenizer, pairs, model and optimizer of a run that has its folder."""
     tokenizer = models.load_tokenizer(str(resumed_from or config.model))
     train_pairs, test_pairs = data.load_pairs(config.dataset, tokenizer, config.max_length)
-    for pairs in (train_pairs, test_pairs):
+    for use, pairs in (("train", train_pairs), ("test", test_pairs)):
         if config.bad_rows == "stop":
             pairs.refuse_if_too_much_is_left_out()
-        print("\n".join([f"{pairs.name}: {len(pairs):,} of {pairs.counts.rows:,} rows kept", *pairs.counts.lines()]))
+        kept = f"{use}: {len(pairs):,} of {pairs.counts.rows:,} rows kept of {pairs.name}"
+        print("\n".join([kept, *pairs.counts.lines()]))
+    if len(test_pairs) == 0:
+        print("no pair is held out: this run will say nothing of how good the model is", flush=True)
     if len(train_pairs) == 0:
         raise UserError("no training pair is left", where=train_pairs.name, next="see the counts above")
     plan = packing.StepPlan(len(train_pairs), config.pairs_per_step, config.epochs, config.seed, config.max_steps)
@@ -92,11 +102,12 @@ def open_run(config: TrainConfig, folder: Path, lock: utils.RunLock, resumed_fro
     if resumed_from:
         model = models.RewardModel.restore(resumed_from)
     else:
-        lora = models.LoraSettings(
-            config.lora_r, config.lora_alpha, config.lora_dropout, tuple(config.lora_target_modules.split(","))
-        )
+        targets = tuple(name.strip() for name in config.lora_target_modules.split(","))
+        lora = models.LoraSettings(config.lora_r, config.lora_alpha, config.lora_dropout, targets)
         model = models.RewardModel.create(config.model, tokenizer, config.seed, lora if config.lora else None)
         torch.manual_seed(config.seed)
+    refuse_too_few_positions(model, train_pairs, test_pairs)
+    checkpoint.refuse_full_disk(folder, model)
     model.autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
     model.to(models.pick_device()).train()
     if config.gradient_checkpointing:
@@ -133,9 +144,19 @@ def go_back_to(folder: Path, run: Run) -> None:
     run.eval_accuracy = position.eval_accuracy
     if run.config.tokens_per_batch == checkpoint.read_config(folder)["tokens_per_batch"]:
         run.tokens_per_batch = position.tokens_per_batch  # the smaller one if memory ran out before
+    run.examples_before = position.examples_seen - run.plan.examples_seen(run.step)
     print(f"resuming after step {run.step} of {run.plan.total_steps} from {folder}")
-    if run.folder == folder.parent and (aside := checkpoint.set_aside_later_steps(run.folder, run.step)):
-        print(f"  the steps after it now lie in {aside}")
+
+
+def refuse_too_few_positions(model: models.RewardModel, *datasets: data.PairDataset) -> None:
+    """A sequence longer than the model's positions would fail in the middle of training, on a GPU beyond rescue."""
+    limit = model.most_positions()
+    longest = max((int(pairs.longest_sides().max()) for pairs in datasets if len(pairs)), default=0)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"the model has {limit:,} positions, and the longest sequence has {longest:,} tokens",
+            next=f"--max_length {limit} leaves longer ones out",
+        )
 
 
 def refuse_changed_data(position: Any, train_pairs: data.PairDataset, config: TrainConfig) -> None:
@@ -148,22 +169,26 @@ def refuse_changed_data(position: Any, train_pairs: data.PairDataset, config: Tr
         )
 
 
-def claim_run_folder(config: TrainConfig, resumed_from: Path | None) -> Path:
-    """Make the run's folder, which no other run has; a resumed run goes on in its own."""
+def claim_run_folder(config: TrainConfig, resumed_from: Path | None) -> tuple[Path, utils.RunLock]:
+    """The run's folder, which no other run has, and its lock; a resumed run goes on in its own."""
     root = Path(config.output_dir)
-    if resumed_from and (root / config.run_name).resolve() == resumed_from.resolve().parent:
-        return resumed_from.parent
-    root.mkdir(parents=True, exist_ok=True)
-    now = utils.timestamp()
-    names = [config.run_name] if config.run_name else [now, *(f"{now}-{number}" for number in range(2, 100))]
+    if resumed_from and (root / str(config.run_name)).resolve() == resumed_from.resolve().parent:
+        return resumed_from.parent, utils.RunLock(resumed_from.parent)
+    if config.run_name:
+        names = [config.run_name]
+    else:  # several runs may begin in one second
+        now = utils.timestamp()
+        names = [now, *(f"{now}-{number}" for number in range(2, 100))]
     for name in names:
         folder = root / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if has_begun(folder):
+            continue
         try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            if folder.is_dir() and not has_begun(folder):
-                return folder
+            return folder, utils.RunLock(folder)
+        except UserError:
+            if config.run_name:
+                raise
     raise UserError(
         f"there is a run named {name!r} already",
         where=folder,
@@ -173,7 +198,8 @@ def claim_run_folder(config: TrainConfig, resumed_from: Path | None) -> Path:
 
 
 def has_begun(run_folder: Path) -> bool:
-    return any(path.name != utils.RunLock.FILE for path in run_folder.iterdir())
+    """Whether a run's folder holds anything but a lock and what a killed first save left."""
+    return any(path.name != utils.RunLock.FILE and not path.name.startswith(".tmp-") for path in run_folder.iterdir())
 
 
 def describe(config: TrainConfig, model: models.RewardModel, trained: list[Any], plan: packing.StepPlan) -> None:
@@ -192,6 +218,8 @@ def save_last_completed_step(run: Run, cause: BaseException) -> None:
     if run.is_updating or run.step == run.saved_step or isinstance(cause, utils.DiskOrNetworkError):
         return
     try:
-        print(f"saved {run.save()} (the last completed step)", flush=True)
+        saved = f"saved {run.save()} (the last completed step)"
     except Exception as error:  # the cause is what run_script reports; this must not replace it
-        print(f"the last completed step, {run.step}, could not be saved either:\n{error}", file=sys.stderr)
+        saved = f"the last completed step, {run.step}, could not be saved either:\n{error}"
+    # nobody may read standard output any more, which may be the cause
+    print(saved, file=sys.stderr if isinstance(cause, BrokenPipeError) else sys.stdout, flush=True)

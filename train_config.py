@@ -37,9 +37,9 @@ class TrainConfig:
     max_grad_norm: float = flag(10.0, "clip the gradient to this norm; 0 disables", minimum=0, group="optimization")
     max_steps: int = flag(0, "stop after so many optimizer steps; 0 = after the epochs", minimum=0, group="optimization")
     center_rewards: float = flag(0.0, "weight of the mean of (r_chosen + r_rejected)^2, which keeps rewards around zero (arXiv 2312.09244)", minimum=0, group="optimization")
-    seed: int = flag(0, "draws the head, the adapters, the order of the pairs and dropout", minimum=0, group="optimization")
+    seed: int = flag(0, "draws the head, the adapters, the order of the pairs and dropout", minimum=0, below=2**63, group="optimization")
 
-    tokens_per_batch: int = flag(4096, "token budget of one forward; changes speed and memory, not the result", minimum=1, group="speed and memory")
+    tokens_per_batch: int = flag(4096, "token budget of one forward; changes speed and memory, not the result (but for what dropout draws)", minimum=1, group="speed and memory")
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass: slower by a third, far less memory", group="speed and memory")
     precision: str = flag("bf16", "arithmetic; weights, rewards and loss are fp32 either way", choices=("bf16", "fp32"), group="speed and memory")
 
@@ -72,7 +72,7 @@ class TrainConfig:
         for name in ("output_dir", "log_dir"):
             if Path(getattr(self, name)).is_file():
                 found.append(f"--{name}: {getattr(self, name)} is a file, wants a folder")
-        if not all(self.lora_target_modules.split(",")):
+        if not all(name.strip() for name in self.lora_target_modules.split(",")):
             found.append(f"--lora_target_modules: got {self.lora_target_modules!r}, wants names with commas between")
         if self.demo and self.resume_from:
             found.append("--demo: goes without --resume_from; a demo run resumes like any other")
@@ -89,17 +89,17 @@ DEMO_SETTINGS = {
     "gradient_checkpointing": False, "eval_steps": 50, "eval_num_batches": 0,
 }  # fmt: skip
 # A resumed run with other values of these would not be the run it continues.
-FIXED_BY_CHECKPOINT = ("model", "lora", "lora_r", "lora_alpha", "lora_target_modules")
+FIXED_BY_CHECKPOINT = ("model", "lora", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 EXACTNESS_NEEDS = ("dataset", "max_length", "batch_size", "grad_accum", "seed", "bad_rows")
 NOT_STORED = ("resume_from", "config", "demo", "debug", "allow_data_change")
 
 
-def read_config(argv: list[str]) -> tuple[TrainConfig, Path | None]:
+def read_config(argv: list[str], description: str) -> tuple[TrainConfig, Path | None]:
     """The run's settings and, for a resumed run, the checkpoint to go on from.
 
     Layers, later ones win: defaults, the checkpoint's `train_config.json`, `--demo`'s settings, `--config`, flags.
     """
-    given, problems = flags.read_flags(TrainConfig, argv, __doc__.split("\n\n")[0])
+    given, problems = flags.read_flags(TrainConfig, argv, description)
     config = flags.build_config(TrainConfig, given, problems)
     if config.resume_from:
         folder = checkpoint.find(config.resume_from)
@@ -111,15 +111,30 @@ def read_config(argv: list[str]) -> tuple[TrainConfig, Path | None]:
     if config.demo:
         import demo
 
-        model, dataset = demo.write_demo(Path("demo"))
+        try:
+            model, dataset = demo.write_demo(Path("demo"))
+        except FileExistsError as error:
+            raise UserError(
+                "--demo writes its model and pairs to ./demo, and something else is there",
+                where=Path("demo").absolute(),
+                safe="nothing in it was touched",
+                next="run --demo in another folder",
+            ) from error
         given = {**DEMO_SETTINGS, "model": str(model), "dataset": str(dataset), **given}
         config = flags.build_config(TrainConfig, given, [])
     return config, None
 
 
+def _is_same(stored: Any, given: Any) -> bool:
+    """Whether two settings mean the same: equal, or two ways to one file or folder."""
+    if stored == given or not (isinstance(stored, str) and isinstance(given, str)):
+        return stored == given
+    return Path(stored).exists() and Path(given).exists() and Path(stored).samefile(given)
+
+
 def compare_with_stored(stored: dict[str, Any], given: dict[str, Any], allow_data_change: bool) -> None:
     """Say which settings of a resumed run changed; refuse those that would make it another run."""
-    changed = {name: value for name, value in given.items() if name in stored and value != stored[name]}
+    changed = {name: value for name, value in given.items() if name in stored and not _is_same(stored[name], value)}
     if changed:
         refused = {*FIXED_BY_CHECKPOINT, *([] if allow_data_change else EXACTNESS_NEEDS)}
         print(f"{'setting':<24} {'stored':<24} {'asked':<24} used")

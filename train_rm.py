@@ -42,6 +42,7 @@ else:  # loaded when first used, so that --help answers at once
 
 
 MOST_SKIPPED_IN_A_ROW = 10
+MOST_KINDS_SHOWN = 20
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
@@ -204,11 +205,15 @@ def micro_batches(run: runs.Run, dataset: data.PairDataset, indices: Any) -> Any
 
 
 def main(argv: list[str]) -> None:
-    config, resumed_from = read_config(argv)
+    config, resumed_from = read_config(argv, __doc__.split("\n\n")[0])
     run = runs.set_up(config, resumed_from)
-    if run.step >= run.plan.total_steps and not evaluation_is_missing(run):
+    # an evaluation that was interrupted is made up for, but only at a run's very end
+    is_at_its_end = evaluation_is_missing(run) and not checkpoint.later_steps(run.folder, run.step)
+    if run.step >= run.plan.total_steps and not is_at_its_end:
         print(f"nothing to do: step {run.step} of {run.plan.total_steps} is done; more with --epochs or --max_steps")
         return
+    if aside := checkpoint.set_aside_later_steps(run.folder, run.step):
+        print(f"the steps after step {run.step} now lie in {aside}")
     with utils.StopRequest() as stop:
         try:
             last = train(run, stop.check)
@@ -223,7 +228,7 @@ def main(argv: list[str]) -> None:
 def train(run: runs.Run, check_for_stop: Callable[[], None]) -> Evaluation | None:
     """From the step after the last completed one to the end; returns the last evaluation."""
     config, model, optimizer, plan = run.config, run.model, run.optimizer, run.plan
-    board = progress.Board(Path(config.log_dir) / run.folder.name, run.step, plan.examples_seen(run.step))
+    board = progress.Board(Path(config.log_dir) / run.folder.name, run.step, run.examples_seen(run.step))
     board.table("config", dataclasses.asdict(config), run.step)
     shown = progress.Progress(plan.total_steps, run.step)
     parameters = list(checkpoint.trained_parameters(model).values())
@@ -261,7 +266,7 @@ def train(run: runs.Run, check_for_stop: Callable[[], None]) -> Evaluation | Non
             metrics["train/skipped_steps"] = run.skipped_steps
 
             # log
-            examples = plan.examples_seen(step)
+            examples = run.examples_seen(step)
             metrics |= speed(step_batches, time.perf_counter() - started, model.device)
             board.scalars(metrics, step, examples)
             shown.step(step, metrics)
@@ -302,7 +307,7 @@ def evaluate_and_show(
     evaluation = evaluate(run, indices, check_for_stop)
     run.eval_accuracy = evaluation.metrics["accuracy"]
     values = {f"eval/{name}": value for name, value in evaluation.metrics.items()}
-    board.scalars(values, step, run.plan.examples_seen(step))
+    board.scalars(values, step, run.examples_seen(step))
     board.histogram("eval/rewards_chosen", evaluation.rewards[:, 0], step)
     board.histogram("eval/rewards_rejected", evaluation.rewards[:, 1], step)
     shown.say(f"step {step}: {evaluation.line()}")
@@ -321,7 +326,7 @@ def note_skipped_step(run: runs.Run, step_batches: list[Any], losses: Tensor) ->
             f"{run.skipped_in_a_row} steps in a row had a loss or gradient that is not finite",
             found=f"the last one at step {run.step}, rows {rows}",
             safe=f"no such gradient reached the weights; they are those of step {run.step - run.skipped_in_a_row}",
-            next="a smaller --lr, more --warmup_steps, or --precision fp32",
+            next="resume from an earlier step with a smaller --lr, more --warmup_steps, or --precision fp32",
         )
     return f"step {run.step} skipped: its loss or gradient is not finite (rows {rows}, {len(guilty) or 'all'} of them)"
 
@@ -342,11 +347,11 @@ def speed(step_batches: list[Any], seconds: float, device: Any) -> dict[str, flo
 
 def summary(run: runs.Run, evaluation: Evaluation | None) -> str:
     """The end of a run: how good, where it lies, what to type next."""
-    lines = [f"done: {run.step:,} steps, {run.plan.examples_seen(run.step):,} pairs"]
+    lines = [f"done: {run.step:,} steps, {run.examples_seen(run.step):,} pairs"]
     if evaluation:
         lines.append(evaluation.line())
         width = max(map(len, evaluation.by_kind), default=0)
-        for kind, (correct, pairs) in evaluation.by_kind.items():
+        for kind, (correct, pairs) in sorted(evaluation.by_kind.items())[:MOST_KINDS_SHOWN]:
             lines.append(f"  {kind:<{width}}  {correct / pairs:6.1%} of {pairs}")
     saved = utils.step_folder(run.folder, run.step)
     return "\n".join(

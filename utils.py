@@ -66,6 +66,10 @@ class Stopped(BaseException):
         self.exit_code = 128 + signal_number
 
 
+# SIGHUP is what a closed terminal or a dropped connection sends; Windows has none.
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
 class StopRequest:
     """Turns the first Ctrl-C or SIGTERM into a note that `check` reads; a second one leaves at once."""
 
@@ -74,7 +78,7 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -98,7 +102,10 @@ def run_script(main: Callable[[list[str]], None]) -> int:
     """Run a script's `main` and turn whatever leaves it into a message and an exit code."""
     argv = sys.argv[1:]
     try:
-        signal.signal(signal.SIGTERM, _stop_now)
+        for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter must not end a training
+            stream.reconfigure(errors="backslashreplace")
+        for number in STOP_SIGNALS[1:]:
+            signal.signal(number, _stop_now)
         main(argv)
         return 0
     except UserError as error:
@@ -108,12 +115,19 @@ def run_script(main: Callable[[list[str]], None]) -> int:
     except ModuleNotFoundError as error:
         message = UserError(f"the package {error.name!r} is not installed", next="pip install -r requirements.txt")
         return _report(argv, error, str(message), EXIT_BAD_INPUT)
-    except BrokenPipeError:  # `... | head`: the reader has left, and closing stdout must not complain again
+    except BrokenPipeError as error:  # `... | head`: the reader has left, and closing stdout must not complain again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _report(argv, error, "stopped: nobody reads the output any more", EXIT_OUR_FAULT)
     except Exception as error:
         if (disk_error := disk_full_cause(error)) is not None:
-            message = str(DiskOrNetworkError("the disk did not take it", where=disk_error.filename, found=disk_error))
+            message = str(
+                DiskOrNetworkError(
+                    "the disk did not take it",
+                    where=disk_error.filename,
+                    found=disk_error.strerror,
+                    next="make room there, or name another folder; nothing saved before was touched",
+                )
+            )
             return _report(argv, error, message, EXIT_DISK_OR_NETWORK)
         frame = traceback.extract_tb(error.__traceback__)[-1]
         message = UserError(
@@ -129,7 +143,7 @@ def _stop_now(number: int, frame: object) -> typing.NoReturn:
 
 
 def _report(argv: list[str], error: BaseException, message: str, exit_code: int) -> int:
-    if "--debug" in argv:
+    if any(word in ("--debug", "--debug=True", "--debug=true") for word in argv):
         traceback.print_exception(error)
     print(message, file=sys.stderr)
     return exit_code
@@ -137,7 +151,8 @@ def _report(argv: list[str], error: BaseException, message: str, exit_code: int)
 
 def disk_full_cause(error: BaseException | None) -> OSError | None:
     """The OSError about a full or unwritable disk in an exception's chain of causes, or None."""
-    disk_errors = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+    names = ["ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "ENAMETOOLONG"]
+    disk_errors = {getattr(errno, name) for name in names if hasattr(errno, name)}  # Windows lacks some
     while error is not None:
         if isinstance(error, OSError) and error.errno in disk_errors:
             return error
@@ -163,6 +178,8 @@ def run_name_problem(name: str) -> str | None:
         return "wants letters, digits, '_', '-', '.', '+', '=' and '@' only, a letter or digit first, and no '.' last"
     if len(name.encode()) > 100:
         return f"wants at most 100 bytes, got {len(name.encode())}"
+    if re.fullmatch(r"step-\d+", name) or name.startswith("superseded-"):
+        return "is what folders inside a run are called"
     return "is a device's name on Windows" if name.split(".")[0].lower() in reserved else None
 
 
@@ -208,6 +225,9 @@ class RunLock:
         try:
             _lock(self._file)
         except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+                print(f"this file system has no locks ({error.strerror}): see that no two runs share {run_folder}")
+                return
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()

@@ -49,9 +49,14 @@ def load_tokenizer(name: str) -> Any:
     hub.refuse_missing_path(name, "--model")
     where_to_look = _where_to_look(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **where_to_look)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError("no tokenizer can be opened there", where=name, found=first_line(error)) from error
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where_to_look)
+    except Exception as error:  # see open_model
+        raise UserError(
+            "no tokenizer can be opened there",
+            where=name,
+            found=f"{type(error).__name__}: {first_line(error)}",
+            next="a model's folder (for a checkpoint its step-N), or a hub id",
+        ) from error
     if not tokenizer.is_fast:
         raise UserError("this model has no fast tokenizer, and slow ones take hours here", where=name)
     if tokenizer.chat_template is None:
@@ -67,7 +72,15 @@ def _choose_pad_token(tokenizer: Any) -> None:
     under a tokenizer that pads with <eos> would be read one token early, there and only there.
     """
     dialogue = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    last_token = tokenizer.apply_chat_template(dialogue, return_dict=False)[-1]
+    try:
+        last_token = tokenizer.apply_chat_template(dialogue, return_dict=False)[-1]
+    except Exception as error:  # templates are programs of others
+        raise UserError(
+            "the model's chat template does not take a plain question and answer",
+            where=tokenizer.name_or_path,
+            found=f"{type(error).__name__}: {first_line(error)}",
+            next="mend its chat_template.jinja, or remove it: then ChatML is used",
+        ) from error
     special = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token]
     for token in [*special, *tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder]:
         if token is not None and tokenizer.convert_tokens_to_ids(token) != last_token:
@@ -117,21 +130,26 @@ def open_model(auto_class: Any, name: str, **options: Any) -> tuple[nn.Module, s
             next=f"python train_rm.py --resume_from {name}   (to train the adapter on), or name its base model",
         )
     hub.refuse_missing_path(name, "--model")
-    options = {"dtype": torch.float32, "attn_implementation": "sdpa", **_where_to_look(name), **options}
+    options = {"dtype": torch.float32, "trust_remote_code": False, **_where_to_look(name), **options}
     with quiet_transformers():
         try:
-            model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
-        except ValueError as error:
-            if "attn_implementation" not in str(error) and "scaled_dot_product_attention" not in str(error):
-                raise UserError("this model cannot be opened", where=name, found=first_line(error)) from error
-            options["attn_implementation"] = "eager"  # the architecture has no sdpa; `can_pack` will notice
-            model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
-        except (OSError, KeyError, RuntimeError) as error:
-            raise UserError("this model cannot be opened", where=name, found=first_line(error)) from error
-        except Exception as error:  # safetensors' own error class has no base but Exception
-            if type(error).__name__ != "SafetensorError":
-                raise
-            raise UserError("this model's weight file is damaged", where=name, found=first_line(error)) from error
+            try:
+                model, info = auto_class.from_pretrained(
+                    name, output_loading_info=True, attn_implementation="sdpa", **options
+                )
+            except ValueError as error:  # the architecture has no sdpa; `can_pack` will notice
+                if "attn_implementation" not in str(error) and "scaled_dot_product_attention" not in str(error):
+                    raise
+                model, info = auto_class.from_pretrained(
+                    name, output_loading_info=True, attn_implementation="eager", **options
+                )
+        except Exception as error:  # a foreign folder can be wrong in any way, and each library has its own errors
+            raise UserError(
+                "this model cannot be opened",
+                where=name,
+                found=f"{type(error).__name__}: {first_line(error)}",
+                next="a folder with config.json, model.safetensors and a tokenizer, or a hub id",
+            ) from error
     # Weights read from a file lie in it as it was mapped, at any alignment, and some matrix products round differently
     # by alignment: a resumed run would differ in the last bit. Memory of our own is always aligned.
     for parameter in model.parameters():

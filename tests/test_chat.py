@@ -17,6 +17,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 
 import chat
+import checkpoint
 import models
 import utils
 
@@ -140,9 +141,7 @@ def test_a_run_folder_means_its_newest_sound_step(tmp_path):
         folder = tmp_path / f"step-{step}"
         folder.mkdir()
         (folder / "config.json").write_text(content)
-        size, checksum = len(content), utils.sha256_of(folder / "config.json")
-        files = {"config.json": {"bytes": size, "sha256": checksum}}
-        utils.write_json(folder / "manifest.json", {"step": step, "files": files})
+        checkpoint.write_manifest(folder, step)
     assert chat.sound_checkpoint(str(tmp_path)) == tmp_path / "step-10"
     (tmp_path / "step-10" / "config.json").write_text("wholf")
     assert chat.sound_checkpoint(str(tmp_path)) == tmp_path / "step-9"

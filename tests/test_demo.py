@@ -65,10 +65,13 @@ def test_writing_twice_gives_the_same_bytes_and_keeps_what_is_there(demo_folder,
     assert (model / "config.json").stat().st_mtime_ns == before
 
 
-def test_a_half_written_demo_is_made_anew(tmp_path):
-    (tmp_path / "demo" / "model").mkdir(parents=True)
-    model, _ = demo.write_demo(tmp_path / "demo")
-    assert (model / "model.safetensors").exists()
+def test_a_folder_of_somebody_elses_is_never_touched(run_script, tmp_path):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "thesis.tex").write_text("years of work")
+    result = run_script("train_rm.py", "--demo")
+    assert result.returncode == 2 and "nothing in it was touched" in result.stderr
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == ["thesis.tex"]
+    assert (tmp_path / "demo" / "thesis.tex").read_text() == "years of work"
 
 
 def test_the_tokenizer_speaks_qwens_format(tokenizer):

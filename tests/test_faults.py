@@ -365,12 +365,17 @@ def test_a_save_that_would_not_fit_is_not_begun(begun, straight, tmp_path, injec
     log = tmp_path / "log"
 
     def victim():
-        real = shutil.disk_usage(begun)
-        checkpoint.shutil.disk_usage = lambda path: real._replace(free=1_000_000)
+        real, calls = shutil.disk_usage(begun), []
+
+        def full_from_the_second_time_on(path):  # the first is the check before training
+            calls.append(path)
+            return real if len(calls) == 1 else real._replace(free=100_000)
+
+        checkpoint.shutil.disk_usage = full_from_the_second_time_on
         resume(begun)()
 
     assert in_child(victim, log) == 4, log.read_text()
-    assert "1,000,000 free" in log.read_text() and "step-2 is untouched" in log.read_text()
+    assert "100,000 free" in log.read_text() and "step-2 is untouched" in log.read_text()
     assert_goes_on_exactly(begun, straight, log)
     injected()
 

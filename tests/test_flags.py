@@ -59,7 +59,6 @@ def test_without_flags_everything_has_its_default():
         (["--rate", "0.0001"], "rate", 0.0001),
         (["--schedule", "cosine"], "schedule", "cosine"),
         (["--folder", "7"], "folder", "7"),
-        (["--folder", ""], "folder", ""),
         (["--folder", "a b=c"], "folder", "a b=c"),
         (["--folder=--odd"], "folder", "--odd"),
         (["--run_name", "first"], "run_name", "first"),
@@ -287,3 +286,8 @@ def test_every_problem_of_a_config_file_is_reported(config_file):
     path = config_file('{"batch_size": "5", "rate": NaN, "fats": true, "folder": null}')
     text = problem_with("--config", path)
     assert text.startswith("error: 4 settings") and text.count(f"--config: {path}: ") == 4
+
+
+@pytest.mark.parametrize("text", ["", "  ", "a\0b"])
+def test_an_empty_text_is_refused_because_a_shell_variable_may_be_unset(text):
+    assert "--folder: got" in problem_with("--folder", text)

@@ -382,6 +382,7 @@ def fake_hub(monkeypatch, **splits):
     import datasets
 
     hub_splits = {name: datasets.Dataset.from_list(content) for name, content in splits.items()}
+    monkeypatch.setattr(rows.hub, "only_local_copy", lambda *arguments: True)
     monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(hub_splits))
 
 

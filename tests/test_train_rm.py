@@ -23,6 +23,7 @@ import checkpoint
 import data
 import models
 import packing
+import runs
 import train_rm
 import utils
 
@@ -193,7 +194,7 @@ def test_a_run_logs_every_tag_once_a_step_and_says_what_to_type_next(run_script,
     assert checkpoint.problem(run / "step-6") is None
     position = json.loads((run / "step-6/training_state.json").read_text())
     assert (position["step"], position["examples_seen"]) == (6, 128)
-    assert "64 of 64 rows kept" in result.stdout
+    assert "train: 64 of 64 rows kept" in result.stdout
     assert re.search(r"held-out accuracy [\d.]+% \(95 % interval [\d.]+% to [\d.]+%\)", result.stdout)
     assert "tensorboard --logdir ./logs/rm" in result.stdout
     assert "python chat.py --model checkpoints/rm/full/step-6" in result.stdout
@@ -469,6 +470,90 @@ def test_an_adapter_on_another_base_of_the_same_shape_is_refused(run_script, bas
     result = run_script("train_rm.py", "--resume_from", tmp_path / "checkpoints/rm/one", "--epochs", 2)
     assert result.returncode == 3, result.stderr
     assert str(tmp_path / "base") in result.stderr and "step-1" in result.stderr
+
+
+def test_a_resume_with_nothing_to_do_moves_nothing(run_script, base, small_dataset, tmp_path):
+    run = tmp_path / "checkpoints/rm/one"
+    flags = ["--model", base, "--dataset", small_dataset, "--batch_size", 8, "--grad_accum", 4, "--eval_num_batches", 1]
+    assert run_script("train_rm.py", *flags, "--run_name", "one", "--save_steps", 1).returncode == 0
+    before = sorted(path.name for path in run.iterdir())
+    result = run_script("train_rm.py", "--resume_from", run / "step-1", "--max_steps", 1)
+    assert result.returncode == 0 and "nothing to do" in result.stdout, result.stderr
+    assert sorted(path.name for path in run.iterdir()) == before
+
+
+def test_examples_seen_go_on_after_the_step_size_changed(run_script, base, small_dataset, tmp_path):
+    flags = ["--model", base, "--dataset", small_dataset, "--batch_size", 16, "--grad_accum", 1, *TINY]
+    assert run_script("train_rm.py", *flags, "--max_steps", 2, "--run_name", "one").returncode == 0
+    more = ["--batch_size", 8, "--allow_data_change", "--max_steps", 4]
+    result = run_script("train_rm.py", "--resume_from", tmp_path / "checkpoints/rm/one", *more)
+    assert result.returncode == 0, result.stderr
+    points = scalars(tmp_path / "logs/rm/one")[0]["train/loss_by_examples"]
+    assert [examples for examples, _ in points] == [16, 32, 40, 48]
+
+
+def test_a_run_resumes_from_another_folder(run_script, base, small_dataset, tmp_path):
+    shutil.copytree(small_dataset, tmp_path / "pairs")
+    assert run_script("train_rm.py", "--model", base, "--dataset", "pairs", "--run_name", "one", *TINY).returncode == 0
+    (tmp_path / "elsewhere").mkdir()
+    arguments = [sys.executable, ROOT / "train_rm.py", "--resume_from", "../checkpoints/rm/one", "--epochs", "2"]
+    moved = subprocess.run(arguments, cwd=tmp_path / "elsewhere", capture_output=True, text=True, timeout=300)
+    assert moved.returncode == 0, moved.stderr
+    assert (tmp_path / "checkpoints/rm/one/step-2").is_dir()
+    assert [step for step, _ in scalars(tmp_path / "logs/rm/one")[0]["train/loss"]] == [1, 2]
+
+
+def test_a_sequence_beyond_the_models_positions_is_refused_before_training(
+    run_script, tokenizer, small_dataset, tmp_path
+):
+    from transformers import AutoModelForSequenceClassification, GPT2Config
+
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 1024, "n_positions": 40}
+    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, num_labels=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    flags = ["--model", tmp_path / "gpt2", "--dataset", small_dataset, *TINY]
+    refused = run_script("train_rm.py", *flags)
+    assert refused.returncode == 2 and "--max_length 40" in refused.stderr, refused.stderr
+
+
+def test_unnamed_runs_of_one_second_get_names_of_their_own(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "timestamp", lambda: "20240115_143022")
+    config = train_rm.TrainConfig(output_dir=str(tmp_path))
+    claims = [runs.claim_run_folder(config, None) for _ in range(3)]
+    assert [folder.name for folder, _ in claims] == ["20240115_143022", "20240115_143022-2", "20240115_143022-3"]
+
+
+def test_a_log_that_cannot_be_written_does_not_stop_training(run_script, base, small_dataset, tmp_path):
+    flags = ["--model", base, "--dataset", small_dataset, "--run_name", "one", *TINY]
+    program = (
+        "import sys, torch.utils.tensorboard as t, train_rm, utils\n"
+        "def full(self, *a, **k): raise OSError(28, 'No space left on device')\n"
+        "t.SummaryWriter.add_scalar = full\n"
+        "sys.exit(utils.run_script(train_rm.main))\n"
+    )
+    (tmp_path / "full_log.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, "full_log.py", *map(str, flags)]
+    result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("training goes on without") == 1
+    assert (tmp_path / "checkpoints/rm/one/step-1").is_dir()
+
+
+def test_the_head_of_any_architecture_comes_from_the_seed(tokenizer, tmp_path):
+    from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
+
+    bert = BertConfig(vocab_size=1024, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    distilbert = DistilBertConfig(vocab_size=1024, dim=32, n_layers=1, n_heads=2, hidden_dim=64)
+    for name, backbone in (("bert", BertModel(bert)), ("distilbert", DistilBertModel(distilbert))):
+        backbone.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        heads = [
+            models.RewardModel.create(str(tmp_path / name), tokenizer, seed).classifier.classifier.weight
+            for seed in (1, 1, 2)
+        ]
+        assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2]), name
 
 
 def test_two_processes_cannot_train_one_run(run_script, base, small_dataset, tmp_path):

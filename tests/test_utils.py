@@ -102,12 +102,12 @@ def test_the_script_gets_its_arguments(script, run_script):
     assert run_script(script("print(argv)"), "--a", "b c").stdout == "['--a', 'b c']\n"
 
 
-def test_a_reader_that_leaves_early_is_no_error(script):
+def test_a_reader_that_leaves_early_ends_the_script_in_one_line(script):
     path = script("for number in range(100_000):\n    print(number)")
     process = subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "0\n"
     process.stdout.close()
-    assert process.stderr.read() == "" and process.wait(30) == 0
+    assert process.stderr.read() == "stopped: nobody reads the output any more\n" and process.wait(30) == 1
     process.stderr.close()
 
 
