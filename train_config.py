@@ -85,7 +85,7 @@ class TrainConfig:
 
 # What --demo sets where the user did not: small enough for a laptop, large enough to learn.
 DEMO_SETTINGS = {
-    "batch_size": 32, "grad_accum": 1, "epochs": 5, "lr": 1e-3, "lr_schedule": "cosine", "warmup_steps": 20,
+    "batch_size": 32, "grad_accum": 1, "epochs": 7, "lr": 1e-3, "lr_schedule": "cosine", "warmup_steps": 20,
     "gradient_checkpointing": False, "eval_steps": 50, "eval_num_batches": 0,
 }  # fmt: skip
 # A resumed run with other values of these would not be the run it continues.

@@ -104,4 +104,4 @@ def test_the_demo_learns_every_kind(run_script, tmp_path):
     for kind in ("on topic", "polite", "complete", "harmless"):
         share = float(end.split(f"\n  {kind}")[1].split("%")[0])
         assert share >= 85, kind
-    assert json.loads(Path(tmp_path / "checkpoints/rm/demo/step-250/train_config.json").read_text())["epochs"] == 5
+    assert json.loads(Path(tmp_path / "checkpoints/rm/demo/step-350/train_config.json").read_text())["epochs"] == 7

@@ -87,7 +87,7 @@ def test_python_blocks_load_what_training_wrote(readers_folder, base, small_data
     blocks = code_blocks("python")
     assert len(blocks) == 2
     for block in blocks:
-        code = block.replace("step-250", "step-1") + "\nassert model.score.weight.shape[0] == 1\n"
+        code = block.replace("step-350", "step-1") + "\nassert model.score.weight.shape[0] == 1\n"
         if "reward =" in block:
             code += "assert reward.isfinite()\n"
         result = run(["-c", code], readers_folder)
