@@ -191,6 +191,8 @@ class Stage:
     def status(self) -> tuple[str, Any]:
         """What the page says about the models, and the Load button."""
         scorer = f"`{self.scorer}` scores" if self.scorer else "nobody scores (`--reward_model`)"
+        if self.scorer and (best := utils.best_step(self.scorer.parent)) not in (None, self.scorer):
+            scorer += f" (the best of its run is {best.name})"
         if self.policy is None:
             return f"`{self.talker}` is not loaded yet", gr.Button(visible=True)
         return f"`{self.talker}` talks · {scorer} · on {self.policy.device.type}", gr.Button(visible=False)

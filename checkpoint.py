@@ -85,10 +85,10 @@ def save(
     DiskOrNetworkError if the disk is full, or would be; whatever was published before stays as it was.
     """
     optimizer_tensors = _optimizer_tensors(model, optimizer)
-    run_folder.mkdir(parents=True, exist_ok=True)
-    refuse_full_disk(run_folder, model)
     final = utils.step_folder(run_folder, position.step)
     try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        refuse_full_disk(run_folder, model)
         with utils.published_folder(final) as folder:
             model.save(folder)
             save_file(optimizer_tensors, folder / OPTIMIZER)
@@ -101,15 +101,21 @@ def save(
         # safetensors wraps the disk's own error in one of its own, as text
         if utils.disk_full_cause(error) is None and "os error" not in str(error):
             raise
-        free = shutil.disk_usage(run_folder).free
         raise DiskOrNetworkError(
             f"step {position.step} could not be saved",
             where=final,
-            found=f"{error} ({utils.format_bytes(free)} free)",
+            found=f"{error}{_free_space(run_folder)}",
             safe=_newest_saved(run_folder),
             next=_after_making_room(run_folder),
         ) from error
     return final
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        return f" ({utils.format_bytes(shutil.disk_usage(folder).free)} free)"
+    except OSError:  # the folder may be what is wrong
+        return ""
 
 
 def refuse_full_disk(run_folder: Path, model: RewardModel) -> None:

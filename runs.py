@@ -62,9 +62,11 @@ class Run:
             self.model.base_fingerprint(),
         )
         stored = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in NOT_STORED}
-        for name in ("model", "dataset", "log_dir"):
+        # Resuming works from any folder, and a tree that was moved as a whole keeps its logs beside its checkpoints.
+        for name in ("model", "dataset"):
             if Path(stored[name]).exists():
-                stored[name] = str(Path(stored[name]).absolute())  # resuming works from any folder
+                stored[name] = str(Path(stored[name]).absolute())
+        stored["log_dir"] = utils.relative_path(stored["log_dir"], stored["output_dir"])
         path = checkpoint.save(self.folder, self.model, self.optimizer, self.random_state, position, stored)
         self.saved_step = self.step
         checkpoint.prune(self.folder, self.config.keep_checkpoints)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,8 +105,10 @@ def read_config(argv: list[str], description: str) -> tuple[TrainConfig, Path | 
     if config.resume_from:
         folder = checkpoint.find(config.resume_from)
         stored = checkpoint.read_config(folder)
-        where_it_lies = {"output_dir": str(folder.parent.parent), "run_name": folder.parent.name}
-        resumed = {**stored, **where_it_lies, **given}
+        root = folder.parent.parent
+        log_dir = os.path.normpath(root / stored["log_dir"])  # stored as seen from output_dir
+        stored |= {"output_dir": str(root), "run_name": folder.parent.name, "log_dir": log_dir}
+        resumed = {**stored, **given}
         compare_with_stored(stored, given, config.allow_data_change)
         return flags.build_config(TrainConfig, resumed, []), folder
     if config.demo:

@@ -352,6 +352,14 @@ class lazy_import:
         return getattr(importlib.import_module(self._name), attribute)
 
 
+def relative_path(path: str, start: str) -> str:
+    """`path` as seen from the folder `start`; as it is where no way leads there (another drive of Windows)."""
+    try:
+        return os.path.relpath(path, start)
+    except ValueError:
+        return os.path.abspath(path)
+
+
 def format_bytes(count: float) -> str:
     """1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):

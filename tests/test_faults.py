@@ -4,6 +4,7 @@ Each fault hits a forked child of this process, so that importing torch is paid 
 the README's table that a test stands for.
 """
 
+import gzip
 import json
 import os
 import random
@@ -376,6 +377,130 @@ def test_a_save_that_would_not_fit_is_not_begun(begun, straight, tmp_path, injec
 
     assert in_child(victim, log) == 4, log.read_text()
     assert "100,000 free" in log.read_text() and "step-2 is untouched" in log.read_text()
+    assert_goes_on_exactly(begun, straight, log)
+    injected()
+
+
+@survives("a folder that became read-only")
+def test_a_read_only_folder_exits_4_and_the_run_goes_on_once_it_is_writable(begun, straight, tmp_path, injected):
+    log = tmp_path / "log"
+    for folder in (tmp_path, *tmp_path.parents[:-2]):
+        folder.chmod(folder.stat().st_mode | 0o011)  # nobody must be able to come here
+
+    def victim():
+        original = checkpoint.save
+
+        def read_only(*arguments):
+            begun.chmod(0o555)
+            if os.geteuid() == 0:
+                os.seteuid(65534)  # root may write anywhere
+            return original(*arguments)
+
+        checkpoint.save = read_only
+        resume(begun)()
+
+    assert in_child(victim, log) == 4, log.read_text()
+    begun.chmod(0o755)
+    text = log.read_text()
+    assert "step 3 could not be saved" in text and "step-2 is untouched" in text and "Traceback" not in text, text
+    assert_goes_on_exactly(begun, straight, log)
+    injected()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Input
+# ---------------------------------------------------------------------------------------------------------------------
+
+GOOD = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: Go away"}
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+MALFORMED_DATA = {
+    "empty": b"",
+    "blank lines": b"\n\n\n",
+    "missing key": lines(GOOD, {"chosen": "x"}),
+    "mistyped key": lines(GOOD, {"chosen": GOOD["chosen"], "rejcted": "x"}),
+    "null": lines(GOOD, {"chosen": None, "rejected": "x"}),
+    "number for text": lines(GOOD, {"chosen": 3, "rejected": "x"}),
+    "object for text": lines(GOOD, {"chosen": {"a": 1}, "rejected": "x"}),
+    "row is a list": lines(GOOD, [1, 2]),
+    "row is a text": lines(GOOD, "hello"),
+    "empty list": lines(GOOD, {"chosen": [], "rejected": []}),
+    "nested lists": lines(GOOD, {"chosen": [[GOOD]], "rejected": [[GOOD]]}),
+    "message without role": lines(GOOD, {"chosen": [{"content": "x"}], "rejected": [{"content": "y"}]}),
+    "unknown role": lines({"chosen": [{"role": "gpt", "content": "x"}], "rejected": [{"role": "gpt", "content": "y"}]}),
+    "content is a list": lines({"chosen": [{"role": "user", "content": ["x"]}], "rejected": []}),
+    "prompt is a number": lines({"prompt": 1, "chosen": "a", "rejected": "b"}),
+    "margin is a text": lines({**GOOD, "margin": "big"}),
+    "margin is not finite": json.dumps({**GOOD, "margin": float("inf")}).encode(),
+    "margin is huge": b'{"chosen": "a", "rejected": "b", "prompt": "c", "margin": 1' + b"0" * 400 + b"}",
+    "duplicate columns": b'{"chosen": "a", "chosen": "b", "rejected": "c"}\n',
+    "broken JSON": lines(GOOD) + b'{"chosen": \n',
+    "deep JSON": b"[" * 100_000,
+    "not UTF-8": lines(GOOD) + b'{"chosen": "\xff"}\n',
+    "UTF-16": json.dumps(GOOD).encode("utf-16"),
+    "NUL bytes": b"\0" * 100,
+    "all identical": lines({"chosen": GOOD["chosen"], "rejected": GOOD["chosen"]}),
+    "no dialogues": lines({"chosen": "a", "rejected": "b"}),
+    "half without replies": lines(GOOD, {"chosen": "\n\nHuman: Hi\n\nAssistant:", "rejected": GOOD["rejected"]}),
+}
+
+
+@survives("a malformed data file, on resuming")
+def test_malformed_data_exits_2_before_anything_changes(begun, straight, tmp_path, injected):
+    log, before = tmp_path / "log", sorted(path.name for path in begun.iterdir())
+    files = {name: (tmp_path / "train.jsonl", content) for name, content in MALFORMED_DATA.items()}
+    whole = gzip.compress(lines(GOOD) * 1000)
+    files["cut gzip"] = (tmp_path / "train.jsonl.gz", whole[: len(whole) // 2])
+    files["no gzip"] = (tmp_path / "train.jsonl.gz", lines(GOOD))
+    files["no parquet"] = (tmp_path / "train.parquet", lines(GOOD))
+    for name, (path, content) in files.items():
+        path.write_bytes(content)
+        code = in_child(resume(begun, "--dataset", str(path), "--allow_data_change"), log)
+        assert code == 2, (name, log.read_text())
+        assert str(path) in log.read_text() and "Traceback" not in log.read_text(), name
+        assert len(log.read_text().split("error:")[1].splitlines()) <= 8, (name, log.read_text())
+        assert {path.name for path in begun.iterdir()} <= {*before, utils.RunLock.FILE}, name
+    assert_goes_on_exactly(begun, straight, log)
+    injected(len(files))
+
+
+MALFORMED_CONFIGS = [
+    b"", b"{", b"[]", b'"text"', b"3", b"null", b"\xff\xfe", b'{"epohcs": 3}', b'{"epochs": "3"}', b'{"epochs": 3.5}',
+    b'{"epochs": true}', b'{"epochs": null}', b'{"epochs": 0}', b'{"lr": NaN}', b'{"lr": Infinity}', b'{"lr": -1}',
+    b'{"lr": "1e-5"}', b'{"lora": 1}', b'{"lora": "yes"}', b'{"epochs": 1, "epochs": 2}', b'{"run_name": ".."}',
+    b'{"lr_schedule": "cosin"}', b'{"config": "other.json"}', b"[" * 100_000,
+]  # fmt: skip
+
+
+@survives("a malformed config file, on resuming")
+def test_malformed_configs_exit_2_before_anything_changes(begun, straight, tmp_path, injected):
+    log, before = tmp_path / "log", sorted(path.name for path in begun.iterdir())
+    path = tmp_path / "settings.json"
+    for content in MALFORMED_CONFIGS:
+        path.write_bytes(content)
+        assert in_child(resume(begun, "--config", str(path)), log) == 2, (content[:40], log.read_text())
+        assert "settings.json" in log.read_text() or "--" in log.read_text(), content[:40]
+        assert "Traceback" not in log.read_text()
+        assert sorted(path.name for path in begun.iterdir()) == before
+    assert_goes_on_exactly(begun, straight, log)
+    injected(len(MALFORMED_CONFIGS))
+
+
+@survives("two processes on one run")
+def test_a_second_process_is_refused_and_harms_nothing(begun, straight, tmp_path, injected):
+    log, other_log = tmp_path / "log", tmp_path / "other"
+    victim = fork_child(resume(begun), log)
+    deadline = time.monotonic() + 30
+    while not (begun / utils.RunLock.FILE).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert in_child(resume(begun), other_log) == 2, other_log.read_text()
+    assert f"held by process {victim} on" in other_log.read_text()
+    assert exit_code_of(victim) == 0, log.read_text()
     assert_goes_on_exactly(begun, straight, log)
     injected()
 
