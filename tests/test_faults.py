@@ -188,13 +188,29 @@ def test_a_training_killed_again_and_again_ends_as_the_straight_one(flags, tmp_p
     straight, run = (tmp_path / "checkpoints/rm" / name for name in ("straight", "run"))
     assert in_child(begin(flags, straight), log) == 0, log.read_text()
     for _ in range(kills):
-        victim = fork_child(resume(run) if utils.step_folders(run) else begin(flags, run), log)
+        victim = fork_child(slowly(resume(run) if utils.step_folders(run) else begin(flags, run)), log)
         time.sleep(draw.uniform(0.5, 2.0))
         os.kill(victim, signal.SIGKILL)
         assert exit_code_of(victim) == -signal.SIGKILL, log.read_text()
         assert all(checkpoint.problem(step) is None for step in utils.step_folders(run))
     assert_goes_on_exactly(run, straight, log, last_step=8 * kills)
     injected(kills)
+
+
+def slowly(train):
+    """A step takes a quarter of a second at least, so that no machine is so fast that it ends before it is killed."""
+
+    def train_slowly():
+        original = train_rm.accumulate_gradients
+
+        def pause_first(*arguments):
+            time.sleep(0.25)
+            return original(*arguments)
+
+        train_rm.accumulate_gradients = pause_first
+        train()
+
+    return train_slowly
 
 
 def begin(flags, run):
