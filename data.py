@@ -24,6 +24,7 @@ from rows import LEFT_OUT, NOTED, Pair, Source, find_sources, read_pairs
 CACHE_VERSION = 2  # raise it when parsing, tokenising or the files change
 ROWS_AT_A_TIME = 2000
 MOST_LEFT_OUT = 0.10
+DEAD_AFTER_SECONDS = 24 * 3600
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenised pairs
@@ -145,7 +146,11 @@ def _cached(source: Source, tokenizer: Any, tokenizer_print: str) -> Path:
     key = hashlib.sha256(f"{CACHE_VERSION}/{source.fingerprint()}/{tokenizer_print}".encode()).hexdigest()[:32]
     folder = cache_root() / key
     if not _is_whole(folder):
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():  # cut by somebody, or another process has published it this moment
+            if _is_whole(folder):
+                return folder
+            shutil.rmtree(folder, ignore_errors=True)
+        _remove_dead_entries()
         try:
             with utils.published_folder(folder, f".tmp-{key}-{os.getpid()}") as temporary:
                 _tokenise(source, tokenizer, temporary)
@@ -156,6 +161,17 @@ def _cached(source: Source, tokenizer: Any, tokenizer_print: str) -> Path:
         except (PermissionError, NotADirectoryError) as error:
             raise _cache_unwritable(error) from error
     return folder
+
+
+def _remove_dead_entries() -> None:
+    """Delete what killed tokenisings left: temporary folders into which nobody has written for a day."""
+    for path in cache_root().glob(".tmp-*"):
+        try:
+            last_written = max(file.stat().st_mtime for file in [path, *path.iterdir()])
+        except OSError:  # its own process has just renamed or removed it
+            continue
+        if time.time() - last_written > DEAD_AFTER_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_whole(folder: Path) -> bool:

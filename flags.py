@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -31,7 +32,7 @@ def read_flags(config_class: type, argv: list[str], description: str) -> tuple[d
     The two come back together so that `build_config` can report the rest of the problems in the same message.
     """
     fields = {field.name: field for field in dataclasses.fields(config_class)}
-    parsed, unknown = _parser(config_class, description).parse_known_args(argv)
+    parsed, unknown = _parser(config_class, description).parse_known_args(_join_negative_numbers(argv))
     # what follows an unknown flag is its value, and no second mistake
     values_of_unknown = {value for word, value in itertools.pairwise(unknown) if word.startswith("-")}
     problems = [_unknown_flag(w, fields) for w in unknown if w.startswith("-") or w not in values_of_unknown]
@@ -44,6 +45,18 @@ def read_flags(config_class: type, argv: list[str], description: str) -> tuple[d
         except ValueError as error:
             problems.append(f"--{name}: got {text!r}, wants {error}")
     return values, problems
+
+
+def _join_negative_numbers(argv: list[str]) -> list[str]:
+    """`--lr -1e-5` as `--lr=-1e-5`: argparse takes -1e-5 for a flag, and would miss the value."""
+    joined: list[str] = []
+    for word in argv:
+        is_value = joined and joined[-1].startswith("--") and "=" not in joined[-1]
+        if is_value and re.fullmatch(r"-(\d|\.\d|inf|nan).*", word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def build_config(config_class: type, values: dict[str, Any], problems: list[str]) -> Any:
@@ -143,7 +156,8 @@ def _read_config_file(config_class: type, file_name: str, problems: list[str]) -
     if not isinstance(content, dict):
         problems.append(f"--config: {file_name}: wants one JSON object, got {type(content).__name__}")
         return {}
-    names = [field.name for field in dataclasses.fields(config_class) if field.name != "config"]
+    # --debug must hold before any file is read
+    names = [field.name for field in dataclasses.fields(config_class) if field.name not in ("config", "debug")]
     values = {}
     for key, value in content.items():
         if key not in names:

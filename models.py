@@ -40,12 +40,6 @@ def pick_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA has a class for it, MPS and the CPU's allocator have words."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
-
-
 def free_memory(device: torch.device) -> None:
     """Give cached blocks back, so that a smaller batch finds room in one piece."""
     gc.collect()

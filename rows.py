@@ -22,6 +22,7 @@ from utils import UserError, nearest, sha256_of
 
 SUFFIXES = hub.DATA_SUFFIXES
 TEST_NAMES = ("test", "validation", "eval")
+MEND = "mend that place of the file, then the same command again"
 HELD_OUT_IN = 20  # without a test split, one prompt in 20 is held out
 Messages = list[dict[str, str]]
 
@@ -107,8 +108,9 @@ def _file_in(folder: Path, stems: tuple[str, ...]) -> Path | None:
         found = [folder / f"{stem}{suffix}" for suffix in SUFFIXES if (folder / f"{stem}{suffix}").is_file()]
         if len(found) > 1:
             raise UserError(
-                f"--dataset has more than one {stem} file", where=folder, found=", ".join(p.name for p in found)
-            )
+                f"--dataset has more than one {stem} file", where=folder, found=", ".join(p.name for p in found),
+                next="keep one of them there, or name the file itself",
+            )  # fmt: skip
         if found:
             return found[0]
     return None
@@ -181,9 +183,9 @@ def _parse_json(place: str, text: bytes) -> Any:
     except UnicodeDecodeError as error:
         line = text.count(b"\n", 0, error.start) + 1
         found = f"byte {text[error.start]:#04x}" + (f" in line {line}" if line > 1 else "")
-        raise UserError("the data is not UTF-8 text", where=place, found=found) from error
+        raise UserError("the data is not UTF-8 text", where=place, found=found, next=MEND) from error
     except (ValueError, RecursionError) as error:
-        raise UserError("the data is not JSON", where=place, found=error) from error
+        raise UserError("the data is not JSON", where=place, found=error, next=MEND) from error
 
 
 def _row_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -218,8 +220,9 @@ def _parquet(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, row
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
-            "the data file is damaged, or no parquet file", where=f"{source.name}, after row {number}", found=error
-        ) from error
+            "the data file is damaged, or no parquet file", where=f"{source.name}, after row {number}", found=error,
+            next="fetch or write the file again",
+        ) from error  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -103,19 +103,24 @@ def gradients_of_step(run: runs.Run, indices: Any, between: Callable[[], None]) 
         try:
             return step_batches, *accumulate_gradients(run.model, step_batches, run.config.center_rewards, between)
         except RuntimeError as error:
-            if not models.is_out_of_memory(error):
-                raise
-            used = max(batch.computed_tokens for batch in step_batches)
-            if all(len(batch.margins) == 1 for batch in step_batches):
-                raise UserError(
-                    f"a single pair of {used:,} tokens does not fit the memory of {run.model.device}",
-                    next="a smaller --max_length, --gradient_checkpointing, or --lora",
-                ) from error
+            halve_token_budget(run, step_batches, error)
+        models.free_memory(run.model.device)  # not in the `except`, where the traceback still holds activations
         run.optimizer.zero_grad(set_to_none=True)
-        run.tokens_per_batch = used // 2
-        models.free_memory(run.model.device)
         checkpoint.set_random_state(run.random_state)  # the same dropout as in the first try
-        print(f"out of memory at {used:,} tokens a batch; going on with {run.tokens_per_batch:,}", flush=True)
+
+
+def halve_token_budget(run: runs.Run, tried: list[Any], error: RuntimeError) -> None:
+    """After running out of memory over one of the micro-batches `tried`; any other error is raised again."""
+    if not utils.is_out_of_memory(error):
+        raise error
+    used = max(batch.computed_tokens for batch in tried)
+    if all(len(batch.margins) == 1 for batch in tried):
+        raise UserError(
+            f"a single pair of {used:,} tokens does not fit the memory of {run.model.device}",
+            next="a smaller --max_length, --gradient_checkpointing, or --lora",
+        ) from error
+    run.tokens_per_batch = used // 2
+    print(f"out of memory at {used:,} tokens a batch; going on with {run.tokens_per_batch:,}", flush=True)
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
@@ -160,31 +165,40 @@ class Evaluation:
 
 def evaluate(run: runs.Run, indices: Any, between: Callable[[], None]) -> Evaluation:
     """Loss and accuracy over `indices` of the test pairs, without dropout. A tie counts as wrong."""
-    model, dataset = run.model, run.test_pairs
-    was_training = model.training
-    model.eval()
-    losses, rewards, order = [], [], []
+    was_training = run.model.training
+    run.model.eval()
     try:
-        with torch.no_grad():
-            for batch in micro_batches(run, dataset, indices):
-                between()
-                batch = batch.to(model.device)
-                pair_rewards = score(model, batch)
-                losses.append(bradley_terry_loss(pair_rewards[:, 0], pair_rewards[:, 1], batch.margins))
-                rewards.append(pair_rewards)
-                order.append(batch.indices)
+        losses, rewards, order = score_test_pairs(run, indices, between)
     finally:
-        model.train(was_training)
-    all_rewards = torch.cat(rewards)
-    is_right = (all_rewards[:, 0] > all_rewards[:, 1]).cpu().numpy()  # (N,)
-    kinds = dataset.kinds[np.concatenate(order)]
+        run.model.train(was_training)
+    is_right = (rewards[:, 0] > rewards[:, 1]).cpu().numpy()  # (N,)
+    kinds = run.test_pairs.kinds[order]
     by_kind = {
-        dataset.kind_names[kind]: (int(is_right[kinds == kind].sum()), int((kinds == kind).sum()))
+        run.test_pairs.kind_names[kind]: (int(is_right[kinds == kind].sum()), int((kinds == kind).sum()))
         for kind in np.unique(kinds)
-        if dataset.kind_names[kind]
+        if run.test_pairs.kind_names[kind]
     }
-    metrics = pair_metrics(torch.cat(losses), all_rewards)
-    return Evaluation(metrics, int(is_right.sum()), len(is_right), all_rewards.cpu(), by_kind)
+    return Evaluation(pair_metrics(losses, rewards), int(is_right.sum()), len(is_right), rewards.cpu(), by_kind)
+
+
+def score_test_pairs(run: runs.Run, indices: Any, between: Callable[[], None]) -> tuple[Tensor, Tensor, Any]:
+    """Losses (N,), rewards (N, 2) and indices (N,) of test pairs; out of memory as in `gradients_of_step`."""
+    while True:
+        losses, rewards, order = [], [], []
+        for batch in micro_batches(run, run.test_pairs, indices):
+            between()
+            order.append(batch.indices)
+            try:
+                on_device = batch.to(run.model.device)
+                with torch.no_grad():
+                    rewards.append(score(run.model, on_device))
+            except RuntimeError as error:
+                halve_token_budget(run, [batch], error)
+                break
+            losses.append(bradley_terry_loss(*rewards[-1].unbind(dim=1), on_device.margins))
+        else:
+            return torch.cat(losses), torch.cat(rewards), np.concatenate(order)
+        models.free_memory(run.model.device)
 
 
 def micro_batches(run: runs.Run, dataset: data.PairDataset, indices: Any) -> Any:

@@ -129,6 +129,16 @@ def run_script(main: Callable[[list[str]], None]) -> int:
                 )
             )
             return _report(argv, error, message, EXIT_DISK_OR_NETWORK)
+        if is_out_of_memory(error):
+            message = str(
+                UserError(
+                    "the memory of this machine does not hold it",
+                    found=(str(error).strip() or "MemoryError").splitlines()[0],
+                    safe="what was saved before was not touched",
+                    next="a smaller model, a smaller --max_length or --tokens_per_batch, or --lora",
+                )
+            )
+            return _report(argv, error, message, EXIT_BAD_INPUT)
         frame = traceback.extract_tb(error.__traceback__)[-1]
         message = UserError(
             f"{type(error).__name__}: {str(error).strip() or 'no message'}",
@@ -158,6 +168,13 @@ def disk_full_cause(error: BaseException | None) -> OSError | None:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: CUDA has a class for it, known by name here; MPS and the CPU have words."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    is_named_so = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_named_so or any(word in str(error) for word in words)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -302,6 +303,18 @@ def test_the_fingerprint_is_that_of_the_kept_pairs(load):
     everything, kept = load([GOOD_ROW, longer]), load([GOOD_ROW, longer], max_length=60)
     assert len(kept) == 1 and everything.fingerprint != kept.fingerprint
     assert kept.fingerprint == load([GOOD_ROW, longer], max_length=61).fingerprint
+
+
+def test_what_killed_tokenisings_left_is_cleared_after_a_day_and_a_live_one_is_not(load, empty_cache):
+    long_ago = time.time() - 2 * 24 * 3600
+    dead, live = empty_cache / ".tmp-aaaa-1", empty_cache / ".tmp-bbbb-2"
+    for folder in (dead, live):
+        folder.mkdir(parents=True)
+        (folder / "tokens.bin").write_bytes(b"")
+        os.utime(folder, (long_ago, long_ago))
+    os.utime(dead / "tokens.bin", (long_ago, long_ago))
+    load([GOOD_ROW])
+    assert not dead.exists() and live.exists()
 
 
 def test_a_broken_file_leaves_nothing_in_the_cache(load, empty_cache):

@@ -291,3 +291,16 @@ def test_every_problem_of_a_config_file_is_reported(config_file):
 @pytest.mark.parametrize("text", ["", "  ", "a\0b"])
 def test_an_empty_text_is_refused_because_a_shell_variable_may_be_unset(text):
     assert "--folder: got" in problem_with("--folder", text)
+
+
+@pytest.mark.parametrize("text", ["-1e-5", "-1", "-.5"])
+def test_a_negative_value_is_a_value_and_no_flag(text):
+    assert f"--rate: got {float(text)}, wants more than 0" in problem_with("--rate", text)
+
+
+def test_a_switch_is_not_given_a_negative_number_that_follows_it():
+    assert "--fast: got '-1', wants True or False" in problem_with("--fast", "-1")
+
+
+def test_debug_in_a_config_file_is_refused_because_it_must_hold_before_the_file_is_read(config_file):
+    assert "'debug' is no setting" in problem_with("--config", config_file('{"debug": true}'))

@@ -429,6 +429,26 @@ def test_out_of_memory_halves_the_budget_and_gives_the_same_gradient(
     assert "out of memory" not in capsys.readouterr().out, "the smaller budget was forgotten"
 
 
+def test_running_out_of_memory_in_an_evaluation_cuts_the_batches_and_gives_the_same_figures(
+    base, small_dataset, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", base, "--dataset", small_dataset, "--precision", "fp32", "--max_steps", "1"]
+    train_rm.main([*flags, "--run_name", "roomy"])
+    roomy = re.search(r"held-out.*", capsys.readouterr().out).group()
+    original = train_rm.score
+
+    def little_memory(model, batch):
+        if batch.computed_tokens > 300 and not model.training:
+            raise RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)")
+        return original(model, batch)
+
+    monkeypatch.setattr(train_rm, "score", little_memory)
+    train_rm.main([*flags, "--run_name", "tight"])
+    output = capsys.readouterr().out
+    assert "out of memory at" in output and roomy in output
+
+
 def test_a_pair_that_fits_no_memory_says_what_to_change(base, small_dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

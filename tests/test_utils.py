@@ -62,6 +62,12 @@ except OSError:
 """
 ENDS = {
     "done": ("print('fine')", 0, ""),
+    "memory": ("raise MemoryError", 2, "error: the memory of this machine does not hold it"),
+    "memory in words": (
+        "raise RuntimeError(\"DefaultCPUAllocator: can't allocate memory: you tried 9 bytes\")",
+        2,
+        "error: the memory of this machine does not hold it",
+    ),
     "our fault": ("return 1 / 0", 1, "error: ZeroDivisionError: division by zero"),
     "no message": ("raise RuntimeError", 1, "error: RuntimeError: no message"),
     "other OSError": ("open('nowhere')", 1, "error: FileNotFoundError"),
