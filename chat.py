@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
     import checkpoint
     import models
+    import policy
 else:  # loaded when first used, so that --help answers at once
-    gr, checkpoint, models = map(utils.lazy_import, ("gradio", "checkpoint", "models"))
+    gr, checkpoint, models, policy = map(utils.lazy_import, ("gradio", "checkpoint", "models", "policy"))
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class Stage:
 
     def __init__(self, talker: str, scorer: Path | None, debug: bool = False):
         self.talker, self.scorer, self.debug = talker, scorer, debug
-        self.policy: models.PolicyModel | None = None
+        self.policy: policy.PolicyModel | None = None
         self.reward: models.RewardModel | None = None
         self._rewards: dict[str, float] = {}  # by dialogue: every turn asks again for those of all earlier ones
         self._loading = threading.Lock()  # two visitors may press the button
@@ -184,7 +185,7 @@ class Stage:
                 self.reward = models.RewardModel.restore(self.scorer).to(device).eval()
             is_local = hub.looks_like_a_path(self.talker)
             opened = (
-                models.PolicyModel.restore(Path(self.talker)) if is_local else models.PolicyModel.create(self.talker)
+                policy.PolicyModel.restore(Path(self.talker)) if is_local else models.PolicyModel.create(self.talker)
             )
             self.policy = opened.to(device).eval()
 

@@ -1,4 +1,4 @@
-"""The models: a reward model that scores positions, a policy that writes, and the attention mask of packed pairs.
+"""The reward model, which scores positions, and the attention mask of packed pairs.
 
 Nothing here knows where text comes from, what a loss is or how anything is trained: a reward model scores the
 positions it is given.
@@ -12,8 +12,6 @@ import contextlib
 import gc
 import hashlib
 import math
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -298,116 +296,3 @@ class RewardModel(nn.Module):
     @property
     def _text_config(self) -> Any:
         return self.classifier.config.get_text_config()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The policy model
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class PolicyModel(nn.Module):
-    """A causal language model that writes replies and says how likely it finds a text."""
-
-    def __init__(self, language_model: nn.Module, tokenizer: Any, peft_model: nn.Module | None = None):
-        super().__init__()
-        self.language_model, self.tokenizer = language_model, tokenizer
-        self.__dict__["peft_model"] = peft_model  # see RewardModel
-
-    @classmethod
-    def create(cls, name: str, lora: LoraSettings | None = None, seed: int = 0) -> PolicyModel:
-        """The causal LM of a hub id or folder, in fp32, with new adapters if `lora` is given."""
-        from transformers import AutoModelForCausalLM
-
-        tokenizer = load_tokenizer(name)
-        model, missing = open_model(AutoModelForCausalLM, name)
-        if missing:
-            raise UserError(
-                "this is no language model: its files lack weights that writing needs",
-                where=name,
-                found=f"missing: {', '.join(sorted(missing)[:3])}",
-            )
-        return cls(model, tokenizer, add_lora(model, lora, "CAUSAL_LM", seed) if lora else None)
-
-    @classmethod
-    def restore(cls, folder: Path) -> PolicyModel:
-        """A saved policy: a whole model, or an adapter on its base."""
-        if not is_adapter(folder):
-            return cls.create(str(folder))
-        from peft import PeftModel
-
-        base = cls.create(base_of_adapter(folder))
-        with quiet_transformers():
-            peft_model = PeftModel.from_pretrained(base.language_model, folder, is_trainable=True)
-        return cls(base.language_model, load_tokenizer(str(folder)), peft_model)
-
-    def save(self, folder: Path) -> None:
-        save_model(self.language_model, self.peft_model, self.tokenizer, folder)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.language_model.parameters()).device
-
-    def token_logprobs(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """log p(token t+1 | tokens up to t) in fp32, (B, T - 1); 0 where either token is padding."""
-        output = self.language_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        logits = output.logits[:, :-1].float()  # (B, T - 1, vocabulary)
-        chosen = logits.gather(2, input_ids[:, 1:, None]).squeeze(2)  # (B, T - 1)
-        both_real = attention_mask[:, 1:] * attention_mask[:, :-1]
-        return (chosen - logits.logsumexp(dim=2)) * both_real
-
-    def stream(
-        self,
-        messages: list[dict[str, str]],
-        max_new_tokens: int = 512,
-        temperature: float = 0.7,
-        top_p: float = 0.9,
-        enable_thinking: bool = False,
-        stop: threading.Event | None = None,
-    ) -> Iterator[str]:
-        """Write the next reply and yield its text piece by piece as it comes.
-
-        `temperature` 0 is greedy. Setting `stop`, or closing the iterator, ends the generation at the next token.
-        What goes wrong in the generation is raised here.
-        """
-        from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
-
-        stop = stop or threading.Event()
-
-        class StopWhenAsked(StoppingCriteria):
-            def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-                return torch.full((input_ids.shape[0],), stop.is_set(), device=input_ids.device)
-
-        prompt = self.tokenizer.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            enable_thinking=enable_thinking,
-            return_tensors="pt",
-            return_dict=True,
-        ).to(self.device)
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        failures: list[BaseException] = []
-
-        def generate() -> None:
-            try:
-                self.language_model.generate(
-                    **prompt,
-                    **({"do_sample": False} | sampling),
-                    max_new_tokens=max_new_tokens,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                    streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([StopWhenAsked()]),
-                )
-            except BaseException as error:  # handed to the reader below; a stream must end, or its reader hangs
-                failures.append(error)
-                streamer.end()
-
-        thread = threading.Thread(target=generate, daemon=True)
-        thread.start()
-        try:
-            yield from streamer
-        finally:
-            stop.set()
-            thread.join()
-        if failures:
-            raise failures[0]

@@ -1,7 +1,6 @@
 """models.py: packed scoring against plain forwards, checkpoints that anyone can load, odd tokenizers, the policy."""
 
 import json
-import threading
 
 import numpy as np
 import pytest
@@ -354,75 +353,3 @@ def test_a_base_without_template_gets_chatml(tokenizer, tmp_path):
     odd = odd_tokenizer(tokenizer, tmp_path, None, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     text = odd.apply_chat_template(DIALOGUES[0], tokenize=False)
     assert text.startswith("<|im_start|>user\nCan you") and text.endswith("crust.<|im_end|>\n")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The policy
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_token_logprobs_are_those_of_the_language_model(base):
-    policy = models.PolicyModel.create(base).eval()
-    ids = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]])
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    with torch.no_grad():
-        logprobs = policy.token_logprobs(ids, mask)
-        loss = policy.language_model(input_ids=ids[:1], labels=ids[:1]).loss
-    assert logprobs.shape == (2, 4) and logprobs.dtype == torch.float32
-    assert logprobs[0].mean().item() == pytest.approx(-loss.item(), abs=1e-5)
-    assert (logprobs[1, 2:] == 0).all() and (logprobs[1, :2] < 0).all()
-
-
-def test_streamed_pieces_are_the_generated_text(base):
-    policy = models.PolicyModel.create(base).eval()
-    pieces = list(policy.stream(HELLO, max_new_tokens=12, temperature=0))
-    prompt = policy.tokenizer.apply_chat_template(
-        HELLO, add_generation_prompt=True, enable_thinking=False, return_tensors="pt", return_dict=True
-    )
-    whole = policy.language_model.generate(**prompt, do_sample=False, max_new_tokens=12, pad_token_id=0)
-    new_ids = whole[0, prompt["input_ids"].shape[1] :]
-    assert "".join(pieces) == policy.tokenizer.decode(new_ids, skip_special_tokens=True)
-
-
-def test_a_stopped_stream_ends_at_the_next_token(base):
-    policy = models.PolicyModel.create(base).eval()
-    stop = threading.Event()
-    stream = policy.stream(HELLO, max_new_tokens=1000, temperature=1.0, stop=stop)
-    next(stream)
-    stop.set()
-    assert len(list(stream)) < 50
-
-
-def test_a_failing_generation_raises_instead_of_hanging(base, monkeypatch):
-    policy = models.PolicyModel.create(base).eval()
-
-    def fail(*args, **kwargs):
-        raise RuntimeError("out of memory, say")
-
-    monkeypatch.setattr(policy.language_model, "generate", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        list(policy.stream(HELLO))
-
-
-def test_a_policy_with_adapters_comes_back_the_same(base, tmp_path):
-    policy = models.PolicyModel.create(base, models.LoraSettings(), seed=3)
-    with torch.no_grad():
-        for name, parameter in policy.language_model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    policy.eval().save(tmp_path)
-    ids = torch.tensor([[5, 6, 7, 8]])
-    again = models.PolicyModel.restore(tmp_path).eval()
-    plain = models.PolicyModel.create(base).eval()
-    with torch.no_grad():
-        wanted = policy.token_logprobs(ids, torch.ones_like(ids))
-        assert torch.equal(again.token_logprobs(ids, torch.ones_like(ids)), wanted)
-        assert not torch.allclose(plain.token_logprobs(ids, torch.ones_like(ids)), wanted, atol=1e-3)
-
-
-def test_a_reward_model_is_no_policy(base, tokenizer, tmp_path):
-    config = tiny_config("Llama", intermediate_size=64, num_labels=1, tie_word_embeddings=False)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no language model"):
-        models.PolicyModel.create(str(tmp_path))
