@@ -222,6 +222,34 @@ class RewardModel(nn.Module):
         rewards = self.score_rows(batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device))
         return rewards.tolist()
 
+    @torch.no_grad()
+    def token_rewards(self, dialogue: list[dict[str, str]]) -> tuple[list[str], list[float]]:
+        """The reward as the last message grows: the text of each of its tokens, and the fp32 reward after it.
+
+        The last reward is the dialogue's own; those before it are what the head says of an unfinished reply, which
+        training never looks at. Raises ValueError for an architecture whose earlier rewards depend on later tokens.
+        """
+        if not self.can_pack:
+            raise ValueError(f"no reward token by token: {self.why_not}")
+        text = self.tokenizer.apply_chat_template(dialogue, tokenize=False)
+        # a reply that differs from the first letter on shows where the template puts the last message
+        other = "\ue001" if dialogue[-1]["content"].lstrip().startswith("\ue000") else "\ue000"
+        another = self.tokenizer.apply_chat_template(
+            [*dialogue[:-1], dialogue[-1] | {"content": other}], tokenize=False
+        )
+        start = next(place for place, (a, b) in enumerate(zip(text, another, strict=False)) if a != b)
+        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        first = next(index for index, (_, end) in enumerate(encoding.offsets) if end > start)
+        ids = torch.tensor([encoding.ids], device=self.device)  # (1, T)
+        with self._autocast():
+            output = self.backbone(input_ids=ids, attention_mask=torch.ones_like(ids))
+        rewards = self._head(output.last_hidden_state, torch.arange(first, ids.shape[1], device=self.device))
+        shown, texts = start, []
+        for _, end in encoding.offsets[first:]:  # the tokens of one character all name its place
+            texts.append(text[shown:end])
+            shown = max(shown, end)
+        return texts, rewards.tolist()
+
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()

@@ -353,3 +353,44 @@ def test_a_base_without_template_gets_chatml(tokenizer, tmp_path):
     odd = odd_tokenizer(tokenizer, tmp_path, None, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     text = odd.apply_chat_template(DIALOGUES[0], tokenize=False)
     assert text.startswith("<|im_start|>user\nCan you") and text.endswith("crust.<|im_end|>\n")
+
+
+@pytest.mark.parametrize("reply", ["Yes: knead it, and wait.", "  Naïve 🙂 ", "\n", "bread", "你好", "1 < 2 & <b>"])
+def test_the_rewards_of_a_growing_reply_end_at_the_dialogues_own(base, tokenizer, reply):
+    model = models.RewardModel.create(base, tokenizer, 0).eval()
+    dialogue = [*DIALOGUES[0][:1], {"role": "assistant", "content": reply}]
+    texts, rewards = model.token_rewards(dialogue)
+    assert "".join(texts) == f"{reply}<|im_end|>\n" and len(texts) == len(rewards)
+    assert rewards[-1] == pytest.approx(model.score_dialogues([dialogue])[0], abs=1e-5)
+
+
+def test_the_reward_after_a_token_is_that_of_the_sequence_cut_there(base, tokenizer):
+    model = models.RewardModel.create(base, tokenizer, 0).eval()
+    _, rewards = model.token_rewards(DIALOGUES[0])
+    whole = tokenizer.apply_chat_template(DIALOGUES[0], return_dict=False)
+    for position in range(len(rewards)):
+        cut = torch.tensor([whole[: len(whole) - len(rewards) + position + 1]])
+        assert model.score_rows(cut, torch.ones_like(cut)).item() == pytest.approx(rewards[position], abs=1e-5)
+
+
+def test_no_reward_token_by_token_where_later_tokens_would_change_it(tokenizer, tmp_path):
+    config = tiny_config("Bert", num_labels=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = models.RewardModel.restore(tmp_path).eval()
+    with pytest.raises(ValueError, match="no reward token by token"):
+        model.token_rewards(DIALOGUES[0])
+
+
+def test_token_rewards_with_qwens_own_template(real_tokenizer_folder, tmp_path):
+    tokenizer = models.load_tokenizer(real_tokenizer_folder)
+    sizes = {"vocab_size": len(tokenizer), "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 64}
+    config = tiny_config("Qwen3", num_labels=1, pad_token_id=tokenizer.pad_token_id, **sizes)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = models.RewardModel.restore(tmp_path).eval()
+    for reply in ("Naïve 🙂, 你好.", "  two spaces", "one\n\ntwo"):
+        dialogue = [*DIALOGUES[0][:1], {"role": "assistant", "content": reply}]
+        texts, rewards = model.token_rewards(dialogue)
+        assert "".join(texts).removesuffix("<|im_end|>\n").strip() == reply.strip()
+        assert rewards[-1] == pytest.approx(model.score_dialogues([dialogue])[0], abs=1e-5)
