@@ -99,7 +99,8 @@ def save(
             write_manifest(folder, position.step)
     except (OSError, SafetensorError) as error:
         # safetensors wraps the disk's own error in one of its own, as text
-        if utils.disk_full_cause(error) is None and "os error" not in str(error):
+        is_disk = utils.disk_full_cause(error) is not None or "os error" in str(error)
+        if isinstance(error, FileExistsError) or not is_disk:
             raise
         raise DiskOrNetworkError(
             f"step {position.step} could not be saved",
@@ -152,18 +153,37 @@ def _compare_with_memory(folder: Path, expected: dict[str, Tensor]) -> None:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 wanted, got = expected.get(name), file.get_tensor(name)
-                if wanted is None or wanted.dtype != got.dtype or not torch.equal(wanted.cpu(), got):
+                if wanted is None or not _is_same(wanted.cpu(), got):
                     raise DiskOrNetworkError("what was written is not what is in memory", where=path, found=name)
                 found.add(name)
     if lost := expected.keys() - found:
         raise DiskOrNetworkError("the checkpoint lacks what is in memory", where=folder, found=sorted(lost)[0])
 
 
+def _is_same(first: Tensor, second: Tensor) -> bool:
+    """Bit by bit: NaN is not equal to itself, and what is compared here is a disk."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)))
+
+
+def refuse_non_finite_weights(model: RewardModel, run_folder: Path, step: int) -> None:
+    """Raise before weights that are not finite would become a checkpoint: a huge learning rate can do that to them."""
+    for name, parameter in trained_parameters(model).items():
+        if not parameter.isfinite().all():
+            raise utils.UserError(
+                f"the weights are not finite after step {step}, so it is not saved",
+                found=name,
+                safe=_newest_saved(run_folder),
+                next="a smaller --lr or --weight_decay, or more --warmup_steps",
+            )
+
+
 def prune(run_folder: Path, keep: int) -> list[Path]:
     """Delete all but the newest `keep` steps and the best one; 0 keeps all. Returns what was deleted."""
     steps = utils.step_folders(run_folder)
     kept = {*steps[-keep:], utils.best_step(run_folder)} if keep else set(steps)
-    pruned = [path for path in steps if path not in kept]
+    pruned = [path for path in steps if path not in kept and not path.is_symlink()]  # a link is not ours
     for path in pruned:
         # out of sight first: a kill in the middle must not leave half a step behind
         hidden = path.with_name(f".tmp-pruned-{path.name}")
@@ -230,11 +250,42 @@ def restore_optimizer(folder: Path, model: RewardModel, optimizer: torch.optim.O
 
 
 def read_position(folder: Path) -> Position:
-    return Position(**utils.read_json(folder / POSITION))
+    content = utils.read_json(folder / POSITION)
+    try:
+        return Position(**content)
+    except TypeError as error:
+        raise _written_by_others(folder / POSITION, error) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    return utils.read_json(folder / CONFIG)
+    """The settings stored with a checkpoint. Raises CheckpointError if they are none of a run's."""
+    content = utils.read_json(folder / CONFIG)
+    try:
+        return dict(content)
+    except (TypeError, ValueError) as error:
+        raise _written_by_others(folder / CONFIG, error) from error
+
+
+def _written_by_others(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        "the checkpoint does not hold what a training wrote",
+        where=file,
+        found=f"{type(error).__name__}: {error}",
+        next="bring the file back from a copy, or resume from another step",
+    )
+
+
+def refuse_missing_parts(folder: Path) -> None:
+    """Raise CheckpointError if a checkpoint, sound as it may be, lacks what going on from it takes."""
+    for name in (OPTIMIZER, RANDOM_STATE, POSITION, CONFIG):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                "this checkpoint holds a model but not all of a training",
+                where=folder / name,
+                found="no such file, and the manifest names none",
+                safe="the model itself can be used",
+                next="resume from another step, or start a new run with --model and this folder",
+            )
 
 
 def read_random_state(folder: Path) -> dict[str, Tensor]:
@@ -249,7 +300,9 @@ def read_random_state(folder: Path) -> dict[str, Tensor]:
 def find(resume_from: str) -> Path:
     """The `step-N` folder that `--resume_from` means: itself, or the newest sound one of a run folder."""
     path = Path(resume_from).expanduser()
-    path = path if path.name not in ("", "..") else path.resolve()  # "." has no name
+    path = path.resolve() if path.name in ("", "..") else path  # "." has no name
+    if path.parent.name == "":  # `step-6` typed inside its run's folder
+        path = path.absolute()
     if not path.is_dir():
         parent = path.parent
         siblings = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
@@ -265,11 +318,19 @@ def find(resume_from: str) -> Path:
     steps = utils.step_folders(path)
     if not steps:
         raise CheckpointError("no checkpoint there", where=path.absolute(), next="a folder that holds step-N folders")
+    damaged = []
     for step in reversed(steps):
-        if problem(step) is None:
+        if (trouble := problem(step)) is None:
+            for file, found in damaged:
+                print(f"{file.parent.name} is damaged ({file.name}: {found}); going on from {step.name}", flush=True)
             return step
-    file, found = problem(steps[-1]) or (steps[-1], "damaged a moment ago")
-    raise CheckpointError("every checkpoint of this run is damaged", where=file, found=found)
+        damaged.append(trouble)
+    raise CheckpointError(
+        "every checkpoint of this run is damaged",
+        where=damaged[0][0],
+        found=damaged[0][1],
+        next="bring the files back from a copy, or start a new run",
+    )
 
 
 def verify(folder: Path) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import utils
 from rows import LEFT_OUT, NOTED, Pair, Source, find_sources, read_pairs
 
-CACHE_VERSION = 2  # raise it when parsing, tokenising or the files change
+CACHE_VERSION = 3  # raise it when parsing, tokenising or the files change
 ROWS_AT_A_TIME = 2000
 MOST_LEFT_OUT = 0.10
 DEAD_AFTER_SECONDS = 24 * 3600
@@ -109,9 +109,10 @@ class PairDataset:
         return ids[: prefix + chosen], np.concatenate([ids[:prefix], ids[prefix + chosen :]])
 
     def refuse_if_too_much_is_left_out(self) -> None:
-        """Raise UserError if more than a tenth of the rows cannot be used."""
-        if self.counts.left_out > MOST_LEFT_OUT * self.counts.rows:
-            share = self.counts.left_out / self.counts.rows
+        """Raise UserError if more than a tenth of the rows cannot be used; a vote for neither side is no fault."""
+        unusable = self.counts.left_out - self.counts.count["no_preference"]
+        if unusable > MOST_LEFT_OUT * self.counts.rows:
+            share = unusable / self.counts.rows
             raise utils.UserError(
                 f"{share:.0%} of the rows would be left out",
                 where=self.name,
@@ -158,7 +159,9 @@ def _cached(source: Source, tokenizer: Any, tokenizer_print: str) -> Path:
             if (folder / "report.json").exists():
                 return folder  # another process was faster, with the same result
             raise _cache_unwritable(error) from error
-        except (PermissionError, NotADirectoryError) as error:
+        except OSError as error:
+            if source.path is not None and error.filename == str(source.path):
+                raise
             raise _cache_unwritable(error) from error
     return folder
 
@@ -175,10 +178,10 @@ def _remove_dead_entries() -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a cache entry has all its files at their sizes; one that somebody cut is made anew."""
+    """Whether a cache entry is what was written; one that somebody cut or changed is made anew."""
     try:
-        sizes = utils.read_json(folder / "report.json")["bytes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+        checksums = utils.read_json(folder / "report.json")["sha256"]
+        return all(utils.sha256_of(folder / name) == checksum for name, checksum in checksums.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -188,7 +191,7 @@ def _cache_unwritable(error: OSError) -> utils.DiskOrNetworkError:
         "the token cache cannot be written",
         where=cache_root(),
         found=error,
-        next="set RL_WITH_RM_CACHE to a folder of yours",
+        next="make room there, or set RL_WITH_RM_CACHE to a folder of yours with room",
     )
 
 
@@ -225,7 +228,7 @@ def _tokenise(source: Source, tokenizer: Any, folder: Path) -> None:
         folder / "report.json",
         {"rows": counts.rows, "count": counts.count, "first_rows": counts.first_rows, "kinds": kind_names,
          "tokens_sha256": utils.sha256_of(folder / "tokens.bin"), "source": source.name,
-         "bytes": {path.name: path.stat().st_size for path in folder.iterdir()}},
+         "sha256": {path.name: utils.sha256_of(path) for path in folder.iterdir()}},
     )  # fmt: skip
 
 

@@ -170,7 +170,7 @@ def _read_config_file(config_class: type, file_name: str, problems: list[str]) -
         if type(value) is not kind or (kind is float and not math.isfinite(value)):
             problems.append(f"--config: {file_name}: {key!r}: got {value!r}, wants {_WANTED[kind]}")
             continue
-        values[key] = value
+        values[key] = os.path.expanduser(value) if kind is str else value  # as the shell does with flags
     return values
 
 
@@ -181,10 +181,28 @@ def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def _is_utf8(text: str) -> bool:
+    """Whether a text can be written to files; bytes of a path that are no UTF-8 reach Python as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def wrong_types(config_class: type, values: dict[str, Any]) -> list[str]:
+    """What in settings that were stored as JSON cannot be a setting, in words; unknown names are none of ours."""
+    found = []
+    for field in dataclasses.fields(config_class):
+        kind, value = _type_of(config_class, field.name), values.get(field.name, field.default)
+        is_missing = value is None and field.default is None
+        if not is_missing and type(value) is not kind and not (kind is float and type(value) is int):
+            found.append(f"{field.name!r}: got {value!r}, wants {_WANTED[kind]}")
+    return found
+
+
 def _limit_broken(field: dataclasses.Field, config: Any) -> str | None:
     value, limits = getattr(config, field.name), field.metadata
     if value is None:
         return None
+    if isinstance(value, str) and not _is_utf8(value):
+        return f"--{field.name}: got {value!a}, wants UTF-8 text"
     if isinstance(value, str) and (not value.strip() or "\0" in value):
         return f"--{field.name}: got {value!r}, wants a text" + (" (is a variable unset?)" if not value else "")
     if "choices" in limits and value not in limits["choices"]:

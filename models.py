@@ -117,12 +117,15 @@ class RewardModel(nn.Module):
         return cls(classifier, tokenizer, peft_model)
 
     @classmethod
-    def restore(cls, folder: Path) -> RewardModel:
-        """A saved reward model, full or LoRA. Raises CheckpointError if anything, the head above all, is missing."""
+    def restore(cls, folder: Path, base: str | None = None) -> RewardModel:
+        """A saved reward model, full or LoRA. Raises CheckpointError if anything, the head above all, is missing.
+
+        `base` is where an adapter's base model lies now, if not where the adapter says.
+        """
         from transformers import AutoModelForSequenceClassification
 
         tokenizer = load_tokenizer(str(folder))
-        name = base_of_adapter(folder) if is_adapter(folder) else str(folder)
+        name = (base or base_of_adapter(folder)) if is_adapter(folder) else str(folder)
         classifier, missing = open_model(
             AutoModelForSequenceClassification, name, num_labels=1, pad_token_id=tokenizer.pad_token_id
         )
@@ -144,6 +147,7 @@ class RewardModel(nn.Module):
         try:
             with quiet_transformers():
                 peft_model = PeftModel.from_pretrained(classifier, folder, is_trainable=True)
+                peft_model.active_peft_config.base_model_name_or_path = name  # where it lies now
         except RuntimeError as error:
             raise CheckpointError(
                 "the adapter does not fit its base model", where=folder, found=f"base {name}: {first_line(error)}"

@@ -76,7 +76,8 @@ class Board:
                 self._write(self.writer.add_scalar, tag + BY_EXAMPLES, value, examples)
 
     def histogram(self, tag: str, values: Any, step: int) -> None:
-        self._write(self.writer.add_histogram, tag, values, step)
+        if (finite := values[values.isfinite()]).numel():  # TensorBoard draws nothing else, and raises
+            self._write(self.writer.add_histogram, tag, finite, step)
 
     def table(self, tag: str, rows: dict[str, Any], step: int) -> None:
         """Key and value as a Markdown table."""
@@ -144,3 +145,15 @@ def peak_memory_gib(device: Any) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes on macOS, KiB elsewhere
+
+
+def memory_in_use_gib(device: Any) -> float:
+    """What is held right now: the GPU's memory by our tensors, or on a CPU the process's resident set."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**30
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory() / 2**30
+    return psutil.Process().memory_info().rss / 2**30

@@ -33,9 +33,11 @@ LEFT_OUT = {
     "wrong_last_speaker": "last turn not the assistant's",
     "identical": "chosen and rejected are the same",
     "no_text": "half a character in a text (a lone UTF-16 surrogate)",
+    "no_preference": "voted a tie, or both bad",
     "template": "refused by the model's chat template",
     "too_long": "too long",
 }
+VOTES_FOR_NEITHER = ("tie", "both_bad")  # the column `vote`, which chat.py writes
 # What is unusual about a row that is kept.
 NOTED = {
     "merged": "with turns of the same speaker in a row, merged into one",
@@ -218,7 +220,7 @@ def _parquet(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(
             "the data file is damaged, or no parquet file", where=f"{source.name}, after row {number}", found=error,
             next="fetch or write the file again",
@@ -297,6 +299,8 @@ def parse_pair(row: dict[str, Any], refuse: Any) -> Pair | str:
             return "wrong_last_speaker"
         if not messages[-1]["content"].strip():
             return "no_reply"
+    if row.get("vote") in VOTES_FOR_NEITHER:
+        return "no_preference"
     if chosen == rejected:
         return "identical"
     kind = str(row.get("kind") or "").encode("utf-8", "replace").decode()
@@ -325,9 +329,14 @@ def _prompt_messages(value: Any, refuse: Any) -> Messages:
         return _checked_messages(value, "prompt", refuse)
     if not isinstance(value, str):
         raise refuse(f"'prompt' is a {type(value).__name__}, not text or a list of messages")
-    messages = parse_transcript(value)
+    return parse_prompt(value)
+
+
+def parse_prompt(text: str) -> Messages:
+    """What two replies answer: a transcript, or else one question."""
+    messages = parse_transcript(text)
     if messages is None:
-        return [{"role": "user", "content": value.strip()}]
+        return [{"role": "user", "content": text.strip()}]
     if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
         messages.pop()  # HH-RLHF's prompts end in an open "\n\nAssistant:"
     return messages

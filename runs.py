@@ -5,7 +5,9 @@ Opening it, going back to a checkpoint, and saving are here, so that train_rm.py
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import shutil
 import sys
 from dataclasses import dataclass
@@ -67,6 +69,7 @@ class Run:
             if Path(stored[name]).exists():
                 stored[name] = str(Path(stored[name]).absolute())
         stored["log_dir"] = utils.relative_path(stored["log_dir"], stored["output_dir"])
+        checkpoint.refuse_non_finite_weights(self.model, self.folder, self.step)
         path = checkpoint.save(self.folder, self.model, self.optimizer, self.random_state, position, stored)
         self.saved_step = self.step
         checkpoint.prune(self.folder, self.config.keep_checkpoints)
@@ -76,14 +79,47 @@ class Run:
 def set_up(config: TrainConfig, resumed_from: Path | None) -> Run:
     """Everything that can fail early does so here, cheapest first: names, data, then the model."""
     folder, lock = claim_run_folder(config, resumed_from)
+    log_folder = Path(config.log_dir) / folder.name
     try:
+        refuse_strays(folder)
+        make_folder(log_folder, "--log_dir")
         utils.remove_dead_saves(folder)
         return open_run(dataclasses.replace(config, run_name=folder.name), folder, lock, resumed_from)
     except BaseException:
         if not has_begun(folder):  # so nothing stays; Windows keeps a folder with an open file, which is no harm
             shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds logs, or was never made
+                log_folder.rmdir()
         lock.release()
         raise
+
+
+def make_folder(folder: Path, flag: str) -> None:
+    """Make a folder that a flag named, or raise a UserError that says why it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise UserError(
+            f"{flag} names a folder that cannot be made",
+            where=folder.absolute(),
+            found=error.strerror,
+            safe="nothing was changed",
+            next=f"another {flag}, or make room for it by moving what stands there",
+        ) from error
+
+
+def refuse_strays(run_folder: Path) -> None:
+    """Something that is no folder at a checkpoint's place would stop the training when that step is to be saved."""
+    for path in run_folder.iterdir():
+        if utils.step_of(path) is not None and not path.is_dir():
+            raise UserError(
+                "something that is no folder stands where a checkpoint goes",
+                where=path,
+                safe="nothing was changed",
+                next="move it away",
+            )
 
 
 def open_run(config: TrainConfig, folder: Path, lock: utils.RunLock, resumed_from: Path | None) -> Run:
@@ -102,7 +138,7 @@ def open_run(config: TrainConfig, folder: Path, lock: utils.RunLock, resumed_fro
     plan = packing.StepPlan(len(train_pairs), config.pairs_per_step, config.epochs, config.seed, config.max_steps)
 
     if resumed_from:
-        model = models.RewardModel.restore(resumed_from)
+        model = models.RewardModel.restore(resumed_from, config.model if config.lora else None)
     else:
         targets = tuple(name.strip() for name in config.lora_target_modules.split(","))
         lora = models.LoraSettings(config.lora_r, config.lora_alpha, config.lora_dropout, targets)
@@ -138,7 +174,7 @@ def go_back_to(folder: Path, run: Run) -> None:
             "the adapter was trained on another base model",
             where=folder,
             found=f"{run.config.model} is not what it was: its weights differ",
-            next="bring the old base model back to that place",
+            next="bring the old base model back to that place, or name its new one with --model",
         )
     checkpoint.restore_optimizer(folder, run.model, run.optimizer)
     run.step = run.saved_step = position.step
@@ -183,7 +219,7 @@ def claim_run_folder(config: TrainConfig, resumed_from: Path | None) -> tuple[Pa
         names = [now, *(f"{now}-{number}" for number in range(2, 100))]
     for name in names:
         folder = root / name
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "--output_dir with --run_name")
         if has_begun(folder):
             continue
         try:
@@ -224,4 +260,4 @@ def save_last_completed_step(run: Run, cause: BaseException) -> None:
     except Exception as error:  # the cause is what run_script reports; this must not replace it
         saved = f"the last completed step, {run.step}, could not be saved either:\n{error}"
     # nobody may read standard output any more, which may be the cause
-    print(saved, file=sys.stderr if isinstance(cause, BrokenPipeError) else sys.stdout, flush=True)
+    utils.say_if_heard(saved, sys.stderr if isinstance(cause, BrokenPipeError) else sys.stdout)

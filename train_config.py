@@ -25,35 +25,35 @@ class TrainConfig:
     # fmt: off
     model: str = flag("Qwen/Qwen3-0.6B", "base model: hub id or local folder", group="model and data")
     dataset: str = flag("Anthropic/hh-rlhf", "hub id, local .jsonl/.jsonl.gz/.json/.parquet file, or a folder with train.* and test.*", group="model and data")
-    max_length: int = flag(2048, "longest sequence in tokens; longer pairs are left out, in training and evaluation alike, and counted", minimum=8, group="model and data")
+    max_length: int = flag(2048, "longest sequence in tokens; longer pairs are left out, in training and evaluation alike, and counted", minimum=8, below=2**31, group="model and data")
     bad_rows: str = flag("stop", "what to do when more than 10 % of the rows would be left out", choices=("stop", "skip"), group="model and data")
 
-    epochs: int = flag(1, "times through the training pairs", minimum=1, group="optimization")
-    batch_size: int = flag(32, "pairs per micro-batch at most", minimum=1, group="optimization")
-    grad_accum: int = flag(4, "an optimizer step is batch_size x grad_accum pairs", minimum=1, group="optimization")
-    lr: float = flag(1e-5, "learning rate of AdamW", above=0, group="optimization")
+    epochs: int = flag(1, "times through the training pairs", minimum=1, below=10**6, group="optimization")
+    batch_size: int = flag(32, "pairs per micro-batch at most", minimum=1, below=10**6, group="optimization")
+    grad_accum: int = flag(4, "an optimizer step is batch_size x grad_accum pairs", minimum=1, below=10**6, group="optimization")
+    lr: float = flag(1e-5, "learning rate of AdamW", above=0, below=10, group="optimization")
     lr_schedule: str = flag("constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine"), group="optimization")
-    warmup_steps: int = flag(0, "steps over which the learning rate rises from zero", minimum=0, group="optimization")
-    weight_decay: float = flag(0.0, "AdamW's decoupled weight decay", minimum=0, group="optimization")
-    max_grad_norm: float = flag(10.0, "clip the gradient to this norm; 0 disables", minimum=0, group="optimization")
-    max_steps: int = flag(0, "stop after so many optimizer steps; 0 = after the epochs", minimum=0, group="optimization")
-    center_rewards: float = flag(0.0, "weight of the mean of (r_chosen + r_rejected)^2, which keeps rewards around zero (arXiv 2312.09244)", minimum=0, group="optimization")
+    warmup_steps: int = flag(0, "steps over which the learning rate rises from zero", minimum=0, below=10**9, group="optimization")
+    weight_decay: float = flag(0.0, "AdamW's decoupled weight decay", minimum=0, below=1000, group="optimization")
+    max_grad_norm: float = flag(10.0, "clip the gradient to this norm; 0 disables", minimum=0, below=1e30, group="optimization")
+    max_steps: int = flag(0, "stop after so many optimizer steps; 0 = after the epochs", minimum=0, below=10**12, group="optimization")
+    center_rewards: float = flag(0.0, "weight of the mean of (r_chosen + r_rejected)^2, which keeps rewards around zero (arXiv 2312.09244)", minimum=0, below=1000, group="optimization")
     seed: int = flag(0, "draws the head, the adapters, the order of the pairs and dropout", minimum=0, below=2**63, group="optimization")
 
-    tokens_per_batch: int = flag(4096, "token budget of one forward; changes speed and memory, not the result (but for what dropout draws)", minimum=1, group="speed and memory")
+    tokens_per_batch: int = flag(4096, "token budget of one forward; changes speed and memory, not the result (but for what dropout draws)", minimum=1, below=2**31, group="speed and memory")
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass: slower by a third, far less memory", group="speed and memory")
     precision: str = flag("bf16", "arithmetic; weights, rewards and loss are fp32 either way", choices=("bf16", "fp32"), group="speed and memory")
 
     lora: bool = flag(False, "train low-rank adapters and the head instead of every parameter", group="LoRA")
-    lora_r: int = flag(16, "rank of the adapters", minimum=1, group="LoRA")
-    lora_alpha: int = flag(32, "the adapters' output is scaled by alpha / r", minimum=1, group="LoRA")
+    lora_r: int = flag(16, "rank of the adapters", minimum=1, below=65537, group="LoRA")
+    lora_alpha: int = flag(32, "the adapters' output is scaled by alpha / r", minimum=1, below=10**6, group="LoRA")
     lora_dropout: float = flag(0.05, "dropout in front of the adapters", minimum=0, below=1, group="LoRA")
     lora_target_modules: str = flag("q_proj,k_proj,v_proj,o_proj", "linear layers to adapt, by name, with commas", group="LoRA")
 
-    eval_steps: int = flag(50, "evaluate every N optimizer steps; 0 = at the end only", minimum=0, group="evaluation and output")
-    eval_num_batches: int = flag(32, "evaluation size in batches, the same pairs every time; 0 = the whole test split", minimum=0, group="evaluation and output")
-    save_steps: int = flag(500, "save a checkpoint every N optimizer steps; 0 = at the end only", minimum=0, group="evaluation and output")
-    keep_checkpoints: int = flag(0, "keep the newest N checkpoints and the best by evaluation accuracy; 0 = all", minimum=0, group="evaluation and output")
+    eval_steps: int = flag(50, "evaluate every N optimizer steps; 0 = at the end only", minimum=0, below=10**12, group="evaluation and output")
+    eval_num_batches: int = flag(32, "evaluation size in batches, the same pairs every time; 0 = the whole test split", minimum=0, below=10**12, group="evaluation and output")
+    save_steps: int = flag(500, "save a checkpoint every N optimizer steps; 0 = at the end only", minimum=0, below=10**12, group="evaluation and output")
+    keep_checkpoints: int = flag(0, "keep the newest N checkpoints and the best by evaluation accuracy; 0 = all", minimum=0, below=10**9, group="evaluation and output")
     output_dir: str = flag("./checkpoints/rm", "checkpoints go to OUTPUT_DIR/RUN_NAME/step-N", group="evaluation and output")
     log_dir: str = flag("./logs/rm", "TensorBoard's files go to LOG_DIR/RUN_NAME", group="evaluation and output")
     run_name: str | None = flag(None, "name of the run (default: date and time, as 20240115_143022)", group="evaluation and output")
@@ -91,7 +91,8 @@ DEMO_SETTINGS = {
 }  # fmt: skip
 # A resumed run with other values of these would not be the run it continues.
 FIXED_BY_CHECKPOINT = ("model", "lora", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
-EXACTNESS_NEEDS = ("dataset", "max_length", "batch_size", "grad_accum", "seed", "bad_rows")
+# (the pairs themselves are compared by content, see runs.refuse_changed_data: a moved file is the same data)
+EXACTNESS_NEEDS = ("max_length", "batch_size", "grad_accum", "seed", "bad_rows")
 NOT_STORED = ("resume_from", "config", "demo", "debug", "allow_data_change")
 
 
@@ -104,8 +105,18 @@ def read_config(argv: list[str], description: str) -> tuple[TrainConfig, Path | 
     config = flags.build_config(TrainConfig, given, problems)
     if config.resume_from:
         folder = checkpoint.find(config.resume_from)
+        checkpoint.refuse_missing_parts(folder)
         stored = checkpoint.read_config(folder)
+        wrong = [f"no {name!r}" for name in ("model", "dataset", "log_dir") if name not in stored]
+        if wrong := wrong + flags.wrong_types(TrainConfig, stored):
+            raise utils.CheckpointError(
+                "the checkpoint's settings are not what a training wrote",
+                where=folder / "train_config.json",
+                found="; ".join(wrong),
+                next="bring the file back from a copy, or resume from another step",
+            )
         root = folder.parent.parent
+        refuse_nameless(folder, given)
         log_dir = os.path.normpath(root / stored["log_dir"])  # stored as seen from output_dir
         stored |= {"output_dir": str(root), "run_name": folder.parent.name, "log_dir": log_dir}
         resumed = {**stored, **given}
@@ -121,11 +132,23 @@ def read_config(argv: list[str], description: str) -> tuple[TrainConfig, Path | 
                 "--demo writes its model and pairs to ./demo, and something else is there",
                 where=Path("demo").absolute(),
                 safe="nothing in it was touched",
-                next="run --demo in another folder",
+                next="run --demo in another folder, or delete that one",
             ) from error
         given = {**DEMO_SETTINGS, "model": str(model), "dataset": str(dataset), **given}
         config = flags.build_config(TrainConfig, given, [])
     return config, None
+
+
+def refuse_nameless(folder: Path, given: dict[str, Any]) -> None:
+    """A checkpoint that was copied or set aside may lie in a folder whose name no run can have."""
+    if "run_name" not in given and (why := utils.run_name_problem(folder.parent.name)):
+        raise UserError(
+            "this checkpoint does not lie in a run's folder, so the run that goes on from it needs a name",
+            where=folder,
+            found=f"{folder.parent.name!r} {why}",
+            safe="the checkpoint is untouched, and stays so",
+            next="add --run_name NAME" + ("" if "output_dir" in given else " and, if you like, --output_dir"),
+        )
 
 
 def _is_same(stored: Any, given: Any) -> bool:
@@ -138,13 +161,15 @@ def _is_same(stored: Any, given: Any) -> bool:
 def compare_with_stored(stored: dict[str, Any], given: dict[str, Any], allow_data_change: bool) -> None:
     """Say which settings of a resumed run changed; refuse those that would make it another run."""
     changed = {name: value for name, value in given.items() if name in stored and not _is_same(stored[name], value)}
+    refused = {*FIXED_BY_CHECKPOINT, *([] if allow_data_change else EXACTNESS_NEEDS)}
+    if stored.get("lora"):
+        refused.discard("model")  # an adapter's base may have moved; its weights are compared, see runs.go_back_to
     if changed:
-        refused = {*FIXED_BY_CHECKPOINT, *([] if allow_data_change else EXACTNESS_NEEDS)}
         print(f"{'setting':<24} {'stored':<24} {'asked':<24} used")
         for name, value in changed.items():
             used = "refused" if name in refused else value
             print(f"{name:<24} {stored[name]!s:<24} {value!s:<24} {used}")
-    if fixed := [name for name in FIXED_BY_CHECKPOINT if name in changed]:
+    if fixed := [name for name in changed if name in refused and name in FIXED_BY_CHECKPOINT]:
         raise UserError(
             f"a checkpoint's {', '.join('--' + name for name in fixed)} cannot change",
             next="leave it out to go on as before, or start a new run without --resume_from",

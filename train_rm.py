@@ -224,7 +224,8 @@ def main(argv: list[str]) -> None:
     # an evaluation that was interrupted is made up for, but only at a run's very end
     is_at_its_end = evaluation_is_missing(run) and not checkpoint.later_steps(run.folder, run.step)
     if run.step >= run.plan.total_steps and not is_at_its_end:
-        print(f"nothing to do: step {run.step} of {run.plan.total_steps} is done; more with --epochs or --max_steps")
+        more = "a larger --max_steps, or 0 for none" if config.max_steps else "more --epochs"
+        print(f"nothing to do: step {run.step} of {run.plan.total_steps} is done; to go on: {more}")
         return
     if aside := checkpoint.set_aside_later_steps(run.folder, run.step):
         print(f"the steps after step {run.step} now lie in {aside}")
@@ -233,6 +234,8 @@ def main(argv: list[str]) -> None:
             last = train(run, stop.check)
         except BaseException as cause:
             runs.save_last_completed_step(run, cause)
+            if isinstance(cause, OSError):
+                stop.check()  # a closed terminal asks to stop, and breaks what is printed next
             raise
         finally:
             run.lock.release()
@@ -362,6 +365,8 @@ def speed(step_batches: list[Any], seconds: float, device: Any) -> dict[str, flo
 def summary(run: runs.Run, evaluation: Evaluation | None) -> str:
     """The end of a run: how good, where it lies, what to type next."""
     lines = [f"done: {run.step:,} steps, {run.examples_seen(run.step):,} pairs"]
+    if run.skipped_steps:
+        lines.append(f"{run.skipped_steps:,} of these steps were skipped: their loss or gradient was not finite")
     if evaluation:
         lines.append(evaluation.line())
         width = max(map(len, evaluation.by_kind), default=0)

@@ -10,6 +10,7 @@ import difflib
 import errno
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -79,7 +80,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, self._note)
+            if not _is_ignored(number):
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -90,7 +92,7 @@ class StopRequest:
         if self.signal_number is not None:
             os._exit(128 + number)  # no clean-up: nothing visible on disk is ever half-written, see `published_folder`
         self.signal_number = number
-        sys.stderr.write("\nstopping at the next micro-batch; once more to leave without saving\n")
+        say_if_heard("\nstopping at the next micro-batch; once more to leave without saving")
 
     def check(self) -> None:
         """Raise `Stopped` if somebody asked to stop."""
@@ -98,17 +100,42 @@ class StopRequest:
             raise Stopped(self.signal_number)
 
 
+def _is_ignored(number: int) -> bool:
+    """Whether whoever started us asked for a signal to be left alone, as `nohup` does with a closed terminal."""
+    return signal.getsignal(number) is signal.SIG_IGN
+
+
+def say_if_heard(text: str, stream: typing.TextIO | None = None) -> None:
+    """Print, to standard error if not told otherwise; nothing happens if its reader has gone (a closed terminal)."""
+    stream = stream or sys.stderr
+    with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
+        print(text, file=stream, flush=True)
+
+
 def run_script(main: Callable[[list[str]], None]) -> int:
     """Run a script's `main` and turn whatever leaves it into a message and an exit code."""
     argv = sys.argv[1:]
+    asked_to_stop: list[int] = []
+
+    def stop_now(number: int, frame: object) -> typing.NoReturn:
+        asked_to_stop.append(number)
+        raise Stopped(number)
+
     try:
-        for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter must not end a training
-            stream.reconfigure(errors="backslashreplace")
-        for number in STOP_SIGNALS[1:]:
-            signal.signal(number, _stop_now)
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # started with it closed
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            # a terminal that lacks a letter must not end a training
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+        for number in STOP_SIGNALS:
+            if not _is_ignored(number):
+                signal.signal(number, stop_now)
+        refuse_missing_working_folder()
         main(argv)
         return 0
     except UserError as error:
+        if asked_to_stop and not isinstance(error, DiskOrNetworkError):  # see below
+            return _report(argv, error, "stopped", 128 + asked_to_stop[0])
         return _report(argv, error, str(error), error.exit_code)
     except (KeyboardInterrupt, Stopped) as error:
         return _report(argv, error, "stopped", getattr(error, "exit_code", EXIT_CTRL_C))
@@ -120,15 +147,8 @@ def run_script(main: Callable[[list[str]], None]) -> int:
         return _report(argv, error, "stopped: nobody reads the output any more", EXIT_OUR_FAULT)
     except Exception as error:
         if (disk_error := disk_full_cause(error)) is not None:
-            message = str(
-                DiskOrNetworkError(
-                    "the disk did not take it",
-                    where=disk_error.filename,
-                    found=disk_error.strerror,
-                    next="make room there, or name another folder; nothing saved before was touched",
-                )
-            )
-            return _report(argv, error, message, EXIT_DISK_OR_NETWORK)
+            explained = _explain_disk_error(disk_error)
+            return _report(argv, error, str(explained), explained.exit_code)
         if is_out_of_memory(error):
             message = str(
                 UserError(
@@ -139,6 +159,8 @@ def run_script(main: Callable[[list[str]], None]) -> int:
                 )
             )
             return _report(argv, error, message, EXIT_BAD_INPUT)
+        if asked_to_stop:  # an import that is interrupted complains of something else
+            return _report(argv, error, "stopped", 128 + asked_to_stop[0])
         frame = traceback.extract_tb(error.__traceback__)[-1]
         message = UserError(
             f"{type(error).__name__}: {str(error).strip() or 'no message'}",
@@ -148,20 +170,58 @@ def run_script(main: Callable[[list[str]], None]) -> int:
         return _report(argv, error, str(message), EXIT_OUR_FAULT)
 
 
-def _stop_now(number: int, frame: object) -> typing.NoReturn:
-    raise Stopped(number)
+def refuse_missing_working_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            "the working folder was deleted", found=error.strerror, next="cd to a folder that is there"
+        ) from error
 
 
 def _report(argv: list[str], error: BaseException, message: str, exit_code: int) -> int:
-    if any(word in ("--debug", "--debug=True", "--debug=true") for word in argv):
+    if wants_debug(argv):
         traceback.print_exception(error)
-    print(message, file=sys.stderr)
+    say_if_heard(message)
     return exit_code
+
+
+def wants_debug(argv: list[str]) -> bool:
+    """Whether --debug stands on a command line, in any of the forms that a switch has."""
+    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        if word == "--debug":
+            return following.lower() not in ("false", "0", "no")
+        if word.startswith("--debug="):
+            return word.lower() not in ("--debug=false", "--debug=0", "--debug=no")
+    return False
+
+
+def _explain_disk_error(error: OSError) -> UserError:
+    if error.errno in {getattr(errno, name) for name in PATH_ERRORS}:
+        return UserError(
+            "a path cannot be used",
+            where=error.filename,
+            found=error.strerror,
+            safe="nothing saved before was touched",
+            next="another name or folder",
+        )
+    is_limit = error.errno == errno.EFBIG
+    return DiskOrNetworkError(
+        "the disk did not take it",
+        where=error.filename,
+        found=error.strerror,
+        safe="nothing saved before was touched",
+        next="raise the limit on file sizes (ulimit -f)" if is_limit else "make room there, or name another folder",
+    )
+
+
+PATH_ERRORS = ("ENAMETOOLONG", "ENOTDIR", "EISDIR", "EEXIST")
+DISK_ERRORS = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EACCES", "EPERM")
 
 
 def disk_full_cause(error: BaseException | None) -> OSError | None:
     """The OSError about a full or unwritable disk in an exception's chain of causes, or None."""
-    names = ["ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "ENAMETOOLONG"]
+    names = PATH_ERRORS + DISK_ERRORS
     disk_errors = {getattr(errno, name) for name in names if hasattr(errno, name)}  # Windows lacks some
     while error is not None:
         if isinstance(error, OSError) and error.errno in disk_errors:
@@ -274,6 +334,24 @@ def _lock(file: typing.IO[str]) -> None:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextlib.contextmanager
+def exclusive(lock_file: Path, patience_seconds: float = 10) -> Iterator[None]:
+    """Hold a lock file against other threads and processes; they wait, and TimeoutError says that it took too long."""
+    with lock_file.open("a+", encoding="utf-8") as file:
+        give_up = time.monotonic() + patience_seconds
+        while True:
+            try:
+                _lock(file)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+                    raise
+                if time.monotonic() > give_up:
+                    raise TimeoutError(f"somebody holds {lock_file}") from error
+                time.sleep(0.02)
+        yield
 
 
 LOCKED_BYTE = 1024  # Windows forbids reading a locked byte, so it is one behind the text

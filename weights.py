@@ -152,8 +152,12 @@ def open_model(auto_class: Any, name: str, **options: Any) -> tuple[nn.Module, s
             ) from error
     # Weights read from a file lie in it as it was mapped, at any alignment, and some matrix products round differently
     # by alignment: a resumed run would differ in the last bit. Memory of our own is always aligned.
-    for parameter in model.parameters():
+    for path, parameter in model.named_parameters():
         parameter.data = parameter.data.clone()
+        if not parameter.isfinite().all():
+            raise UserError(
+                "the model's weights are not all finite numbers", where=name, found=path, next="fetch or make it again"
+            )
     return model, set(info["missing_keys"])
 
 

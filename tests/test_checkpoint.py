@@ -146,3 +146,62 @@ def test_later_steps_are_set_aside_and_not_deleted(saved):
     aside = checkpoint.set_aside_later_steps(run, 1)
     assert checkpoint.problem(aside / "step-2") is None
     assert [path.name for path in utils.step_folders(run)] == ["step-1"]
+
+
+def test_weights_that_are_not_numbers_are_compared_bit_by_bit_too(saved):
+    run, model, _ = saved
+    with torch.no_grad():
+        next(model.classifier.parameters())[0, 0] = float("nan")
+    optimizer = torch.optim.AdamW(model.classifier.parameters())
+    folder = checkpoint.save(
+        run, model, optimizer, checkpoint.random_state(), checkpoint.Position(3, 24, "data", 64, 4096), {"lr": 1e-3}
+    )
+    assert folder.name == "step-3" and checkpoint.problem(folder) is None
+
+
+def test_pruning_leaves_links_alone(saved, tmp_path):
+    run, model, optimizer = saved
+    elsewhere = tmp_path / "elsewhere"
+    (run / "step-2").rename(elsewhere)
+    (run / "step-2").symlink_to(elsewhere)
+    for step in (3, 4):
+        position = checkpoint.Position(step, 24, "data", 64, 4096)
+        checkpoint.save(run, model, optimizer, checkpoint.random_state(), position, {"lr": 1e-3})
+    assert [path.name for path in checkpoint.prune(run, 1)] == ["step-1", "step-3"]
+    assert elsewhere.is_dir() and (run / "step-2").is_symlink()
+
+
+def test_a_damaged_newest_step_is_named_when_an_older_one_is_taken(saved, capsys):
+    run, model, optimizer = saved
+    position = checkpoint.Position(3, 24, "data", 64, 4096)
+    checkpoint.save(run, model, optimizer, checkpoint.random_state(), position, {"lr": 1e-3})
+    with (run / "step-3" / "config.json").open("ab") as file:
+        file.write(b" ")
+    assert checkpoint.find(str(run)).name == "step-2"
+    said = capsys.readouterr().out
+    assert "step-3 is damaged (config.json: " in said and "going on from step-2" in said
+
+
+@pytest.mark.parametrize(
+    "name, content, found",
+    [
+        ("optimizer.safetensors", None, "no such file"),
+        ("train_config.json", None, "no such file"),
+        ("train_config.json", "[]", "no 'model'; no 'dataset'"),
+        ("train_config.json", '{"lr": "abc", "log_dir": "x"}', "'lr': got 'abc', wants a number"),
+        ("training_state.json", '{"step": 2}', "missing 4 required"),
+    ],
+)
+def test_a_sound_manifest_over_a_checkpoint_that_is_none_exits_3(saved, name, content, found):
+    import train_config
+
+    run, *_ = saved
+    folder = run / "step-2"
+    (folder / "manifest.json").unlink()
+    (folder / name).unlink() if content is None else (folder / name).write_text(content)
+    checkpoint.write_manifest(folder, 2)
+    with pytest.raises(utils.CheckpointError, match=found) as caught:
+        if name == "training_state.json":
+            checkpoint.read_position(folder)
+        train_config.read_config(["--resume_from", str(folder)], "A test.")
+    assert caught.value.exit_code == 3 and name in str(caught.value)

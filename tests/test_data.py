@@ -421,6 +421,33 @@ def test_a_damaged_cache_entry_is_made_anew(load, empty_cache, name, damage):
     assert load([GOOD_ROW, TEST_ROW]).lengths.tolist() == wanted
 
 
+@pytest.mark.parametrize("name", ["tokens.bin", "lengths.npy", "rows.npy"])
+def test_a_cache_entry_that_was_changed_is_made_anew(load, empty_cache, name):
+    wanted = load([GOOD_ROW, TEST_ROW])
+    for path in empty_cache.glob(f"*/{name}"):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    again = load([GOOD_ROW, TEST_ROW])
+    assert again.lengths.tolist() == wanted.lengths.tolist() and again.tokens(0).tolist() == wanted.tokens(0).tolist()
+
+
+def test_a_full_disk_under_the_cache_names_the_cache(load, empty_cache, monkeypatch):
+    def full(*arguments):
+        raise OSError("Not enough free space to write 24000156 bytes")  # numpy's own, without an errno
+
+    monkeypatch.setattr(data.np, "save", full)
+    with pytest.raises(DiskOrNetworkError, match="RL_WITH_RM_CACHE"):
+        load([GOOD_ROW])
+
+
+def test_votes_for_neither_side_are_counted_and_no_reason_to_stop(load):
+    votes = [{**GOOD_ROW, "vote": vote} for vote in ("a", "tie", "both_bad", "tie")]
+    pairs = load(votes)
+    assert len(pairs) == 1 and pairs.counts.count == {"no_preference": 3}
+    pairs.refuse_if_too_much_is_left_out()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is left out
 # ---------------------------------------------------------------------------------------------------------------------
@@ -468,6 +495,7 @@ def test_every_reason_is_counted_with_its_rows(load, base):
         "wrong_last_speaker": {"chosen": [QUESTION, YES], "rejected": [QUESTION]},
         "identical": IDENTICAL_ROW,
         "no_text": {"chosen": transcript("half: \ud83d"), "rejected": transcript("No.")},
+        "no_preference": {**GOOD_ROW, "vote": "tie"},
         "template": {"chosen": [SYSTEM, QUESTION, YES], "rejected": [SYSTEM, QUESTION, NO]},
         "too_long": {"chosen": transcript("Yes. " * 50), "rejected": transcript("No.")},
     }
@@ -475,9 +503,9 @@ def test_every_reason_is_counted_with_its_rows(load, base):
     pairs = load([GOOD_ROW, *reasons.values(), GOOD_ROW], max_length=60, tokenizer=picky)
     assert pairs.counts.count == Counter(dict.fromkeys(reasons, 1))
     assert pairs.counts.first_rows == {key: [row] for row, key in enumerate(reasons, start=2)}
-    assert (pairs.counts.rows, pairs.counts.left_out, pairs.rows.tolist()) == (9, 7, [1, 9])
+    assert (pairs.counts.rows, pairs.counts.left_out, pairs.rows.tolist()) == (10, 8, [1, 10])
     lines = pairs.counts.lines()
-    assert len(lines) == 7 and "  left out 1 refused by the model's chat template (row 7)" in lines
+    assert len(lines) == 8 and "  left out 1 refused by the model's chat template (row 8)" in lines
 
 
 def test_a_template_that_is_broken_is_not_blamed_on_the_rows(load, base):

@@ -304,3 +304,19 @@ def test_a_switch_is_not_given_a_negative_number_that_follows_it():
 
 def test_debug_in_a_config_file_is_refused_because_it_must_hold_before_the_file_is_read(config_file):
     assert "'debug' is no setting" in problem_with("--config", config_file('{"debug": true}'))
+
+
+def test_bytes_that_are_no_utf8_are_refused():
+    assert "--folder: got 'out\\udcff', wants UTF-8 text" in problem_with("--folder", "out\udcff")
+
+
+def test_a_home_folder_in_a_config_file_is_expanded_as_on_the_command_line(config_file):
+    path = config_file('{"folder": "~/out"}')
+    assert read("--config", path).folder == read("--folder", "~/out").folder == str(Path.home() / "out")
+
+
+def test_wrong_types_in_stored_settings_are_all_named():
+    assert flags.wrong_types(Config, {"batch_size": "7", "rate": 1, "fast": 1}) == [
+        "'batch_size': got '7', wants a whole number",
+        "'fast': got 1, wants True or False",
+    ]

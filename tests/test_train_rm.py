@@ -512,6 +512,109 @@ def test_examples_seen_go_on_after_the_step_size_changed(run_script, base, small
     assert [examples for examples, _ in points] == [16, 32, 40, 48]
 
 
+def test_moved_data_and_a_moved_base_of_an_adapter_are_known_by_their_content(
+    base, small_dataset, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(small_dataset, "pairs")
+    shutil.copytree(base, "base")
+    flags = ["--model", "base", "--dataset", "pairs", "--lora", "--run_name", "one", *TINY]
+    train_rm.main(flags)
+    os.rename("pairs", "pairs2")
+    os.rename("base", "base2")
+    with pytest.raises(utils.UserError, match="base2"):
+        train_rm.main(["--resume_from", "checkpoints/rm/one", "--epochs", "2", "--dataset", "pairs2"])
+    train_rm.main(["--resume_from", "checkpoints/rm/one", "--epochs", "2", "--dataset", "pairs2", "--model", "base2"])
+    capsys.readouterr()
+    train_rm.main(["--resume_from", "checkpoints/rm/one", "--epochs", "3"])  # the new places are stored
+    assert (tmp_path / "checkpoints/rm/one/step-3").is_dir()
+
+
+def test_a_step_named_inside_its_runs_folder_resumes(base, small_dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train_rm.main(["--model", base, "--dataset", small_dataset, "--run_name", "one", *TINY])
+    monkeypatch.chdir(tmp_path / "checkpoints/rm/one")
+    train_rm.main(["--resume_from", "step-1", "--epochs", "2"])
+    assert (tmp_path / "checkpoints/rm/one/step-2").is_dir() and (tmp_path / "logs/rm/one").is_dir()
+
+
+def test_a_copied_checkpoint_goes_on_under_a_new_name(base, small_dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train_rm.main(["--model", base, "--dataset", small_dataset, "--run_name", "one", *TINY])
+    shutil.copytree("checkpoints/rm/one", "checkpoints/rm/one (copy)")
+    with pytest.raises(utils.UserError, match="add --run_name NAME"):
+        train_rm.main(["--resume_from", "checkpoints/rm/one (copy)", "--epochs", "2"])
+    train_rm.main(["--resume_from", "checkpoints/rm/one (copy)", "--epochs", "2", "--run_name", "two"])
+    assert (tmp_path / "checkpoints/rm/two/step-2").is_dir()
+
+
+def test_a_finished_run_names_the_setting_that_ends_it(base, small_dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", base, "--dataset", small_dataset, "--batch_size", "8", "--run_name", "one", *TINY]
+    train_rm.main([*flags, "--max_steps", "1"])
+    train_rm.main(["--resume_from", "checkpoints/rm/one", "--epochs", "8"])
+    assert "a larger --max_steps, or 0 for none" in capsys.readouterr().out
+
+
+def test_what_stands_in_the_way_of_a_folder_is_named_before_the_model_is_loaded(
+    base, small_dataset, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models.RewardModel, "create", None)
+    for path in ("checkpoints/rm/afile", "logs/rm/blocked"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+    flags = ["--model", base, "--dataset", small_dataset, *TINY]
+    for name, flag in (("afile", "--output_dir with --run_name"), ("blocked", "--log_dir")):
+        with pytest.raises(utils.UserError, match=f"{flag} names a folder that cannot be made"):
+            train_rm.main([*flags, "--run_name", name])
+    assert not (tmp_path / "checkpoints/rm/blocked").exists()
+
+
+def test_a_file_at_a_checkpoints_place_is_seen_before_training(base, small_dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train_rm.main(["--model", base, "--dataset", small_dataset, "--run_name", "one", *TINY])
+    (tmp_path / "checkpoints/rm/one/step-2").touch()
+    with pytest.raises(utils.UserError, match="something that is no folder stands where a checkpoint goes"):
+        train_rm.main(["--resume_from", "checkpoints/rm/one", "--epochs", "2"])
+
+
+def test_weights_that_are_not_finite_are_refused_at_the_start_and_never_saved(
+    base, small_dataset, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base, tmp_path / "base")
+    weights = loaded(tmp_path / "base", "model.safetensors")
+    weights["model.embed_tokens.weight"][200] = math.nan
+    save_file(weights, tmp_path / "base/model.safetensors", {"format": "pt"})
+    flags = ["--dataset", small_dataset, "--batch_size", "8", *TINY]
+    with pytest.raises(utils.UserError, match="weights are not all finite numbers"):
+        train_rm.main(["--model", "base", *flags])
+    original = torch.optim.AdamW.step
+
+    def overflow(optimizer, *arguments):
+        original(optimizer, *arguments)
+        with torch.no_grad():
+            optimizer.param_groups[0]["params"][0][200] = math.inf
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    with pytest.raises(utils.UserError, match="not finite after step 1, so it is not saved"):
+        train_rm.main(["--model", base, *flags, "--max_steps", "1", "--run_name", "one"])
+    assert not utils.step_folders(tmp_path / "checkpoints/rm/one")
+
+
+def test_skipped_steps_stand_in_the_summary(base, small_dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    original = train_rm.bradley_terry_loss
+
+    def sometimes_nan(*arguments):
+        return original(*arguments) * math.nan
+
+    monkeypatch.setattr(train_rm, "bradley_terry_loss", sometimes_nan)
+    train_rm.main(["--model", base, "--dataset", small_dataset, "--max_steps", "2", "--batch_size", "4", *TINY])
+    assert "2 of these steps were skipped" in capsys.readouterr().out
+
+
 def test_a_run_resumes_from_another_folder(run_script, base, small_dataset, tmp_path):
     shutil.copytree(small_dataset, tmp_path / "pairs")
     assert run_script("train_rm.py", "--model", base, "--dataset", "pairs", "--run_name", "one", *TINY).returncode == 0

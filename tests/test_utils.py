@@ -104,6 +104,56 @@ def test_our_fault_says_where_it_was_and_how_to_report_it(script, run_script):
     assert f"where:  {path}:{line}\n" in text and "our fault" in text and "--debug" in text
 
 
+@pytest.mark.parametrize(
+    "arguments, shows",
+    [(["--debug"], True), (["--debug", "False"], False), (["--debug=1"], True), (["--debug=no"], False), ([], False)],
+)
+def test_every_form_of_debug_means_what_it_says(script, run_script, arguments, shows):
+    assert ("Traceback" in run_script(script("return 1 / 0"), *arguments).stderr) == shows
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_a_script_that_is_started_with_a_closed_stream_runs(script, tmp_path, closed):
+    path = script("open('done', 'w').close()\nprint('hello')\nprint('hello', file=sys.stderr)")
+    command = f"exec {closed}>&-; exec {sys.executable} {path}"
+    assert subprocess.run(["sh", "-c", command], cwd=tmp_path).returncode == 0
+    assert (tmp_path / "done").exists()
+
+
+def test_a_deleted_working_folder_is_named(script, tmp_path):
+    (tmp_path / "gone").mkdir()
+    command = f"cd {tmp_path / 'gone'} && rmdir {tmp_path / 'gone'} && exec {sys.executable} {script('pass')}"
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert result.returncode == 2 and "the working folder was deleted" in result.stderr
+
+
+def test_a_signal_that_the_parent_wants_ignored_is_ignored(script):
+    code = "import os, signal\nos.kill(os.getpid(), signal.SIGHUP)\nwith utils.StopRequest() as stop:\n"
+    code += "    os.kill(os.getpid(), signal.SIGHUP)\n    stop.check()\nprint('went on')"
+    command = f"trap '' HUP; exec {sys.executable} {script(code)}"
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "went on\n", "")
+
+
+def test_a_stop_during_an_import_is_a_stop_whatever_the_import_makes_of_it(script, run_script):
+    code = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\n    import time; time.sleep(1)\n"
+    code += "except BaseException as error:\n    raise utils.UserError('no such module') from error"
+    result = run_script(script(code))
+    assert (result.returncode, result.stderr) == (143, "stopped\n")
+
+
+def test_a_stop_is_noted_even_if_nobody_can_be_told(script, tmp_path):
+    code = "import os, signal\nwith utils.StopRequest() as stop:\n    os.close(2)\n"
+    code += "    os.kill(os.getpid(), signal.SIGTERM)\n    open('went_on', 'w').close()\n    stop.check()"
+    result = subprocess.run([sys.executable, script(code)], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 143 and (tmp_path / "went_on").exists()
+
+
+def test_a_path_that_cannot_be_is_no_full_disk(script, run_script):
+    result = run_script(script("open('x' * 300)"))
+    assert result.returncode == 2 and "a path cannot be used" in result.stderr and "make room" not in result.stderr
+
+
 def test_the_script_gets_its_arguments(script, run_script):
     assert run_script(script("print(argv)"), "--a", "b c").stdout == "['--a', 'b c']\n"
 
