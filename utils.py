@@ -337,7 +337,7 @@ def _lock(file: typing.IO[str]) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(lock_file: Path, patience_seconds: float = 10) -> Iterator[None]:
+def exclusive(lock_file: Path, patience_seconds: float = 30) -> Iterator[None]:
     """Hold a lock file against other threads and processes; they wait, and TimeoutError says that it took too long."""
     with lock_file.open("a+", encoding="utf-8") as file:
         give_up = time.monotonic() + patience_seconds

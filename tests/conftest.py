@@ -81,6 +81,25 @@ def run_script(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def run_folder(base, tokenizer, tmp_path_factory):
+    """A run whose step-2 is a reward checkpoint of the demo's model."""
+    import checkpoint
+    import models
+    import utils
+
+    folder = tmp_path_factory.mktemp("rm") / "bread"
+    models.RewardModel.create(base, tokenizer, 0).save(folder / "step-2")
+    utils.write_json(folder / "step-2" / "train_config.json", {"model": base})
+    checkpoint.write_manifest(folder / "step-2", 2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reward_checkpoint(run_folder):
+    return run_folder / "step-2"
+
+
+@pytest.fixture(scope="session")
 def real_data():
     folder = os.environ.get("HH_RLHF_DIR")
     if not folder:

@@ -1,7 +1,6 @@
-"""chat.py: which model talks and which scores, what the page's history means, and the real server through its API."""
+"""chat.py: the real server through its API, its faults, ten users at once, and who may come in."""
 
 import itertools
-import json
 import os
 import re
 import signal
@@ -10,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -17,34 +18,12 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 
 import chat
-import checkpoint
 import models
-import utils
+import page
+import stage
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = {"role": "user", "content": "What should I know about bread?"}
-
-
-@pytest.fixture(scope="module")
-def run_folder(base, tokenizer, tmp_path_factory):
-    """A run whose step-2 is a reward checkpoint of the demo's model."""
-    folder = tmp_path_factory.mktemp("rm") / "bread"
-    models.RewardModel.create(base, tokenizer, 0).save(folder / "step-2")
-    utils.write_json(folder / "step-2" / "train_config.json", {"model": base})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reward_checkpoint(run_folder):
-    return run_folder / "step-2"
-
-
-@pytest.fixture(scope="module")
-def lora_checkpoint(base, tokenizer, tmp_path_factory):
-    """A reward adapter without a train_config.json."""
-    folder = tmp_path_factory.mktemp("lora") / "adapter"
-    models.RewardModel.create(base, tokenizer, 0, models.LoraSettings()).save(folder)
-    return folder
 
 
 def free_port():
@@ -68,7 +47,7 @@ class Server:
             text=True,
             env=os.environ.copy(),
         )
-        watchdog = threading.Timer(60, self.process.kill)  # a server that never opens must not hang the tests
+        watchdog = threading.Timer(90, self.process.kill)  # a server that never opens must not hang the tests
         watchdog.start()
         self.lines = []
         for line in self.process.stdout:
@@ -105,132 +84,12 @@ def client(server):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Who talks and who scores
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_reward_checkpoint_scores_and_its_base_talks(reward_checkpoint, base):
-    assert chat.choose_models(str(reward_checkpoint), None) == (base, reward_checkpoint)
-
-
-def test_a_reward_adapter_names_its_base_itself(lora_checkpoint, base):
-    assert chat.is_reward_checkpoint(lora_checkpoint)
-    assert chat.choose_models(str(lora_checkpoint), None) == (base, lora_checkpoint)
-
-
-def test_a_base_that_moved_gives_way_to_the_one_the_adapter_knows(lora_checkpoint, base, tmp_path):
-    for path in lora_checkpoint.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    utils.write_json(tmp_path / "train_config.json", {"model": "demo/of/another/folder"})
-    assert chat.base_model_of(tmp_path) == base
-
-
-def test_a_policy_talks_and_nobody_scores_unless_asked(base, reward_checkpoint):
-    assert chat.choose_models(base, None) == (base, None)
-    assert chat.choose_models(base, str(reward_checkpoint)) == (base, reward_checkpoint)
-    assert chat.choose_models("Qwen/Qwen3-0.6B", None) == ("Qwen/Qwen3-0.6B", None)
-
-
-def test_a_policy_adapter_is_no_reward_checkpoint(tmp_path):
-    utils.write_json(tmp_path / "adapter_config.json", {"task_type": "CAUSAL_LM"})
-    assert not chat.is_reward_checkpoint(tmp_path)
-
-
-def test_a_run_folder_means_its_newest_sound_step(tmp_path):
-    for step, content in ((9, "whole"), (10, "whole")):
-        folder = tmp_path / f"step-{step}"
-        folder.mkdir()
-        (folder / "config.json").write_text(content)
-        checkpoint.write_manifest(folder, step)
-    assert chat.sound_checkpoint(str(tmp_path)) == tmp_path / "step-10"
-    (tmp_path / "step-10" / "config.json").write_text("wholf")
-    assert chat.sound_checkpoint(str(tmp_path)) == tmp_path / "step-9"
-    with pytest.raises(utils.CheckpointError, match="step-9 is complete"):
-        chat.sound_checkpoint(str(tmp_path / "step-10"))
-
-
-def test_a_reward_checkpoint_of_unknown_base_asks_for_the_reward_model_flag(tmp_path):
-    utils.write_json(tmp_path / "config.json", {"architectures": ["Qwen3ForSequenceClassification"]})
-    with pytest.raises(utils.UserError, match="--model TALKER --reward_model"):
-        chat.choose_models(str(tmp_path), None)
-
-
-def test_a_policy_is_refused_as_reward_model(base):
-    with pytest.raises(utils.UserError, match="--reward_model names no reward checkpoint"):
-        chat.choose_models(base, base)
-
-
-@pytest.mark.parametrize("content", ["{", "[1]", "3"])
-def test_settings_that_are_no_object_are_named(tmp_path, content):
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(utils.UserError, match=r"config\.json"):
-        chat.is_reward_checkpoint(tmp_path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Dialogues
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "content", ["two words", [{"type": "text", "text": "two words"}], [{"type": "text", "text": "two "}, "words"]]
-)
-def test_text_comes_back_from_every_form_of_content(content):
-    assert chat.text_of(content) == "two words"
-
-
-def test_a_dialogue_holds_no_notes_and_no_unanswered_message():
-    history = [
-        {"role": "user", "content": [{"type": "text", "text": "far too long"}], "metadata": None},
-        {"role": "assistant", "content": "too long", "metadata": {"title": "no reply"}},
-        QUESTION,
-        {"role": "assistant", "content": [{"type": "text", "text": "Knead."}], "metadata": {"title": None}},
-    ]
-    wanted = [{"role": "system", "content": "be brief"}, QUESTION, {"role": "assistant", "content": "Knead."}]
-    assert chat.dialogue_of(history, " be brief ") == wanted
-    assert chat.dialogue_of(history) == wanted[1:]
-
-
-def test_messages_come_back_from_the_page_as_they_were():
-    chatbot = chat.plain_chatbot()
-    text = "    if a < b:\n\t<b>&amp; &lt;</b>\n"
-    shown = chatbot.postprocess([{"role": "assistant", "content": text}])
-    assert "<" not in shown.root[0].content[0].text
-    assert chat.dialogue_of(chatbot.preprocess(shown)) == [{"role": "assistant", "content": text}]
-
-
-def test_rewards_are_those_of_the_dialogue_up_to_each_reply(base, reward_checkpoint):
-    stage = chat.Stage(base, reward_checkpoint)
-    stage.load()
-    history = [QUESTION, {"role": "assistant", "content": "Knead."}] * 2
-    first, second = (stage.reward.score_dialogues([history[:end]])[0] for end in (2, 4))
-    assert stage.describe_rewards(history, "") == f"**reward {second:.3f}** · replies before: {first:.3f}"
-    assert stage.describe_rewards(history, "", is_replying=True) == stage.describe_rewards([], "") == ""
-    too_long = [QUESTION, {"role": "assistant", "content": "word " * 3000}]
-    assert "the model's limit is 2,048" in stage.describe_rewards(too_long, "")
-
-
-def test_a_failing_generation_ends_in_a_note(base, monkeypatch):
-    stage = chat.Stage(base, None)
-    stage.load()
-
-    def fail(*args, **kwargs):
-        yield "half a"
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(stage.policy, "stream", fail)
-    (half, is_going_on), (last, is_going_on_after) = stage.answer("hello", [], "", 0.7, 0.9, 16)
-    assert (half, is_going_on, is_going_on_after) == ("half a", True, False)
-    assert chat.is_note(last) and "out of memory" in last["content"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The real server
+# The API
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_reply_streams_and_ends(client):
-    job = client.submit(QUESTION["content"], temperature=0.7, max_new_tokens=40, api_name="/chat")
+    job = client.submit(QUESTION["content"], max_new_tokens=200, api_name="/chat")
     reply = job.result(timeout=60)
     pieces = job.outputs()
     assert len(pieces) > 3
@@ -238,31 +97,86 @@ def test_a_reply_streams_and_ends(client):
     assert reply == pieces[-1] and reply.strip()
 
 
+def test_the_first_token_comes_within_half_a_second(client):
+    for _ in client.submit("Hello?", max_new_tokens=4, api_name="/chat"):
+        pass  # warm
+    started = time.perf_counter()
+    next(iter(client.submit(QUESTION["content"], max_new_tokens=50, api_name="/chat")))
+    assert time.perf_counter() - started < 0.5
+
+
 def test_the_score_of_a_reply_is_the_reward_models(client, reward_checkpoint):
     reply = client.predict(QUESTION["content"], max_new_tokens=24, api_name="/chat")
     dialogue = [QUESTION, {"role": "assistant", "content": reply}]
     in_blocks = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in dialogue]
     wanted = models.RewardModel.restore(reward_checkpoint).eval().score_dialogues([dialogue])[0]
-    assert client.predict(json.dumps(dialogue), api_name="/score") == pytest.approx(wanted, abs=1e-5)
-    assert client.predict(json.dumps(in_blocks), api_name="/score") == pytest.approx(wanted, abs=1e-5)
+    assert client.predict(dialogue, api_name="/score") == pytest.approx(wanted, abs=1e-5)
+    assert client.predict(in_blocks, api_name="/score") == pytest.approx(wanted, abs=1e-5)
 
 
-@pytest.mark.parametrize("messages", ["{", "3", "[]", '[{"role": "user"}]', '["hello"]', '{"role": "user"}', "null"])
+def test_a_comparison_has_both_rewards_the_probability_and_the_reward_after_each_token(client, reward_checkpoint):
+    replies = ("Knead it well.", "No.")
+    found = client.predict(QUESTION["content"], *replies, api_name="/compare")
+    model = models.RewardModel.restore(reward_checkpoint).eval()
+    wanted = model.score_dialogues([[QUESTION, {"role": "assistant", "content": reply}] for reply in replies])
+    assert [found["reward_a"], found["reward_b"]] == pytest.approx(wanted, abs=1e-5)
+    assert found["p_a"] == pytest.approx(1 / (1 + 2.718281828459045 ** (wanted[1] - wanted[0])), abs=1e-6)
+    for letter, reply, reward in zip("ab", replies, wanted, strict=True):
+        tokens = found[f"tokens_{letter}"]
+        assert "".join(text for text, _ in tokens).startswith(reply)
+        assert tokens[-1][1] == pytest.approx(reward, abs=1e-5)
+
+
+def test_the_best_of_several_candidates_is_the_last_piece(client, reward_checkpoint):
+    reply = client.predict(QUESTION["content"], max_new_tokens=16, candidates=4, temperature=1.0, api_name="/chat")
+    assert isinstance(reply, str) and reply.strip()
+
+
+def test_the_api_is_documented(client):
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    assert set(endpoints) == {"/chat", "/score", "/compare"}
+    assert all(endpoint.get("description") for endpoint in endpoints.values())
+    names = [parameter["parameter_name"] for parameter in endpoints["/chat"]["parameters"]]
+    assert names == ["message", "history", "system_prompt", "temperature", "top_p", "max_new_tokens", "thinking",
+                     "candidates"]  # fmt: skip
+
+
+NO_DIALOGUES = ["{", 3, [], None, [{"role": "user"}], ["hello"], {"role": "user"},
+                [{"role": "king", "content": "x"}], [{"role": "user", "content": [3]}]]  # fmt: skip
+
+
+@pytest.mark.parametrize("messages", NO_DIALOGUES)
 def test_what_is_no_dialogue_is_refused_and_the_server_lives_on(client, messages):
     with pytest.raises(AppError) as caught:
         client.predict(messages, api_name="/score")
-    assert "wants a JSON list" in str(caught.value) or "empty conversation" in str(caught.value)
-    assert isinstance(client.predict(json.dumps([QUESTION]), api_name="/score"), float)
+    assert "wants a list" in str(caught.value) or "empty conversation" in str(caught.value)
+    assert isinstance(client.predict([QUESTION], api_name="/score"), float)
 
 
-def test_a_prompt_that_does_not_fit_is_refused_in_tokens(client, tokenizer):
-    answer = client.predict(QUESTION["content"], max_new_tokens=2040, api_name="/chat")
-    tokens = len(
-        tokenizer.apply_chat_template([QUESTION], add_generation_prompt=True, enable_thinking=False, return_dict=False)
-    )
-    assert answer["metadata"]["title"] == "no reply"
-    assert f"{tokens} tokens" in answer["content"] and "limit is 2,048" in answer["content"]
-    assert isinstance(client.predict(QUESTION["content"], max_new_tokens=16, api_name="/chat"), str)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_new_tokens": 2040}, "limit is 2,048"),
+        ({"temperature": -1}, "temperature: got -1, wants 0 to 2"),
+        ({"temperature": "hot"}, "temperature: got hot"),
+        ({"candidates": 99}, "candidates: got 99, wants 1 to 16"),
+        ({"candidates": 2, "temperature": 0}, "all be the same one"),
+        ({"message": "  "}, "the message is empty"),
+        ({"history": [{"role": "user"}]}, "wants a list"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_with_the_reason(client, options, message):
+    with pytest.raises(AppError, match=re.escape(message)):
+        client.predict(**{"message": QUESTION["content"], **options}, api_name="/chat")
+
+
+def test_a_megabyte_is_refused_within_a_second_with_its_tokens_and_the_limit(client):
+    client.predict("Hello?", max_new_tokens=1, api_name="/chat")
+    megabyte = "What should I know about bread? " * 32_768
+    started = time.perf_counter()
+    with pytest.raises(AppError, match=r"too long: [\d,]{7,} tokens so far .* limit is 2,048"):
+        client.predict(megabyte, api_name="/chat")
+    assert time.perf_counter() - started < 1
 
 
 def test_a_stopped_reply_makes_way_for_the_next_one(client):
@@ -271,23 +185,178 @@ def test_a_stopped_reply_makes_way_for_the_next_one(client):
         time.sleep(0.05)
     job.cancel()
     started = time.perf_counter()
-    assert isinstance(client.predict("Hello?", max_new_tokens=8, api_name="/chat"), (str, dict))
-    assert time.perf_counter() - started < 5  # the whole reply would take longer
+    assert isinstance(client.predict("Hello?", max_new_tokens=8, api_name="/chat"), str)
+    assert time.perf_counter() - started < 3  # the whole reply would take longer
 
 
-def test_the_model_loads_by_button_and_then_by_autoload(base, reward_checkpoint):
+def test_ten_users_at_once_are_queued_with_their_place_and_none_is_lost(server):
+    clients = [Client(server.url, verbose=False) for _ in range(10)]
+    jobs = [client.submit(QUESTION["content"], max_new_tokens=60, api_name="/chat") for client in clients]
+    places = set()
+    while not all(job.done() for job in jobs):
+        places |= {job.status().rank for job in jobs if not job.done()}
+        time.sleep(0.01)
+    assert all(job.result().strip() for job in jobs)
+    assert len(places - {None, 0}) >= 3, places
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_process(base, reward_checkpoint, tmp_path):
+    """The page served from this process, so that a fault can be put into its models: (stage, client)."""
+    on_stage = stage.Stage(base, reward_checkpoint)
+    on_stage.load()
+    built = page.build_page(on_stage, tmp_path / "preferences.jsonl")
+    built.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, ssr_mode=False)
+    yield on_stage, Client(built.local_url, verbose=False)
+    built.close(verbose=False)
+
+
+def test_a_generation_that_raises_ends_with_a_message_and_the_next_user_is_served(in_process, monkeypatch):
+    on_stage, client = in_process
+    original = on_stage.policy.language_model.forward
+    calls = []
+
+    def fail_in_the_middle(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 5:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(on_stage.policy.language_model, "forward", fail_in_the_middle)
+    started = time.perf_counter()
+    with pytest.raises(AppError, match="out of memory: a shorter dialogue"):
+        client.predict(QUESTION["content"], max_new_tokens=100, api_name="/chat")
+    assert time.perf_counter() - started < 5 and len(calls) == 5
+    assert client.predict("Hello?", max_new_tokens=8, api_name="/chat").strip()
+
+
+def test_a_switch_during_a_reply_lets_it_finish_on_the_old_model(in_process, base):
+    on_stage, client = in_process
+    old = on_stage.policy
+    job = client.submit(QUESTION["content"], max_new_tokens=300, api_name="/chat")
+    while not job.outputs():
+        time.sleep(0.02)
+    on_stage.talker = "somebody else"
+    on_stage.load(base, on_stage.scorer)
+    assert on_stage.policy is not old
+    assert job.result(timeout=60).strip() and len(job.outputs()) > 3
+    assert client.predict("Hello?", max_new_tokens=8, api_name="/chat").strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def status_of(url, host=None):
+    request = urllib.request.Request(url, headers={"Host": host} if host else {})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, dict(answer.headers)
+    except urllib.error.HTTPError as error:
+        return error.code, dict(error.headers)
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:7860", "localhost.evil.example", "10.1.2.3", ""])
+def test_a_foreign_host_header_gets_a_4xx(server, host):
+    assert 400 <= status_of(server.url, host or " ")[0] < 500
+    assert status_of(server.url, "localhost")[0] == status_of(server.url, "[::1]:80")[0] == 200
+
+
+def test_no_page_element_may_come_from_elsewhere(server):
+    _, headers = status_of(server.url)
+    policy = headers["content-security-policy"]
+    assert policy.startswith("default-src 'self'; ") and "http" not in policy
+    assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_files_of_this_machine_are_not_served(server, reward_checkpoint):
+    for path in ("/etc/passwd", reward_checkpoint / "config.json", ROOT / "chat.py"):
+        assert status_of(f"{server.url}gradio_api/file={path}")[0] in (403, 404)
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["--share"], "--share: a public address without --auth"),
+        (["--host", "0.0.0.0"], "--host: 0.0.0.0 lets others in, and without --auth"),
+        (["--host", "::"], "--host: :: lets others in"),
+        (["--auth", "me"], "--auth: wants USER:PASS"),
+        (["--auth", ":secret"], "--auth: wants USER:PASS"),
+        (["--demo", "--model", "x"], "--demo: brings its own models"),
+    ],
+)
+def test_an_open_door_without_a_lock_is_refused_with_the_reason(flags, reason):
+    given, problems = chat.flags.read_flags(chat.ChatConfig, flags, "A test.")
+    with pytest.raises(chat.UserError, match=re.escape(reason)) as caught:
+        chat.flags.build_config(chat.ChatConfig, given, problems)
+    assert caught.value.exit_code == 2
+
+
+def test_with_auth_nobody_comes_in_without_the_password(base):
+    with Server("--model", base, "--host", "0.0.0.0", "--auth", "me:secret", "--port", free_port()) as server:
+        url = server.url.replace("0.0.0.0", "127.0.0.1")
+        with pytest.raises(Exception, match=r"[Cc]redentials|401|auth"):
+            Client(url, verbose=False).predict("Hello?", api_name="/chat")
+        client = Client(url, auth=("me", "secret"), verbose=False)
+        assert client.predict("Hello?", max_new_tokens=8, api_name="/chat").strip()
+        assert 400 <= status_of(url, "evil.example")[0] < 500
+
+
+def test_the_server_answers_within_twelve_seconds_of_the_command(base):
+    Server("--model", base, "--port", free_port()).stop(signal.SIGTERM)  # files in memory
+    started = time.perf_counter()
+    with Server("--model", base, "--port", free_port()) as server:
+        assert status_of(server.url)[0] == 200
+        assert time.perf_counter() - started < 12
+
+
+def test_the_model_loads_at_start_with_autoload(base, reward_checkpoint):
     with Server("--model", base, "--reward_model", reward_checkpoint, "--autoload", "--port", free_port()) as server:
-        client = Client(server.url, verbose=False)
         assert f"loading {base}\n" in server.lines
-        assert "talks" in str(client.predict(api_name="/load"))
-        assert isinstance(client.predict(json.dumps([QUESTION]), api_name="/score"), float)
+        assert isinstance(Client(server.url, verbose=False).predict([QUESTION], api_name="/score"), float)
 
 
 def test_without_a_model_the_page_opens_at_once_and_says_what_is_missing():
     with Server() as server:  # HF_HUB_OFFLINE is set, and no cache holds the default model
         client = Client(server.url, verbose=False)
-        assert "press Load" in client.predict("hello", api_name="/chat")["content"]
-        assert "Qwen/Qwen3-0.6B" in str(client.predict(api_name="/load"))
+        with pytest.raises(AppError, match="no model is loaded yet: choose one under Models and press Load"):
+            client.predict("hello", api_name="/chat")
+        with pytest.raises(AppError, match="no reward model is loaded"):
+            client.predict([QUESTION], api_name="/score")
+
+
+def test_the_demo_trains_its_reward_model_once_and_talks(run_script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--demo", "--run_name", chat.DEMO_RUN, "--max_steps", 2, "--eval_num_batches", 1]
+    assert run_script("train_rm.py", *arguments).returncode == 0
+    with Server("--demo", "--port", free_port()) as server:  # finds that run and trains none
+        client = Client(server.url, verbose=False)
+        assert not any("training" in line for line in server.lines)
+        assert client.predict("Hello?", max_new_tokens=8, api_name="/chat").strip()
+        assert isinstance(client.predict([QUESTION], api_name="/score"), float)
+
+
+def test_the_demo_without_a_reward_model_trains_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = []
+
+    def train(command):
+        commands.append(command)
+        (tmp_path / "checkpoints/rm" / chat.DEMO_RUN / "step-1").mkdir(parents=True)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(chat.subprocess, "run", train)
+    monkeypatch.setattr(chat.catalogue, "sound_checkpoint", Path)
+    talker, scorer = chat.demo_models(Path("checkpoints/rm"))
+    assert talker == os.path.join("demo", "model") and scorer == Path("checkpoints/rm") / chat.DEMO_RUN
+    (command,) = commands
+    assert command[1] == str(ROOT / "train_rm.py") and "--demo" in command
 
 
 def test_ctrl_c_stops_with_130_and_no_traceback(base):
@@ -317,7 +386,7 @@ def test_missing_paths_exit_2_and_suggest_the_nearest_name(run_script, reward_ch
 def test_bad_flags_exit_2_and_are_all_named(run_script):
     result = run_script("chat.py", "--autolod", "--port", "70000", "--host", "")
     assert result.returncode == 2
-    for part in ("--autolod: no such flag, did you mean --autoload?", "--port: got 70000", "--host: got nothing"):
+    for part in ("--autolod: no such flag, did you mean --autoload?", "--port: got 70000", "--host: got ''"):
         assert part in result.stderr
     assert run_script("chat.py", "--host", "no.such.host.invalid").returncode == 2
 
