@@ -104,6 +104,7 @@ def read_config(argv: list[str], description: str) -> tuple[TrainConfig, Path | 
     config = flags.build_config(TrainConfig, given, problems)
     if config.resume_from:
         folder = checkpoint.find(config.resume_from)
+        checkpoint.refuse_without_optimizer(folder)
         stored = checkpoint.read_config(folder)
         root = folder.parent.parent
         log_dir = os.path.normpath(root / stored["log_dir"])  # stored as seen from output_dir

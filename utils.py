@@ -17,6 +17,7 @@ import platform
 import re
 import shutil
 import signal
+import stat
 import sys
 import time
 import traceback
@@ -219,13 +220,14 @@ class RunLock:
 
     FILE = ".lock"
 
-    def __init__(self, run_folder: Path):
+    def __init__(self, run_folder: Path, holder: str = "process"):
         """Raise UserError, naming host and process, if another process trains this run."""
-        self._file = (run_folder / self.FILE).open("a+", encoding="utf-8")
+        path = run_folder / self.FILE
+        self._file = path.open("a+", encoding="utf-8")
         try:
-            _lock(self._file)
+            _lock_patiently(self._file)
         except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+            if error.errno not in LOCKED_ERRORS:
                 print(f"this file system has no locks ({error.strerror}): see that no two runs share {run_folder}")
                 return
             self._file.seek(0)
@@ -238,16 +240,53 @@ class RunLock:
                 safe="nothing of it was touched",
                 next="another --run_name, or wait until it ends",
             ) from error
+        try:
+            is_the_same = os.path.samestat(path.stat(), os.fstat(self._file.fileno()))
+        except OSError:
+            is_the_same = False
+        if not is_the_same:  # manage_runs.py took the folder away between opening and locking
+            self._file.close()
+            raise UserError("this run is being deleted just now", where=run_folder)
         self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {platform.node()}\n")
+        self._file.write(f"{holder} {os.getpid()} on {platform.node()}\n")
         self._file.flush()
 
     def release(self) -> None:
         self._file.close()
 
 
-def _lock(file: typing.IO[str]) -> None:
-    """An exclusive lock on an open file; OSError if somebody else has it."""
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock on a file, which is neither made nor changed; False if there is no such file."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+            return False  # none, or a link or pipe, which nobody locks
+        raise
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return False
+        try:
+            _lock_patiently(file, is_shared=True) if os.name == "nt" else _lock(file, is_shared=True)
+        except OSError as error:
+            return error.errno in LOCKED_ERRORS  # else this file system has no locks
+        return False  # closing lets go of it
+
+
+def _lock_patiently(file: typing.IO[Any], is_shared: bool = False) -> None:
+    """Lock, trying a few times: who only asks whether a lock is held, holds it for a moment."""
+    for is_last in (False, False, False, True):
+        try:
+            return _lock(file, is_shared)
+        except OSError as error:
+            if is_last or error.errno not in LOCKED_ERRORS:
+                raise
+            time.sleep(0.02)
+
+
+def _lock(file: typing.IO[Any], is_shared: bool = False) -> None:
+    """A lock on an open file; OSError if somebody else has it. On Windows every lock is exclusive."""
     if os.name == "nt":
         import msvcrt
 
@@ -256,9 +295,10 @@ def _lock(file: typing.IO[str]) -> None:
     else:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
 
+LOCKED_ERRORS = (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
 LOCKED_BYTE = 1024  # Windows forbids reading a locked byte, so it is one behind the text
 
 
