@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import platform
 import stat
 import sys
+import types
 import typing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -61,6 +63,16 @@ def new_record(step: int, planned_steps: int, config: dict[str, Any], defaults: 
     )
 
 
+@functools.cache
+def kinds_of_fields() -> dict[str, tuple[type, ...]]:
+    """`cause: str | None` -> (str, NoneType); a list's or dict's own kind only."""
+    found = {}
+    for name, hint in typing.get_type_hints(RunRecord).items():
+        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        found[name] = tuple(typing.get_origin(kind) or kind for kind in kinds)
+    return found
+
+
 def time_text() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -70,13 +82,11 @@ def read_record(run_folder: Path) -> RunRecord | None:
     content = read_own_json(run_folder / RUN)
     if content is None:
         return None
-    known = typing.get_type_hints(RunRecord)
     if not isinstance(content, dict):
         raise ValueError("it is no JSON object")
-    for name, hint in known.items():
-        kinds = typing.get_args(hint) if typing.get_origin(hint) is not list else ()
-        wanted = (typing.get_origin(hint) or hint,) if not kinds or hint == dict[str, Any] else kinds
-        if name in content and type(content[name]) not in wanted:
+    known = kinds_of_fields()
+    for name, kinds in known.items():
+        if name in content and type(content[name]) not in kinds:
             raise ValueError(f"{name!r} is {content[name]!r}")
     try:
         record = RunRecord(**{name: value for name, value in content.items() if name in known})
@@ -86,9 +96,10 @@ def read_record(run_folder: Path) -> RunRecord | None:
         fits = isinstance(entry, list) and len(entry) == 3 and all(type(number) is int for number in entry)
         if not fits or not 0 <= entry[1] <= entry[2] or entry[2] == 0:
             raise ValueError(f"{entry!r} is no evaluation")
-    for when in (record.started, record.began):
-        if datetime.fromisoformat(when).tzinfo is None:
-            raise ValueError(f"{when!r} has no time zone")
+    for text in (record.started, record.began, record.ended or record.began):
+        when = datetime.fromisoformat(text)
+        if when.tzinfo is None or not 1970 < when.year < 9999:
+            raise ValueError(f"{text!r} is no time with its zone")
     if record.state not in (RUNNING, FINISHED, STOPPED, CRASHED):
         raise ValueError(f"'state' is {record.state!r}")
     return record
@@ -186,7 +197,13 @@ def replace_text(path: Path, text: str) -> None:
     """Write a small file under a temporary name and rename it over the old one."""
     half = temporary(path)
     try:
-        half.write_text(text, encoding="utf-8")
+        try:
+            file = half.open("x", encoding="utf-8")  # never through a link that lies there
+        except FileExistsError:
+            half.unlink()
+            file = half.open("x", encoding="utf-8")
+        with file:
+            file.write(text)
         utils.flush_to_disk(half)
         os.replace(half, path)
     except OSError:
