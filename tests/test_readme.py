@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from manage_runs import ManageConfig
 from train_config import TrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,10 +28,17 @@ def commands():
     return [line for line in lines if line]
 
 
-def test_flag_tables_are_the_dataclass():
-    rows = re.findall(r"^\| `--(\w+)` \| (.*?) ?\| (.*) \|$", README, re.MULTILINE)
-    fields = dataclasses.fields(TrainConfig)
-    wanted = [(f.name, "" if f.default is None else str(f.default), f.metadata["help"]) for f in fields]
+def flag_rows(text):
+    return re.findall(r"^\| `--(\w+)` \| (.*?) ?\| (.*) \|$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("config", [TrainConfig, ManageConfig])
+def test_flag_tables_are_the_dataclass(config):
+    before, managing = README.split("## Managing runs")
+    managing, after = managing.split("\n## ", 1)
+    rows = flag_rows(managing if config is ManageConfig else before + after)
+    fields = dataclasses.fields(config)
+    wanted = [(f.name, "" if f.default in (None, ()) else str(f.default), f.metadata["help"]) for f in fields]
     assert rows == wanted
 
 
@@ -41,7 +49,7 @@ def test_project_structure_names_every_script_and_nothing_else():
 
 
 def test_every_command_is_of_a_kind_that_is_run():
-    run_here = ("python train_rm.py", "python chat.py", "tensorboard ")
+    run_here = ("python train_rm.py", "python chat.py", "python manage_runs.py", "tensorboard ")
     run_by_ci = ("make demo", "make test", "uv venv", "uv pip install -r requirements.txt")
     for command in commands():
         assert command.startswith(run_here) or command in run_by_ci, command
@@ -77,6 +85,22 @@ def test_training_commands_run_as_written(readers_folder, base, small_dataset):
             small += [] if "--run_name" in flags else ["--run_name", f"run{number}"]
         result = run([ROOT / script, *flags, *small], readers_folder)
         assert result.returncode == 0, (flags, result.stderr)
+
+
+def test_managing_commands_run_as_written(readers_folder, base, small_dataset):
+    """Each `python manage_runs.py …` of the README, in order, after its trainings."""
+    flags = ["--model", base, "--dataset", small_dataset, "--max_steps", "1", "--eval_num_batches", "1"]
+    for name, more in (("first", []), ("adapter", ["--lora"])):
+        if not (readers_folder / "checkpoints/rm" / name).exists():
+            assert run([ROOT / "train_rm.py", *flags, "--run_name", name, *more], readers_folder).returncode == 0
+    managing = [shlex.split(command)[1:] for command in commands() if command.startswith("python manage_runs.py")]
+    assert len(managing) >= 8
+    for script, *words in managing:
+        result = run([ROOT / script, *words], readers_folder)
+        assert result.returncode == 0, (words, result.stderr)
+        assert result.stdout, words
+    assert (readers_folder / "checkpoints/rm/first/step-1/optimizer.safetensors").exists()
+    assert (readers_folder / "logs/rm/adapter").is_dir()
 
 
 def test_python_blocks_load_what_training_wrote(readers_folder, base, small_dataset):
