@@ -7,15 +7,13 @@ tokenizer lie
     random_state.safetensors  the generators' states (dropout) as they were after step N
     training_state.json       the position: step, examples seen, what data it was
     train_config.json         every setting of the run
-    manifest.json             size and SHA-256 of every other file; written last
+    manifest.json             size and SHA-256 of every other file; written last (records.py)
 
 Nothing in it is a pickle.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,13 +24,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import records
 import utils
 from models import RewardModel
+from records import MANIFEST, OPTIMIZER, own_checksum, write_manifest
 from utils import CheckpointError, DiskOrNetworkError
 
-OPTIMIZER, RANDOM_STATE = "optimizer.safetensors", "random_state.safetensors"
+RANDOM_STATE = "random_state.safetensors"
 SMALL_FILES_BYTES = 2**18  # random state and JSON files
-POSITION, CONFIG, MANIFEST = "training_state.json", "train_config.json", "manifest.json"
+POSITION, CONFIG = "training_state.json", "train_config.json"
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Position:
     skipped_steps: int = 0  # steps whose loss or gradient was not finite
     eval_accuracy: float | None = None  # if this step was evaluated
     base_fingerprint: str | None = None  # of the model under an adapter
+    eval_pairs: int | None = None  # how many pairs eval_accuracy is of
 
 
 def random_state() -> dict[str, Tensor]:
@@ -192,20 +193,6 @@ def prune(run_folder: Path, keep: int) -> list[Path]:
     return pruned
 
 
-def write_manifest(folder: Path, step: int) -> None:
-    """Sizes and checksums of all files of a folder, and a checksum of itself."""
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": utils.sha256_of(path)} for path in sorted(folder.iterdir())
-    }
-    manifest = {"step": step, "files": files}
-    utils.write_json(folder / MANIFEST, manifest | {"sha256": _own_checksum(manifest)})
-
-
-def _own_checksum(manifest: dict[str, Any]) -> str:
-    """What a manifest says of itself, so that a flipped bit in it is not blamed on a file that it lists."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
 def later_steps(run_folder: Path, step: int) -> list[Path]:
     return [path for path in utils.step_folders(run_folder) if (utils.step_of(path) or 0) > step]
 
@@ -333,6 +320,22 @@ def find(resume_from: str) -> Path:
     )
 
 
+def refuse_without_optimizer(folder: Path) -> None:
+    """Raise CheckpointError for a step that manage_runs.py shrank to its weights: nothing could go on from it."""
+    if records.has_optimizer(folder):
+        return
+    sound = [step for step in utils.step_folders(folder.parent) if records.has_optimizer(step) and not problem(step)]
+    others = f"{', '.join(step.name for step in sound)} still {'has' if len(sound) == 1 else 'have'} it"
+    raise CheckpointError(
+        "this checkpoint has no optimizer state any more, so training cannot go on from it",
+        where=folder,
+        found="manage_runs.py removed it: the step was shrunk to its weights",
+        safe=f"the weights are whole (chat.py loads them); {others if sound else 'no other step of this run has it'}",
+        next=f"python train_rm.py --resume_from {sound[-1]}" if sound
+        else "python manage_runs.py --undo, if that was its last deletion, brings it back",
+    )  # fmt: skip
+
+
 def verify(folder: Path) -> None:
     """Raise CheckpointError if any file is missing, changed or cut; name the newest sound step before it."""
     found = problem(folder)
@@ -355,11 +358,11 @@ def problem(folder: Path) -> tuple[Path, str] | None:
     manifest = folder / MANIFEST
     try:
         content = utils.read_json(manifest)
-        own_checksum = content.pop("sha256")
+        checksum = content.pop("sha256")
         expected = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return manifest, f"no readable manifest ({type(error).__name__}: {error})"
-    if own_checksum != _own_checksum(content):
+    if checksum != own_checksum(content):
         return manifest, "its content changed; its SHA-256 is not the one it names"
     if utils.step_of(folder) not in (None, content["step"]):
         return manifest, f"it is of step {content['step']}; the folder was renamed"

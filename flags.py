@@ -41,7 +41,9 @@ def read_flags(config_class: type, argv: list[str], description: str) -> tuple[d
     values = _read_config_file(config_class, file_name, problems) if file_name else {}
     for name, text in texts.items():
         try:
-            values[name] = _from_text(_type_of(config_class, name), os.path.expanduser(text))
+            kind = _type_of(config_class, name)
+            # a list's words are names: '~' in them is a letter
+            values[name] = tuple(text) if kind is tuple else _from_text(kind, os.path.expanduser(text))
         except ValueError as error:
             problems.append(f"--{name}: got {text!r}, wants {error}")
     return values, problems
@@ -92,9 +94,11 @@ def _parser(config_class: type, description: str) -> argparse.ArgumentParser:
         group = groups.setdefault(title, None) or parser.add_argument_group(title)
         groups[title] = group
         help_text = field.metadata["help"].replace("%", "%%")
-        help_text += "" if field.default is None else f" (default: {field.default})"
+        help_text += "" if field.default in (None, ()) else f" (default: {field.default})"
         kind = _type_of(config_class, field.name)
-        if kind is bool:
+        if kind is tuple:
+            group.add_argument(f"--{field.name}", nargs="+", action="extend", metavar="NAME", help=help_text)
+        elif kind is bool:
             group.add_argument(f"--{field.name}", nargs="?", const="True", metavar="BOOL", help=help_text)
             group.add_argument(
                 f"--no_{field.name}", dest=field.name, action="store_const", const="False", help=argparse.SUPPRESS
@@ -107,14 +111,14 @@ def _parser(config_class: type, description: str) -> argparse.ArgumentParser:
 
 
 def _type_of(config_class: type, name: str) -> type:
-    """The plain type of a field: `int` for both `int` and `int | None`."""
+    """The plain type of a field: `int` for both `int` and `int | None`, `tuple` for `tuple[str, ...]`."""
     hint = typing.get_type_hints(config_class)[name]
     if isinstance(hint, types.UnionType):
         hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
-    return hint
+    return typing.get_origin(hint) or hint
 
 
-_WANTED = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+_WANTED = {int: "a whole number", float: "a number", bool: "True or False", str: "text", tuple: "a list of texts"}
 
 
 def _from_text(kind: type, text: str) -> Any:
@@ -164,6 +168,8 @@ def _read_config_file(config_class: type, file_name: str, problems: list[str]) -
             problems.append(f"--config: {file_name}: {key!r} is no setting{nearest(key, names)}")
             continue
         kind = _type_of(config_class, key)
+        if kind is tuple and type(value) is list and all(type(item) is str for item in value):
+            value = tuple(value)
         if kind is float and type(value) is int and abs(value) < 1e300:
             value = float(value)
         # type() and not isinstance(): True is an int to Python, and `"batch_size": true` is a mistake
@@ -201,10 +207,11 @@ def _limit_broken(field: dataclasses.Field, config: Any) -> str | None:
     value, limits = getattr(config, field.name), field.metadata
     if value is None:
         return None
-    if isinstance(value, str) and not _is_utf8(value):
-        return f"--{field.name}: got {value!a}, wants UTF-8 text"
-    if isinstance(value, str) and (not value.strip() or "\0" in value):
-        return f"--{field.name}: got {value!r}, wants a text" + (" (is a variable unset?)" if not value else "")
+    texts = [text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)]
+    if foreign := [text for text in texts if not _is_utf8(text)]:
+        return f"--{field.name}: got {foreign[0]!a}, wants UTF-8 text"
+    if blank := [text for text in texts if not text.strip() or "\0" in text]:
+        return f"--{field.name}: got {blank[0]!r}, wants a text" + (" (is a variable unset?)" if not blank[0] else "")
     if "choices" in limits and value not in limits["choices"]:
         guess = nearest(str(value), limits["choices"])
         return f"--{field.name}: got {value!r}, wants one of {', '.join(limits['choices'])}{guess}"

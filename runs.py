@@ -19,8 +19,10 @@ from torch import Tensor
 
 import checkpoint
 import data
+import locks
 import models
 import packing
+import records
 import utils
 from train_config import NOT_STORED, TrainConfig
 from utils import UserError
@@ -40,11 +42,13 @@ class Run:
     step: int
     random_state: dict[str, Tensor]
     saved_step: int
-    lock: utils.RunLock
+    lock: locks.RunLock
     tokens_per_batch: int  # what of config.tokens_per_batch fits the memory
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     eval_accuracy: float | None = None  # of `step`, if it was evaluated
+    eval_pairs: int | None = None  # how many pairs that is of
+    record: records.RunRecord | None = None  # run.json, from when training begins
     examples_before: int = 0
     is_updating: bool = False  # inside optimizer.step(): the weights are between two steps
 
@@ -62,18 +66,71 @@ class Run:
             self.skipped_steps,
             self.eval_accuracy,
             self.model.base_fingerprint(),
+            None if self.eval_accuracy is None else self.eval_pairs,
         )
+        checkpoint.refuse_non_finite_weights(self.model, self.folder, self.step)
+        path = checkpoint.save(
+            self.folder, self.model, self.optimizer, self.random_state, position, self.stored_config()
+        )
+        self.saved_step = self.step
+        checkpoint.prune(self.folder, self.config.keep_checkpoints)
+        self.write_record()
+        return path
+
+    def stored_config(self) -> dict[str, Any]:
+        """The settings as a checkpoint and the record keep them."""
         stored = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in NOT_STORED}
         # Resuming works from any folder, and a tree that was moved as a whole keeps its logs beside its checkpoints.
         for name in ("model", "dataset"):
             if Path(stored[name]).exists():
                 stored[name] = str(Path(stored[name]).absolute())
         stored["log_dir"] = utils.relative_path(stored["log_dir"], stored["output_dir"])
-        checkpoint.refuse_non_finite_weights(self.model, self.folder, self.step)
-        path = checkpoint.save(self.folder, self.model, self.optimizer, self.random_state, position, stored)
-        self.saved_step = self.step
-        checkpoint.prune(self.folder, self.config.keep_checkpoints)
-        return path
+        return stored
+
+    def begin_record(self, resumed_from: Path | None) -> None:
+        """Say in run.json that this process trains now; a run that goes on keeps what it knows up to its step."""
+        defaults = dataclasses.asdict(TrainConfig())
+        defaults["log_dir"] = utils.relative_path(defaults["log_dir"], defaults["output_dir"])
+        self.record = records.new_record(self.step, self.plan.total_steps, self.stored_config(), defaults)
+        if resumed_from and resumed_from.parent.resolve() == self.folder.resolve():
+            if earlier := self.earlier_record():
+                self.record.started, self.record.resumed_from = earlier.started, earlier.resumed_from
+                self.record.evaluations = [entry for entry in earlier.evaluations if entry[0] <= self.step]
+        elif resumed_from:
+            self.record.resumed_from = utils.relative_path(str(resumed_from), self.config.output_dir)
+        self.write_record()
+
+    def mend_record(self) -> None:
+        """A run that was killed right after its last save still says that it is running."""
+        earlier = self.earlier_record()
+        if earlier and earlier.state == records.RUNNING and earlier.step <= self.step:
+            self.record = earlier
+            self.end_record()
+
+    def earlier_record(self) -> records.RunRecord | None:
+        try:
+            return records.read_record(self.folder)
+        except (OSError, ValueError) as error:
+            print(f"{self.folder / records.RUN} is written anew, because it cannot be read: {error}", file=sys.stderr)
+            return None
+
+    def note_evaluation(self, correct: int, pairs: int) -> None:
+        self.record.evaluations.append([self.step, correct, pairs])
+        self.write_record()
+
+    def end_record(self, cause: BaseException | None = None) -> None:
+        """Say in run.json how it ended."""
+        self.record.state, self.record.ended = records.FINISHED, records.time_text()
+        if cause is not None:
+            is_stop = isinstance(cause, (utils.Stopped, KeyboardInterrupt))
+            self.record.state = records.STOPPED if is_stop else records.CRASHED
+            self.record.cause = str(cause) if is_stop else f"{type(cause).__name__}: {first_line(cause)}"
+        self.write_record()
+
+    def write_record(self) -> None:
+        if self.record is not None:
+            self.record.step = self.step
+            records.write_record(self.folder, self.record)
 
 
 def set_up(config: TrainConfig, resumed_from: Path | None) -> Run:
@@ -84,9 +141,11 @@ def set_up(config: TrainConfig, resumed_from: Path | None) -> Run:
         refuse_strays(folder)
         make_folder(log_folder, "--log_dir")
         utils.remove_dead_saves(folder)
+        records.temporary(folder / records.RUN).unlink(missing_ok=True)
         return open_run(dataclasses.replace(config, run_name=folder.name), folder, lock, resumed_from)
     except BaseException:
-        if not has_begun(folder):  # so nothing stays; Windows keeps a folder with an open file, which is no harm
+        # so nothing stays; Windows keeps a folder with an open file, which is no harm
+        if not has_begun(folder) and not (folder / records.RUN).exists():
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # it holds logs, or was never made
                 log_folder.rmdir()
@@ -122,7 +181,7 @@ def refuse_strays(run_folder: Path) -> None:
             )
 
 
-def open_run(config: TrainConfig, folder: Path, lock: utils.RunLock, resumed_from: Path | None) -> Run:
+def open_run(config: TrainConfig, folder: Path, lock: locks.RunLock, resumed_from: Path | None) -> Run:
     """Tokenizer, pairs, model and optimizer of a run that has its folder."""
     tokenizer = models.load_tokenizer(str(resumed_from or config.model))
     train_pairs, test_pairs = data.load_pairs(config.dataset, tokenizer, config.max_length)
@@ -179,7 +238,7 @@ def go_back_to(folder: Path, run: Run) -> None:
     checkpoint.restore_optimizer(folder, run.model, run.optimizer)
     run.step = run.saved_step = position.step
     run.random_state, run.skipped_steps = checkpoint.read_random_state(folder), position.skipped_steps
-    run.eval_accuracy = position.eval_accuracy
+    run.eval_accuracy, run.eval_pairs = position.eval_accuracy, position.eval_pairs
     if run.config.tokens_per_batch == checkpoint.read_config(folder)["tokens_per_batch"]:
         run.tokens_per_batch = position.tokens_per_batch  # the smaller one if memory ran out before
     run.examples_before = position.examples_seen - run.plan.examples_seen(run.step)
@@ -207,11 +266,11 @@ def refuse_changed_data(position: Any, train_pairs: data.PairDataset, config: Tr
         )
 
 
-def claim_run_folder(config: TrainConfig, resumed_from: Path | None) -> tuple[Path, utils.RunLock]:
+def claim_run_folder(config: TrainConfig, resumed_from: Path | None) -> tuple[Path, locks.RunLock]:
     """The run's folder, which no other run has, and its lock; a resumed run goes on in its own."""
     root = Path(config.output_dir)
     if resumed_from and (root / str(config.run_name)).resolve() == resumed_from.resolve().parent:
-        return resumed_from.parent, utils.RunLock(resumed_from.parent)
+        return resumed_from.parent, locks.RunLock(resumed_from.parent)
     if config.run_name:
         names = [config.run_name]
     else:  # several runs may begin in one second
@@ -223,7 +282,7 @@ def claim_run_folder(config: TrainConfig, resumed_from: Path | None) -> tuple[Pa
         if has_begun(folder):
             continue
         try:
-            return folder, utils.RunLock(folder)
+            return folder, locks.RunLock(folder)
         except UserError:
             if config.run_name:
                 raise
@@ -236,8 +295,9 @@ def claim_run_folder(config: TrainConfig, resumed_from: Path | None) -> tuple[Pa
 
 
 def has_begun(run_folder: Path) -> bool:
-    """Whether a run's folder holds anything but a lock and what a killed first save left."""
-    return any(path.name != utils.RunLock.FILE and not path.name.startswith(".tmp-") for path in run_folder.iterdir())
+    """Whether a run's folder holds anything but a lock, a record and what a killed first save left."""
+    bare = (locks.RunLock.FILE, records.RUN)
+    return any(path.name not in bare and not path.name.startswith(".tmp-") for path in run_folder.iterdir())
 
 
 def describe(config: TrainConfig, model: models.RewardModel, trained: list[Any], plan: packing.StepPlan) -> None:
@@ -249,6 +309,20 @@ def describe(config: TrainConfig, model: models.RewardModel, trained: list[Any],
             f"  one sequence per row, because {model.why_not or 'its attention window is below --max_length'}: slower"
         )
     print(f"plan: {plan.total_steps:,} steps of {config.pairs_per_step} pairs", flush=True)
+
+
+def first_line(error: BaseException) -> str:
+    text = error.what if isinstance(error, UserError) else str(error)
+    return (text.strip().splitlines() or ["no message"])[0]
+
+
+def end_early(run: Run, cause: BaseException, stop: utils.StopRequest) -> BaseException:
+    """After Ctrl-C or a crash: save what was learned, record how it ended; returns what the user is to hear of it."""
+    save_last_completed_step(run, cause)
+    if isinstance(cause, OSError) and stop.signal_number is not None:
+        cause = utils.Stopped(stop.signal_number)  # a closed terminal asks to stop, and breaks what is printed next
+    run.end_record(cause)
+    return cause
 
 
 def save_last_completed_step(run: Run, cause: BaseException) -> None:

@@ -224,19 +224,19 @@ def main(argv: list[str]) -> None:
     # an evaluation that was interrupted is made up for, but only at a run's very end
     is_at_its_end = evaluation_is_missing(run) and not checkpoint.later_steps(run.folder, run.step)
     if run.step >= run.plan.total_steps and not is_at_its_end:
+        run.mend_record()
         more = "a larger --max_steps, or 0 for none" if config.max_steps else "more --epochs"
         print(f"nothing to do: step {run.step} of {run.plan.total_steps} is done; to go on: {more}")
         return
     if aside := checkpoint.set_aside_later_steps(run.folder, run.step):
         print(f"the steps after step {run.step} now lie in {aside}")
     with utils.StopRequest() as stop:
+        run.begin_record(resumed_from)
         try:
             last = train(run, stop.check)
+            run.end_record()
         except BaseException as cause:
-            runs.save_last_completed_step(run, cause)
-            if isinstance(cause, OSError):
-                stop.check()  # a closed terminal asks to stop, and breaks what is printed next
-            raise
+            raise runs.end_early(run, cause, stop)  # noqa: B904
         finally:
             run.lock.release()
     print(summary(run, last))
@@ -322,7 +322,8 @@ def evaluate_and_show(
     config, step = run.config, run.step
     indices = packing.fixed_sample(len(run.test_pairs), config.eval_num_batches * config.batch_size, config.seed)
     evaluation = evaluate(run, indices, check_for_stop)
-    run.eval_accuracy = evaluation.metrics["accuracy"]
+    run.eval_accuracy, run.eval_pairs = evaluation.metrics["accuracy"], evaluation.pairs
+    run.note_evaluation(evaluation.correct, evaluation.pairs)
     values = {f"eval/{name}": value for name, value in evaluation.metrics.items()}
     board.scalars(values, step, run.examples_seen(step))
     board.histogram("eval/rewards_chosen", evaluation.rewards[:, 0], step)

@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import signal
@@ -289,72 +288,6 @@ def best_step(run_folder: Path) -> Path | None:
         if isinstance(accuracy, float) and math.isfinite(accuracy):
             scored.append((accuracy, step_of(path) or 0, path))
     return max(scored)[2] if scored else None
-
-
-class RunLock:
-    """Held by the process that trains a run. The system lets go of it when the process ends, however it ends."""
-
-    FILE = ".lock"
-
-    def __init__(self, run_folder: Path):
-        """Raise UserError, naming host and process, if another process trains this run."""
-        self._file = (run_folder / self.FILE).open("a+", encoding="utf-8")
-        try:
-            _lock(self._file)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
-                print(f"this file system has no locks ({error.strerror}): see that no two runs share {run_folder}")
-                return
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
-            raise UserError(
-                "this run is being trained just now",
-                where=run_folder,
-                found=f"held by {holder}",
-                safe="nothing of it was touched",
-                next="another --run_name, or wait until it ends",
-            ) from error
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {platform.node()}\n")
-        self._file.flush()
-
-    def release(self) -> None:
-        self._file.close()
-
-
-def _lock(file: typing.IO[str]) -> None:
-    """An exclusive lock on an open file; OSError if somebody else has it."""
-    if os.name == "nt":
-        import msvcrt
-
-        file.seek(LOCKED_BYTE)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-@contextlib.contextmanager
-def exclusive(lock_file: Path, patience_seconds: float = 30) -> Iterator[None]:
-    """Hold a lock file against other threads and processes; they wait, and TimeoutError says that it took too long."""
-    with lock_file.open("a+", encoding="utf-8") as file:
-        give_up = time.monotonic() + patience_seconds
-        while True:
-            try:
-                _lock(file)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
-                    raise
-                if time.monotonic() > give_up:
-                    raise TimeoutError(f"somebody holds {lock_file}") from error
-                time.sleep(0.02)
-        yield
-
-
-LOCKED_BYTE = 1024  # Windows forbids reading a locked byte, so it is one behind the text
 
 
 @contextlib.contextmanager

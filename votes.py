@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import locks
 import utils
 from rows import VOTES_FOR_NEITHER
 
@@ -50,7 +51,7 @@ def append(path: Path, row: dict[str, Any]) -> int:
     line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"  # half a character becomes "?"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with utils.exclusive(path.with_name(f".{path.name}.lock")), path.open("ab+", 0) as file:
+        with locks.exclusive(path.with_name(f".{path.name}.lock")), path.open("ab+", 0) as file:
             size = file.seek(0, 2)
             if size:
                 file.seek(size - 1)

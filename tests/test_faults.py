@@ -20,6 +20,7 @@ from conftest import ROOT
 
 import checkpoint
 import data
+import locks
 import train_rm
 import utils
 
@@ -138,7 +139,7 @@ def die_at(number, run):
         writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
         if not writes and event not in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod"):
             return
-        if str(run) in str(arguments[0]) and utils.RunLock.FILE not in str(arguments[0]):
+        if str(run) in str(arguments[0]) and locks.RunLock.FILE not in str(arguments[0]):
             seen[0] += 1
             if seen[0] == number:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -476,7 +477,7 @@ def test_malformed_data_exits_2_before_anything_changes(begun, straight, tmp_pat
         assert code == 2, (name, log.read_text())
         assert str(path) in log.read_text() and "Traceback" not in log.read_text(), name
         assert len(log.read_text().split("error:")[1].splitlines()) <= 8, (name, log.read_text())
-        assert {path.name for path in begun.iterdir()} <= {*before, utils.RunLock.FILE}, name
+        assert {path.name for path in begun.iterdir()} <= {*before, locks.RunLock.FILE}, name
     assert_goes_on_exactly(begun, straight, log)
     injected(len(files))
 
@@ -508,7 +509,7 @@ def test_a_second_process_is_refused_and_harms_nothing(begun, straight, tmp_path
     log, other_log = tmp_path / "log", tmp_path / "other"
     victim = fork_child(resume(begun), log)
     deadline = time.monotonic() + 30
-    while not (begun / utils.RunLock.FILE).exists() and time.monotonic() < deadline:
+    while not (begun / locks.RunLock.FILE).exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.1)
     assert in_child(resume(begun), other_log) == 2, other_log.read_text()

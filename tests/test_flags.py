@@ -22,6 +22,7 @@ class Config:
     schedule: str = flag("constant", "how it goes on", choices=("constant", "linear", "cosine"))
     folder: str = flag("out", "where it goes")
     run_name: str | None = flag(None, "what it is called")
+    names: tuple[str, ...] = flag((), "several words")
     config: str | None = flag(None, "JSON file with settings")
 
     def problems(self):
@@ -42,6 +43,21 @@ def problem_with(*argv):
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_list_takes_several_words_again_and_again_and_expands_nothing():
+    assert read("--names", "a", "~", "--fast", "--names", "b").names == ("a", "~", "b")
+    assert read().names == ()
+    assert "is a variable unset" in problem_with("--names", "a", "") and "expected at least" in problem_with("--names")
+
+
+def test_a_list_in_a_config_file_is_a_list_of_texts(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"names": ["a", "b"]}')
+    assert read("--config", str(path)).names == ("a", "b")
+    for wrong in ('"a"', "[1]", "[null]", "{}"):
+        path.write_text(f'{{"names": {wrong}}}')
+        assert "wants a list of texts" in problem_with("--config", str(path))
 
 
 def test_without_flags_everything_has_its_default():

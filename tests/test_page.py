@@ -1,6 +1,7 @@
 """The page in a real browser: what a person sees and does, at desktop and phone width, by mouse and by keyboard alone.
 
-`SCREENSHOTS=docs python -m pytest tests/test_page.py` also writes the README's pictures.
+`SCREENSHOTS=docs SCREENSHOT_MODEL=checkpoints/rm/first python -m pytest tests/test_page.py -k voted` also writes the
+README's picture, with the rewards of that run.
 """
 
 import json
@@ -25,7 +26,12 @@ PHONE = {"width": 390, "height": 844}
 @pytest.fixture(scope="module")
 def server(reward_checkpoint, tmp_path_factory):
     votes_file = tmp_path_factory.mktemp("votes") / "preferences.jsonl"
-    arguments = ["--model", reward_checkpoint, "--output_dir", reward_checkpoint.parent.parent]
+    arguments = [
+        "--model",
+        os.environ.get("SCREENSHOT_MODEL", reward_checkpoint),
+        "--output_dir",
+        reward_checkpoint.parent.parent,
+    ]
     with Server(*arguments, "--port", free_port(), "--votes_file", votes_file) as running:
         running.votes_file = votes_file
         yield running

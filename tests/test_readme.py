@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from test_chat import Server, free_port
 
+from chat import DEMO_RUN, ChatConfig
+from manage_runs import ManageConfig
 from train_config import TrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,10 +30,21 @@ def commands():
     return [line for line in lines if line]
 
 
-def test_flag_tables_are_the_dataclass():
-    rows = re.findall(r"^\| `--(\w+)` \| (.*?) ?\| (.*) \|$", README, re.MULTILINE)
-    fields = dataclasses.fields(TrainConfig)
-    wanted = [(f.name, "" if f.default is None else str(f.default), f.metadata["help"]) for f in fields]
+def flag_rows(text):
+    return re.findall(r"^\| `--(\w+)` \| (.*?) ?\| (.*) \|$", text, re.MULTILINE)
+
+
+def section(title):
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+@pytest.mark.parametrize(
+    "config, title", [(TrainConfig, "Training"), (ManageConfig, "Managing runs"), (ChatConfig, "Chat")]
+)
+def test_flag_tables_are_the_dataclass(config, title):
+    rows = flag_rows(section(title))
+    fields = dataclasses.fields(config)
+    wanted = [(f.name, "" if f.default in (None, ()) else str(f.default), f.metadata["help"]) for f in fields]
     assert rows == wanted
 
 
@@ -41,7 +55,7 @@ def test_project_structure_names_every_script_and_nothing_else():
 
 
 def test_every_command_is_of_a_kind_that_is_run():
-    run_here = ("python train_rm.py", "python chat.py", "tensorboard ")
+    run_here = ("python train_rm.py", "python chat.py", "python manage_runs.py", "tensorboard ")
     run_by_ci = ("make demo", "make test", "uv venv", "uv pip install -r requirements.txt")
     for command in commands():
         assert command.startswith(run_here) or command in run_by_ci, command
@@ -79,12 +93,28 @@ def test_training_commands_run_as_written(readers_folder, base, small_dataset):
         assert result.returncode == 0, (flags, result.stderr)
 
 
+def test_managing_commands_run_as_written(readers_folder, base, small_dataset):
+    """Each `python manage_runs.py …` of the README, in order, after its trainings."""
+    flags = ["--model", base, "--dataset", small_dataset, "--max_steps", "1", "--eval_num_batches", "1"]
+    for name, more in (("first", []), ("adapter", ["--lora"])):
+        if not (readers_folder / "checkpoints/rm" / name).exists():
+            assert run([ROOT / "train_rm.py", *flags, "--run_name", name, *more], readers_folder).returncode == 0
+    managing = [shlex.split(command)[1:] for command in commands() if command.startswith("python manage_runs.py")]
+    assert len(managing) >= 8
+    for script, *words in managing:
+        result = run([ROOT / script, *words], readers_folder)
+        assert result.returncode == 0, (words, result.stderr)
+        assert result.stdout, words
+    assert (readers_folder / "checkpoints/rm/first/step-1/optimizer.safetensors").exists()
+    assert (readers_folder / "logs/rm/adapter").is_dir()
+
+
 def test_python_blocks_load_what_training_wrote(readers_folder, base, small_dataset):
     flags = ["--model", base, "--dataset", small_dataset, "--max_steps", "1", "--eval_num_batches", "1"]
     for name, more in (("first", []), ("adapter", ["--lora"])):
         if not (readers_folder / "checkpoints/rm" / name).exists():
             assert run([ROOT / "train_rm.py", *flags, "--run_name", name, *more], readers_folder).returncode == 0
-    blocks = code_blocks("python")
+    blocks = [block for block in code_blocks("python") if "from_pretrained" in block]
     assert len(blocks) == 2
     for block in blocks:
         code = block.replace("step-350", "step-1") + "\nassert model.score.weight.shape[0] == 1\n"
@@ -92,6 +122,26 @@ def test_python_blocks_load_what_training_wrote(readers_folder, base, small_data
             code += "assert reward.isfinite()\n"
         result = run(["-c", code], readers_folder)
         assert result.returncode == 0, result.stderr
+
+
+def test_chat_commands_and_the_api_example_run_as_written(readers_folder, base, small_dataset, monkeypatch):
+    """Each `python chat.py …` of the README, with the small model for the one that needs the hub."""
+    monkeypatch.chdir(readers_folder)
+    small = ["--max_steps", "1", "--eval_num_batches", "1"]
+    if not (readers_folder / "checkpoints/rm/first").exists():
+        flags = ["--model", base, "--dataset", small_dataset, "--run_name", "first", *small]
+        assert run([ROOT / "train_rm.py", *flags], readers_folder).returncode == 0
+    assert run([ROOT / "train_rm.py", "--demo", "--run_name", DEMO_RUN, *small], readers_folder).returncode == 0
+    (example,) = (block for block in code_blocks("python") if "gradio_client" in block)
+    chatting = [shlex.split(command)[2:] for command in commands() if command.startswith("python chat.py")]
+    assert len(chatting) == 3
+    for flags in chatting:
+        more = ["--model", base, "--reward_model", "checkpoints/rm/first"] if "--autoload" in flags else []
+        with Server(*flags, *more, "--port", free_port()) as server:
+            result = run(["-c", example.replace("http://127.0.0.1:7860", server.url)], readers_folder)
+            assert result.returncode == 0, (flags, result.stderr)
+            reward, probability = map(float, result.stdout.split()[-2:])
+            assert abs(reward) < 100 and 0 <= probability <= 1
 
 
 def test_tensorboard_serves_the_logs(readers_folder):

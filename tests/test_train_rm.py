@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 import checkpoint
 import data
+import locks
 import models
 import packing
 import runs
@@ -682,7 +683,7 @@ def test_the_head_of_any_architecture_comes_from_the_seed(tokenizer, tmp_path):
 def test_two_processes_cannot_train_one_run(run_script, base, small_dataset, tmp_path):
     flags = ["--model", base, "--dataset", small_dataset, *TINY]
     assert run_script("train_rm.py", *flags, "--run_name", "one").returncode == 0
-    lock = utils.RunLock(tmp_path / "checkpoints/rm/one")
+    lock = locks.RunLock(tmp_path / "checkpoints/rm/one")
     held = run_script("train_rm.py", "--resume_from", tmp_path / "checkpoints/rm/one", "--epochs", 2)
     assert held.returncode == 2 and f"process {os.getpid()} on" in held.stderr, held.stderr
     lock.release()

@@ -130,7 +130,7 @@ def test_a_folder_in_the_files_place_is_named(tmp_path):
 
 
 def test_writers_wait_for_one_another_and_say_so_when_it_takes_too_long(tmp_path):
-    from utils import exclusive
+    from locks import exclusive
 
     lock, order = tmp_path / ".lock", []
 

@@ -1,0 +1,87 @@
+"""Questions on a terminal. Ctrl-C and end of input never count as an answer."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import questionary
+
+
+class EndOfInput(Exception):
+    """The terminal was closed, or Ctrl-D pressed, at a question."""
+
+
+def has_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def ask(prompt: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """The answer to one question; KeyboardInterrupt or EndOfInput if there is none."""
+    question = prompt(*arguments, **options)
+    # questionary's lists, unlike its texts, do not listen to Ctrl-D
+    if prompt in (questionary.select, questionary.checkbox):
+        question.application.key_bindings.add("c-d", eager=True)(end_input)
+    try:
+        return question.unsafe_ask()
+    except KeyboardInterrupt:
+        print("Ctrl-C: this question deleted nothing")
+        raise
+    except EOFError as error:
+        raise EndOfInput from error
+
+
+def end_input(event: Any) -> None:
+    event.app.exit(exception=EOFError())
+
+
+def yes_or_no(question: str) -> bool:
+    return ask(questionary.confirm, question, default=False, auto_enter=False)
+
+
+def exact_word(word: str, question: str) -> bool:
+    return ask(questionary.text, question) == word
+
+
+def choose(question: str, answers: list[str]) -> str:
+    return ask(questionary.select, question, choices=answers)
+
+
+def parse_numbers(text: str, highest: int) -> list[int]:
+    """'1,3-5' -> [1, 3, 4, 5]; ValueError says what is wrong."""
+    numbers: set[int] = set()
+    for part in text.replace(",", " ").split():
+        match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part)
+        if not match:
+            raise ValueError(f"{part!r} is no number or range; 1,3-5 is one")
+        first, last = int(match.group(1)), int(match.group(2) or match.group(1))
+        if not 1 <= first <= last <= highest:
+            raise ValueError(f"{part} is not within 1 to {highest}")
+        numbers.update(range(first, last + 1))
+    return sorted(numbers)
+
+
+def problem_with_numbers(text: str, highest: int) -> bool | str:
+    """What questionary's `validate` wants: True, or what is wrong."""
+    try:
+        parse_numbers(text, highest)
+    except ValueError as error:
+        return str(error)
+    return True
+
+
+def pick(what: str, titles: list[str]) -> list[int]:
+    """Places in `titles`: by numbers and ranges, or from a list with arrow keys and space."""
+    question = f"{what}: numbers and ranges (1,3-5), or Enter for a list to pick from:"
+    text = ask(questionary.text, question, validate=lambda text: problem_with_numbers(text, len(titles)))
+    if text.strip():
+        return [number - 1 for number in parse_numbers(text, len(titles))]
+    choices = [questionary.Choice(f"{place + 1}  {title}", value=place) for place, title in enumerate(titles)]
+    return ask(questionary.checkbox, what, choices=choices)
+
+
+def pick_one(what: str, titles: list[str]) -> int:
+    choices = [questionary.Choice(f"{place + 1}  {title}", value=place) for place, title in enumerate(titles)]
+    return ask(questionary.select, what, choices=choices)
