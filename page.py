@@ -14,7 +14,10 @@ from page_chat import AT_ONCE, ChatTab, reasons
 from page_compare import CompareTab, asked
 from stage import Settings, Stage
 
+# The theme's lighter greys are hard to read on white.
 STYLE = """
+.gradio-container { --body-text-color-subdued: #52525b; --block-info-text-color: #52525b; }
+.dark .gradio-container { --body-text-color-subdued: #a1a1aa; --block-info-text-color: #a1a1aa; }
 #status { font-size: var(--text-sm); }
 #status dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1em; margin: 0; }
 #status dd { margin: 0; overflow-wrap: anywhere; }

@@ -29,10 +29,13 @@ class CompareTab:
             label="Prompt", lines=3, max_lines=12, elem_id="prompt",
             info='a question, or a dialogue as "Human: … Assistant: … Human: …", with an empty line before each turn',
         )  # fmt: skip
-        with gr.Row(equal_height=True):
-            from_chat = gr.Button("Take the chat's last reply", elem_id="from-chat")
-            write = gr.Button("Write both", elem_id="write-both")
-            writer_b = gr.Dropdown([SAME_WRITER], value=SAME_WRITER, label="Reply B is written by", elem_id="writer-b")
+        with gr.Row():
+            writer_b = gr.Dropdown(
+                [SAME_WRITER], value=SAME_WRITER, label="Reply B is written by", elem_id="writer-b", scale=2
+            )
+            with gr.Column(min_width=200):
+                write = gr.Button("Write both", size="md", elem_id="write-both")
+                from_chat = gr.Button("Take the chat's last reply", size="md", elem_id="from-chat")
         replies, liked = [], []
         with gr.Row():
             for letter in "AB":
@@ -48,7 +51,7 @@ class CompareTab:
             title="The reward as each reply grows", elem_id="growth",
         )  # fmt: skip
         with gr.Row(elem_classes="votes"):
-            buttons = {vote: gr.Button(label, elem_id=f"vote-{vote}") for vote, label in votes.VOTES.items()}
+            buttons = {vote: gr.Button(label, size="md", elem_id=f"vote-{vote}") for vote, label in votes.VOTES.items()}
         saved = gr.HTML(elem_id="saved")
         last_vote = gr.State()
 

@@ -55,9 +55,9 @@ def delete(plan: Plan, roots: inventory.Roots) -> Outcome:
     """Move a plan's items to the trash, run by run; everything is checked again right before."""
     outcome = Outcome()
     touched = list(dict.fromkeys(item.root for item in plan.items))
-    with contextlib.ExitStack() as locks:
+    with contextlib.ExitStack() as held_roots:
         for root in sorted(touched):  # everybody in the same order, so that two cannot wait for each other
-            locks.enter_context(trash_lock(root))
+            held_roots.enter_context(trash_lock(root))
         entry = new_entry(roots)
         for root in touched:
             items = [item for item in plan.items if item.root == root]
@@ -251,9 +251,9 @@ def undo(roots: inventory.Roots, is_dry: bool = False) -> tuple[str, Outcome]:
     """Bring the last deletion back where it came from; refuses, before anything moves, what would be in the way."""
     existing = [root for root in unique(roots) if entries(root)]
     outcome = Outcome()
-    with contextlib.ExitStack() as locks:
+    with contextlib.ExitStack() as held_roots:
         for root in existing if not is_dry else []:
-            locks.enter_context(trash_lock(root))
+            held_roots.enter_context(trash_lock(root))
         tried: set[str] = set()
         items: list[Item] = []
         while not items:

@@ -1,6 +1,6 @@
 """The page in a real browser: what a person sees and does, at desktop and phone width, by mouse and by keyboard alone.
 
-`SCREENSHOTS=docs SCREENSHOT_MODEL=checkpoints/rm/first python -m pytest tests/test_page.py -k voted` also writes the
+`SCREENSHOTS=docs SCREENSHOT_MODEL=checkpoints/rm/first python -m pytest tests/test_page.py -k demos` also writes the
 README's picture, with the rewards of that run.
 """
 
@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 from test_chat import Server, free_port
@@ -26,12 +27,9 @@ PHONE = {"width": 390, "height": 844}
 @pytest.fixture(scope="module")
 def server(reward_checkpoint, tmp_path_factory):
     votes_file = tmp_path_factory.mktemp("votes") / "preferences.jsonl"
-    arguments = [
-        "--model",
-        os.environ.get("SCREENSHOT_MODEL", reward_checkpoint),
-        "--output_dir",
-        reward_checkpoint.parent.parent,
-    ]
+    model = os.environ.get("SCREENSHOT_MODEL", reward_checkpoint)
+    output_dir = Path(model).parent if "SCREENSHOT_MODEL" in os.environ else reward_checkpoint.parent.parent
+    arguments = ["--model", model, "--output_dir", output_dir]
     with Server(*arguments, "--port", free_port(), "--votes_file", votes_file) as running:
         running.votes_file = votes_file
         yield running
@@ -269,7 +267,6 @@ def test_two_replies_are_compared_and_voted_on(open_page, server):
     before = server.votes_file.read_text().count("\n") if server.votes_file.exists() else 0
     page.locator("#vote-b").click()
     expect(page.locator("#saved")).to_contain_text(f"row {before + 1} of")
-    picture(page, "compare", full_page=True)
     row = json.loads(server.votes_file.read_text().splitlines()[-1])
     assert row["prompt"] == [{"role": "user", "content": QUESTION}] and row["vote"] == "b"
     assert row["chosen"][0]["content"] == "You are too lazy to bake."
@@ -277,6 +274,22 @@ def test_two_replies_are_compared_and_voted_on(open_page, server):
     page.locator("#vote-b").click()
     expect(page.locator(".toast-body").last).to_contain_text("saved already")
     assert server.votes_file.read_text().count("\n") == before + 1
+
+
+def test_a_pair_of_the_demos_is_compared_token_by_token(open_page, demo_folder):
+    pairs = [json.loads(line) for line in (demo_folder[1] / "test.jsonl").read_text().splitlines()]
+    pair = next(pair for pair in pairs if pair["kind"] == "polite" and len(pair["chosen"]) < 250)
+    prompt, _, chosen = pair["chosen"].rpartition("\n\nAssistant: ")
+    page = open_page()
+    fill_comparison(page, prompt.strip())
+    page.locator("#reply-A textarea").fill(chosen)
+    page.locator("#reply-B textarea").fill(pair["rejected"].rpartition("\n\nAssistant: ")[2])
+    page.locator("#compare").click()
+    expect(page.locator("#verdict")).to_contain_text("P(A preferred)", timeout=10_000)
+    expect(page.locator("#growth canvas, #growth svg").first).to_be_visible()
+    shown = "".join(page.locator(".textfield").first.inner_text().split())
+    assert shown == "".join(chosen.split()) + "<|im_end|>"
+    picture(page, "compare", full_page=True)
 
 
 def test_the_model_writes_both_replies_and_they_are_compared(open_page):
@@ -402,3 +415,6 @@ def test_texts_are_readable_in_both_colour_schemes(open_page, scheme):
     ):
         ratio = page.locator(selector).first.evaluate(CONTRAST)
         assert ratio >= 4.5, (selector, ratio)
+    for text in ("0 takes the likeliest token", "Temperature", "Best of N"):
+        ratio = page.get_by_text(text).first.evaluate(CONTRAST)
+        assert ratio >= 4.5, (text, ratio)
