@@ -31,7 +31,7 @@ class TrainConfig:
     epochs: int = flag(1, "times through the training pairs", minimum=1, below=10**6, group="optimization")
     batch_size: int = flag(32, "pairs per micro-batch at most", minimum=1, below=10**6, group="optimization")
     grad_accum: int = flag(4, "an optimizer step is batch_size x grad_accum pairs", minimum=1, below=10**6, group="optimization")
-    lr: float = flag(1e-5, "learning rate of AdamW", above=0, below=10, group="optimization")
+    lr: float = flag(1e-5, "learning rate of AdamW", above=0, group="optimization")
     lr_schedule: str = flag("constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine"), group="optimization")
     warmup_steps: int = flag(0, "steps over which the learning rate rises from zero", minimum=0, below=10**9, group="optimization")
     weight_decay: float = flag(0.0, "AdamW's decoupled weight decay", minimum=0, below=1000, group="optimization")

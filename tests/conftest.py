@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the hub; the one abo
 
 import numpy as np
 import pytest
+
+# A shell that starts tests in the background has them ignore Ctrl-C, and `nohup` a closed terminal; the scripts would
+# too, as they should, but tests send them these signals.
+for name in ("SIGINT", "SIGHUP"):
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
