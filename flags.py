@@ -22,7 +22,10 @@ from utils import UserError, nearest
 
 
 def flag(default: Any, help: str, **limits: Any) -> Any:
-    """A dataclass field that is also a flag. Limits: `minimum`, `above`, `below`, `choices`; `group` for `--help`."""
+    """A dataclass field that is also a flag. Limits: `minimum`, `above`, `below`, `choices`; `group` for `--help`.
+
+    `is_name_on_disk` says that a text is only compared with names on the disk, which may be any bytes.
+    """
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
@@ -208,7 +211,7 @@ def _limit_broken(field: dataclasses.Field, config: Any) -> str | None:
     if value is None:
         return None
     texts = [text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)]
-    if foreign := [text for text in texts if not _is_utf8(text)]:
+    if "is_name_on_disk" not in limits and (foreign := [text for text in texts if not _is_utf8(text)]):
         return f"--{field.name}: got {foreign[0]!a}, wants UTF-8 text"
     if blank := [text for text in texts if not text.strip() or "\0" in text]:
         return f"--{field.name}: got {blank[0]!r}, wants a text" + (" (is a variable unset?)" if not blank[0] else "")

@@ -51,14 +51,14 @@ class ManageConfig:
 
     list: bool = flag(False, "the list and no questions", group="look")
     json: bool = flag(False, "the list as JSON, one object a run", group="look")
-    show: str | None = flag(None, "this run in detail", group="look")
-    against: str | None = flag(None, "with --show: its settings against this run's instead of the defaults", group="look")
+    show: str | None = flag(None, "this run in detail", is_name_on_disk=True, group="look")
+    against: str | None = flag(None, "with --show: its settings against this run's instead of the defaults", is_name_on_disk=True, group="look")
     sort: str = flag("started", "order of the list, growing", choices=inventory.SORT_KEYS, group="look")
-    name: str | None = flag(None, "only runs whose name is like this: lr-*", group="look")
+    name: str | None = flag(None, "only runs whose name is like this: lr-*", is_name_on_disk=True, group="look")
     state: str | None = flag(None, "only runs in this state", choices=inventory.STATES, group="look")
     older_than: str | None = flag(None, "only runs begun longer ago than this, with --empty_trash deleted: 90s, 30m, 12h, 7d, 2w", group="look")
 
-    delete: tuple[str, ...] = flag((), "these runs (RUN) or single steps (RUN/step-500)", group="delete")
+    delete: tuple[str, ...] = flag((), "these runs (RUN) or single steps (RUN/step-500)", is_name_on_disk=True, group="delete")
     prune: str | None = flag(None, "of each listed run all steps but these: keep=best,last or keep=best,3 (the newest 3)", group="delete")
     shrink: bool = flag(False, "the optimizer state of each listed finished run: what stays is the model", group="delete")
     delete_superseded: bool = flag(False, "of each listed run what resuming set aside and killed saves left", group="delete")
