@@ -246,13 +246,13 @@ def test_asking_never_keeps_a_training_from_beginning(tmp_path):
 def test_a_lock_whose_folder_was_taken_away_is_refused(tmp_path, monkeypatch):
     run = tmp_path / "run"
     run.mkdir()
-    original = utils._lock
+    original = locks._lock
 
     def take_away_first(file, is_shared=False):  # what a deletion does between a training's opening and locking
         run.rename(tmp_path / "gone")
         original(file, is_shared)
 
-    monkeypatch.setattr(utils, "_lock", take_away_first)
+    monkeypatch.setattr(locks, "_lock", take_away_first)
     with pytest.raises(utils.UserError, match="being deleted"):
         locks.RunLock(run)
 
@@ -560,7 +560,7 @@ def test_steps_that_were_never_evaluated_are_not_pruned_to_the_best(manage, work
 
 
 def test_a_shrunk_checkpoint_is_sound_loads_and_scores_the_same_but_does_not_resume(manage, work):
-    import chat
+    import catalogue
     import checkpoint
     import models
 
@@ -572,7 +572,7 @@ def test_a_shrunk_checkpoint_is_sound_loads_and_scores_the_same_but_does_not_res
     assert result.returncode == 0, result.stderr
     for step in utils.step_folders(folder):
         assert not (step / "optimizer.safetensors").exists() and checkpoint.problem(step) is None
-    assert chat.sound_checkpoint(str(folder)) == folder / "step-4"
+    assert catalogue.sound_checkpoint(str(folder)) == folder / "step-4"
     assert models.RewardModel.restore(folder / "step-4").eval().score_dialogues([dialogue]) == reward
     refused = train(work, "--resume_from", folder, "--epochs", "2")
     text = refused.communicate(timeout=300)[0]
@@ -1038,7 +1038,7 @@ def ended(child):
 
 @needs_pty
 def test_a_terminal_shows_a_table_and_the_menu_leaves(terminal):
-    child = terminal("--sort", "name")
+    child = terminal("--sort", "name", size=(50, 250))
     child.expect("What now")
     text = child.before
     assert "─" in text and all(name in text for name in ("branch", "crashed", "first", "killed", "stopped"))
@@ -1059,7 +1059,7 @@ def test_a_narrow_terminal_gets_plain_complete_lines(terminal, work):
 
 @needs_pty
 def test_runs_are_picked_with_arrow_keys_and_space(terminal, work):
-    child = terminal("--sort", "name")
+    child = terminal("--sort", "name", size=(50, 250))
     child.expect("What now")
     child.send(DOWN + ENTER)  # delete runs
     child.expect("Enter for a list")
@@ -1075,7 +1075,7 @@ def test_runs_are_picked_with_arrow_keys_and_space(terminal, work):
 
 @needs_pty
 def test_runs_are_picked_by_numbers_and_ranges_and_one_needs_a_plain_yes(terminal, work):
-    child = terminal("--sort", "name")
+    child = terminal("--sort", "name", size=(50, 250))
     child.expect("What now")
     child.send(DOWN + ENTER)
     child.expect("Enter for a list")
@@ -1115,7 +1115,7 @@ def test_a_single_run_is_not_deleted_without_a_yes(terminal, work, answer):
 @pytest.mark.parametrize("depth", range(4))
 def test_ctrl_c_and_end_of_input_at_any_prompt_delete_nothing(terminal, work, key, code, depth):
     before = tree(work)
-    child = terminal("--sort", "name")
+    child = terminal("--sort", "name", size=(50, 250))
     steps = [("What now", DOWN + ENTER), ("Enter for a list", ENTER), ("Runs to delete", SPACE + DOWN + SPACE + ENTER)]
     for wanted, keys in steps[:depth]:
         child.expect(wanted)
@@ -1153,7 +1153,7 @@ def test_sigterm_at_a_prompt_exits_143_and_deletes_nothing(terminal, work):
 @needs_pty
 def test_single_steps_and_everything_else_of_the_menu_work(terminal, work):
     before = tree(work)
-    child = terminal("--sort", "name")
+    child = terminal("--sort", "name", size=(50, 250))
     child.expect("What now")
     child.send(DOWN * 2 + ENTER)  # single steps
     child.expect("Which run")
