@@ -151,6 +151,18 @@ def test_stop_ends_the_writing_within_a_second_and_the_next_message_is_answered(
     expect(rewards(page).first).to_contain_text("of this chat's 2 replies")
 
 
+def test_who_has_to_wait_sees_the_place_in_the_queue_and_is_served(open_page):
+    first, second, third = (open_page() for _ in range(3))
+    send(first, QUESTION, length=1900)
+    expect(replies(first)).to_have_count(1, timeout=10_000)
+    send(second, QUESTION)
+    send(third, QUESTION)
+    expect(third.locator("#chat")).to_contain_text(re.compile(r"queue: \d/\d"), timeout=10_000)
+    first.locator("#message button.stop-button").click()
+    for waiting in (second, third):
+        expect(rewards(waiting)).to_have_count(1, timeout=20_000)
+
+
 def test_what_was_written_is_shown_letter_by_letter_and_runs_nowhere(open_page):
     page = open_page()
     ask(page, HOSTILE)
