@@ -100,11 +100,16 @@ class ChatTab:
         to_keep, titles, opened = (gr.JSON(visible="hidden") for _ in range(3))
         whole = [self.conversation, self.chatbot, self.textbox]
 
+        keeping = {"fn": self.to_keep, "inputs": self.conversation, "outputs": to_keep, **AT_ONCE}
+        save = {"fn": None, "inputs": to_keep, "outputs": [titles, storage_problem], **QUIET,
+                "js": "kept => window.conversations.save(kept)"}  # fmt: skip
+
         def keep_after(event: Any) -> None:
-            save = "kept => window.conversations.save(kept)"
-            event.then(self.to_keep, self.conversation, to_keep, **AT_ONCE).then(
-                None, to_keep, [titles, storage_problem], js=save, **QUIET
-            ).then(self.list_kept, [titles, self.conversation], kept, **AT_ONCE)
+            event.then(**keeping).then(**save).then(self.list_kept, [titles, self.conversation], kept, **AT_ONCE)
+
+        def keep_first(event: Any) -> Any:
+            """What leaves a conversation ends the writing in it, and what was written is kept."""
+            return event(**keeping, cancels=replying).then(**save)
 
         replying = []
         for event, change, inputs in (
@@ -117,18 +122,21 @@ class ChatTab:
                 self.reply, [self.conversation, *self.settings], whole, show_progress="minimal", **WRITING
             )
             replying.append(running)
+            keep_after(begun)  # a page that is closed in the middle of a reply keeps the question
             keep_after(running)
-        keep_after(self.textbox.stop(self.show_all, self.conversation, whole, cancels=replying, **AT_ONCE))
-        keep_after(self.chatbot.undo(self.undo, self.conversation, whole, **AT_ONCE))
-        keep_after(self.chatbot.option_select(self.pick, self.conversation, whole, **AT_ONCE))
-        keep_after(gr.on([begin.click, self.chatbot.clear], self.begin, self.system_prompt, whole, **AT_ONCE))
+        stopping = {"inputs": self.conversation, "outputs": whole, "cancels": replying, **AT_ONCE}
+        keep_after(self.textbox.stop(self.show_all, **stopping))
+        keep_after(self.chatbot.undo(self.undo, **stopping))
+        keep_after(self.chatbot.option_select(self.pick, **stopping))
+        for event in (begin.click, self.chatbot.clear):
+            keep_after(keep_first(event).then(self.begin, self.system_prompt, whole, **AT_ONCE))
 
         show_opened = {"fn": self.open, "inputs": [kept, opened], "outputs": [*whole, self.system_prompt, kept]}
         page.load(**show_opened, js="(_, __) => [null, window.conversations.open(null)]", **AT_ONCE)
-        kept.input(**show_opened, js="(id, _) => [id, window.conversations.open(id)]", **AT_ONCE)
-        forget = "id => window.conversations.remove(id)"
+        keep_first(kept.input).then(**show_opened, js="(id, _) => [id, window.conversations.open(id)]", **AT_ONCE)
+        forget = {"fn": None, "inputs": kept, "outputs": titles, "js": "id => window.conversations.remove(id)"}
         keep_after(
-            remove.click(None, kept, titles, js=forget, **QUIET).then(self.begin, self.system_prompt, whole, **AT_ONCE)
+            remove.click(**forget, cancels=replying, **QUIET).then(self.begin, self.system_prompt, whole, **AT_ONCE)
         )
 
     # -- What is shown -----------------------------------------------------------------------------------------------
