@@ -98,6 +98,15 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise UserError("a model's settings cannot be read", where=path, found=error) from error
 
 
+def stamp(name: str) -> str:
+    """What tells a folder's content from another's under the same name; nothing for a hub id."""
+    for file in ("manifest.json", "config.json", "adapter_config.json"):
+        path = Path(name) / file
+        if name and path.is_file():
+            return f"{path.stat().st_mtime_ns} {path.read_text(encoding='utf-8', errors='replace')}"
+    return ""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What one may pick
 # ---------------------------------------------------------------------------------------------------------------------

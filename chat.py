@@ -14,12 +14,14 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import catalogue
 import flags
+import records
 import utils
 from flags import flag
 from utils import UserError
@@ -93,8 +95,12 @@ def own_names(host: str, share: bool) -> list[str]:
     return sorted(f"[{name}]" if ":" in name else name for name in names)  # as IPv6 addresses stand in a header
 
 
-class SecurityHeaders:
-    """ASGI middleware: nothing on the page is fetched from, or sent to, another host, whatever a model writes."""
+class Guard:
+    """ASGI middleware: no other site's page may ask this one anything, and this one asks nobody else.
+
+    Gradio itself takes requests from any site where it does not listen at 127.0.0.1, and stores files that anybody
+    uploads, which nothing on this page does.
+    """
 
     POLICY = (
         "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -102,10 +108,22 @@ class SecurityHeaders:
         "base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
     )
 
-    def __init__(self, app: Any):
-        self.app = app
+    def __init__(self, app: Any, allowed_hosts: list[str]):
+        self.app, self.allowed_hosts = app, allowed_hosts
+
+    def refuses(self, scope: Any) -> bool:
+        origins = [value.decode("latin-1") for name, value in scope["headers"] if name == b"origin"]
+        hosts = [(urllib.parse.urlsplit(origin).hostname or "").lower() for origin in origins]
+        names = [name.strip("[]") for name in self.allowed_hosts]
+        is_foreign = not all(host in names or f"*.{host.partition('.')[2]}" in names for host in hosts)
+        return is_foreign or scope["path"].rstrip("/").endswith("/upload")
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and self.refuses(scope):
+            from starlette.responses import PlainTextResponse
+
+            return await PlainTextResponse("refused: not from this page", status_code=403)(scope, receive, send)
+
         async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
                 headers = {
@@ -146,15 +164,25 @@ def demo_models(output_dir: Path) -> tuple[str, Path]:
     import demo
 
     run = output_dir / DEMO_RUN
-    if not utils.step_folders(run):
+    if not is_finished(run):
         print("training the demo's reward model, about a minute, once", flush=True)
+        begin = ["--demo", "--run_name", DEMO_RUN, "--output_dir", str(output_dir)]
+        flags_of_training = ["--resume_from", str(run)] if utils.step_folders(run) else begin
         train = str(Path(__file__).with_name("train_rm.py"))
-        command = [sys.executable, train, "--demo", "--run_name", DEMO_RUN, "--output_dir", str(output_dir)]
-        code = subprocess.run(command).returncode
+        code = subprocess.run([sys.executable, train, *flags_of_training]).returncode
         if code:
             raise UserError("the demo's reward model could not be trained", where=run, next="see the message above")
     model, _ = demo.write_demo(Path("demo"))
     return str(model), catalogue.sound_checkpoint(str(run))
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run's own record says that it trained to its end."""
+    try:
+        record = records.read_record(run)
+    except (OSError, ValueError):
+        return False
+    return record is not None and record.state == records.FINISHED and bool(utils.step_folders(run))
 
 
 def serve(config: ChatConfig, built: Any, port: int) -> None:
@@ -165,7 +193,7 @@ def serve(config: ChatConfig, built: Any, port: int) -> None:
     names = own_names(config.host, config.share)
     middleware = [
         Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False),
-        Middleware(SecurityHeaders),
+        Middleware(Guard, allowed_hosts=names),
     ]
     user, _, password = (config.auth or "").partition(":")
     built.launch(

@@ -178,7 +178,7 @@ def plan_prune(chosen: list[RunInfo], keep: list[str], runs: list[RunInfo], root
         best, last = inventory.best_and_last(run)
         kept = [step for word in keep for step in (run.steps[-int(word) :] if word.isdecimal() else [])]
         kept += [best] * ("best" in keep) + [last] * ("last" in keep)
-        if "best" in keep and best is None and len(run.steps) > 1:
+        if "best" in keep and best is None and run.steps:
             plan.warnings.append(f"{printable(run.name)}: none of its steps was evaluated when saved, so all are kept")
             continue
         plan_steps(run, [step for step in run.steps if step not in kept], runs, roots, plan)

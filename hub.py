@@ -31,7 +31,7 @@ def refuse_missing_path(name: str, flag: str) -> None:
         f"{flag} names something that is not there{nearest(path.name, siblings)}",
         where=path.absolute(),
         found=f"{parent} holds {', '.join(sorted(siblings)[:8]) or 'nothing'}" if parent.is_dir() else "no such folder",
-        next=f"{flag} wants a local path or a hub id, such as {EXAMPLES.get(flag, EXAMPLES['--model'])}",
+        next=f"{flag} wants a local path or a hub id, such as {EXAMPLES[flag]}" if flag in EXAMPLES else None,
     )
 
 
@@ -43,7 +43,12 @@ def only_local_copy(repo_id: str, repo_type: str, flag: str, instead: str) -> bo
     """
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.utils import validate_repo_id
 
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"{flag} is neither a local path nor a hub id", found=repo_id, next=str(error)) from error
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         if _has_local_copy(repo_id, repo_type):
             return True
@@ -56,8 +61,6 @@ def only_local_copy(repo_id: str, repo_type: str, flag: str, instead: str) -> bo
     try:
         huggingface_hub.HfApi().repo_info(repo_id, repo_type=repo_type, timeout=ANSWER_WITHIN_SECONDS)
         return False
-    except HFValidationError as error:
-        raise UserError(f"{flag} is neither a local path nor a hub id", found=repo_id, next=str(error)) from error
     except GatedRepoError as error:
         raise UserError(
             f"{flag} {repo_id} is gated: its owner wants you to accept terms first",

@@ -10,10 +10,11 @@ from typing import Any
 import gradio as gr
 
 from catalogue import NOBODY
-from page_chat import AT_ONCE, ChatTab, reasons
+from page_chat import AT_ONCE, ChatTab
 from page_compare import CompareTab, asked
 from stage import Settings, Stage
 
+SECONDS_BETWEEN_LOOKS = 10
 # The theme's lighter greys are hard to read on white.
 STYLE = """
 .gradio-container { --body-text-color-subdued: #52525b; --block-info-text-color: #52525b; }
@@ -69,16 +70,21 @@ def build_models_tab(stage: Stage, page: gr.Blocks, tab: gr.Tab, status: gr.HTML
             for offered, name in zip(stage.choices(), current, strict=True)
         ]
 
-    def press_load(chosen_talker: str, chosen_scorer: str | None) -> list[str]:
+    def press_load(chosen_talker: str, chosen_scorer: str | None) -> list[Any]:
+        said = ""
         try:
             stage.load(chosen_talker, chosen_scorer or NOBODY)
-            return [status_list(stage), ""]
         except Exception as error:  # whatever it is, the visitor must hear of it, and what was loaded stays
-            return [status_list(stage), f"<pre>{html.escape(stage.explain(error))}</pre>"]
+            stays = "What was loaded before stays as it was." if stage.policy else "Nothing is loaded."
+            said = f"<p>{stays}</p><pre>{html.escape(stage.explain(error))}</pre>"
+        return [status_list(stage), said, *refresh()]
 
     for event in (page.load, tab.select):
         event(refresh, None, [talker, scorer], **AT_ONCE)
-    load.click(press_load, [talker, scorer], [status, problem], show_progress="minimal", api_visibility="private")
+    shown = [status, problem, talker, scorer]
+    load.click(press_load, [talker, scorer], shown, show_progress="minimal", api_visibility="private")
+    # others may have loaded something since
+    gr.Timer(SECONDS_BETWEEN_LOOKS).tick(lambda: status_list(stage), None, status, **AT_ONCE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,6 +93,9 @@ def build_models_tab(stage: Stage, page: gr.Blocks, tab: gr.Tab, status: gr.HTML
 
 
 def add_api(stage: Stage) -> None:
+    def said_plainly(error: Exception) -> gr.Error:
+        return gr.Error(stage.explain(error), print_exception=False)  # a program wants no HTML
+
     def chat(
         message: str,
         history: list[dict[str, str]] | None = None,
@@ -103,8 +112,8 @@ def add_api(stage: Stage) -> None:
         reward.
         """
         try:
-            if not message.strip():
-                raise ValueError("the message is empty")
+            if not isinstance(message, str) or not message.strip():
+                raise ValueError("the message is empty, or no text")
             dialogue = [*checked_dialogue(history or []), {"role": "user", "content": message}]
             settings = Settings(system_prompt, temperature, top_p, max_new_tokens, thinking, candidates)
             replies = []
@@ -113,17 +122,17 @@ def add_api(stage: Stage) -> None:
             if candidates > 1:
                 yield stage.ranked(dialogue, replies, system_prompt)[0][0].content
         except Exception as error:
-            raise reasons(stage, error) from error
+            raise said_plainly(error) from error
 
     def score(messages: list[dict[str, str]]) -> float:
         """The reward of a dialogue: a list of {"role", "content"} messages that ends in a reply."""
         try:
             dialogue = checked_dialogue(messages)
-            if not dialogue:
-                raise ValueError("an empty conversation has no reward")
+            if not dialogue or dialogue[-1]["role"] != "assistant" or not dialogue[-1]["content"].strip():
+                raise ValueError("a reward is of a reply: the last message must be the assistant's, and not empty")
             return stage.rewards_of([dialogue])[0]
         except Exception as error:  # the caller must hear what it is, and the server lives on
-            raise reasons(stage, error) from error
+            raise said_plainly(error) from error
 
     def compare(prompt: str, reply_a: str, reply_b: str) -> dict[str, Any]:
         """Two replies to a prompt (a question or a transcript): "reward_a", "reward_b", "p_a", "tokens_a", "tokens_b".
@@ -132,9 +141,11 @@ def add_api(stage: Stage) -> None:
         text and the reward after it.
         """
         try:
+            if not all(isinstance(text, str) for text in (prompt, reply_a, reply_b)):
+                raise ValueError("wants three texts: prompt, reply_a, reply_b")
             return stage.compare(asked("", prompt), (reply_a, reply_b))
         except Exception as error:
-            raise reasons(stage, error) from error
+            raise said_plainly(error) from error
 
     gr.api(chat, api_name="chat", concurrency_id="writing", concurrency_limit=1)
     gr.api(score, api_name="score", concurrency_limit=2)

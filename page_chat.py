@@ -26,16 +26,29 @@ SCRIPT = """
 window.conversations = (() => {
   const prefix = "rl-with-rm/conversation/";
   const read = key => { try { return JSON.parse(localStorage.getItem(key)); } catch { return null; } };
-  const all = () => Object.keys(localStorage).filter(key => key.startsWith(prefix)).map(read).filter(kept => kept)
+  // what somebody else wrote there is no conversation
+  const all = () => Object.keys(localStorage).filter(key => key.startsWith(prefix)).map(read)
+    .filter(kept => kept?.conversation?.id && Array.isArray(kept.conversation.messages))
     .sort((a, b) => b.time - a.time);
-  const list = () => all().map(kept => [kept.title, kept.conversation.id]);
+  const list = () => all().map(kept => [String(kept.title), String(kept.conversation.id)]);
+  // another tab may have gone on with the same conversation: then this one's goes on beside it
+  const seen = {}, renamed = {};
   return {
-    open: id => [list(), (id ? read(prefix + id) : all()[0])?.conversation ?? null],
+    open: id => {
+      const kept = id ? read(prefix + id) : all()[0];
+      if (kept) seen[kept.conversation.id] = kept.time;
+      return [list(), kept?.conversation ?? null];
+    },
     save: ([title, conversation]) => {
       let problem = "";
       try {
-        const kept = { time: Date.now(), title, conversation };
-        if (title) localStorage.setItem(prefix + conversation.id, JSON.stringify(kept));
+        const before = read(prefix + conversation.id);
+        const changed = before && before.time !== seen[conversation.id];
+        if (changed) renamed[conversation.id] ??= crypto.randomUUID?.() ?? String(Math.random()).slice(2);
+        const id = renamed[conversation.id] ?? conversation.id;
+        const kept = { time: Date.now() + Math.random(), title, conversation: { ...conversation, id } };
+        if (title) localStorage.setItem(prefix + id, JSON.stringify(kept));
+        if (title) seen[id] = kept.time;
       } catch (error) { problem = "This browser keeps no more conversations: delete one. (" + error.name + ")"; }
       return [list(), problem];
     },
@@ -114,20 +127,26 @@ class ChatTab:
         replying = []
         for event, change, inputs in (
             (self.textbox.submit, self.say, [self.conversation, self.textbox, *self.settings]),
-            (self.chatbot.retry, self.retry, self.conversation),
-            (self.chatbot.edit, self.edit, self.conversation),
+            (self.chatbot.retry, self.retry, [self.conversation, *self.settings]),
+            (self.chatbot.edit, self.edit, [self.conversation, *self.settings]),
         ):
             begun = event(change, inputs, whole, **AT_ONCE)
+            begun.failure(self.show_as_it_is, self.conversation, self.chatbot, **AT_ONCE)
             running = begun.success(
-                self.reply, [self.conversation, *self.settings], whole, show_progress="minimal", **WRITING
-            )
+                self.reply, [self.conversation, *self.settings], whole, show_progress="minimal",
+                show_progress_on=self.chatbot, **WRITING,
+            )  # fmt: skip
             replying.append(running)
             keep_after(begun)  # a page that is closed in the middle of a reply keeps the question
             keep_after(running)
-        stopping = {"inputs": self.conversation, "outputs": whole, "cancels": replying, **AT_ONCE}
-        keep_after(self.textbox.stop(self.show_all, **stopping))
-        keep_after(self.chatbot.undo(self.undo, **stopping))
-        keep_after(self.chatbot.option_select(self.pick, **stopping))
+        # first the end of the writing, then what follows: a cancelled event's last words must not come after
+        keep_after(
+            self.textbox.stop(None, None, None, cancels=replying, **QUIET).then(
+                self.stop, self.conversation, whole, **AT_ONCE
+            )
+        )
+        keep_after(self.chatbot.undo(self.undo, [self.conversation, self.textbox], whole, **AT_ONCE))
+        keep_after(self.chatbot.option_select(self.pick, self.conversation, whole, **AT_ONCE))
         for event in (begin.click, self.chatbot.clear):
             keep_after(keep_first(event).then(self.begin, self.system_prompt, whole, **AT_ONCE))
 
@@ -144,7 +163,7 @@ class ChatTab:
     def show(self, kept: talk.Conversation, footers: list[str], options: Any = (), is_busy: bool = False) -> list[Any]:
         """The values of `whole`: the state, its messages, and the box with the button that fits."""
         messages, _ = talk.shown(kept, footers, options)
-        return [kept, messages, gr.Textbox(submit_btn=not is_busy, stop_btn=is_busy)]
+        return [{**kept, "is_busy": is_busy}, messages, gr.Textbox(submit_btn=not is_busy, stop_btn=is_busy)]
 
     def footers(self, kept: talk.Conversation) -> list[str]:
         """A line under each reply: its reward, or why it has none; nothing if nobody scores."""
@@ -171,37 +190,60 @@ class ChatTab:
         return talk.candidate_options(contents, rewards)
 
     def show_all(self, kept: talk.Conversation) -> list[Any]:
-        return self.show(kept, self.footers(kept), self.options(kept))
+        footers, options = self.footers(kept), self.options(kept)
+        if options and footers:
+            footers[-1] += f" · one of {len(options) + 1} candidates"
+        return self.show(kept, footers, options)
+
+    def show_as_it_is(self, kept: talk.Conversation) -> list[dict[str, Any]]:
+        """What was refused changed nothing, though the browser may have shown it already."""
+        return self.show_all(kept)[1]
 
     # -- What clicks do ----------------------------------------------------------------------------------------------
 
     def begin_reply(self, kept: talk.Conversation) -> list[Any]:
-        conversation, messages, _ = self.show(kept, self.footers(kept))
-        return [conversation, messages, gr.Textbox("", submit_btn=False, stop_btn=True)]
+        return self.show(kept, self.footers(kept), is_busy=True)
+
+    def refuse(self, kept: talk.Conversation, asked: talk.Conversation, values: tuple[Any, ...]) -> None:
+        """Raise, before anything is dropped, if `asked` cannot be answered now."""
+        try:
+            if kept.get("is_busy"):
+                raise ValueError("a reply is being written: stop it first, or wait")
+            dialogue = talk.dialogue(asked)
+            if dialogue and not dialogue[-1]["content"].strip():
+                raise ValueError("the message is empty")
+            self.stage.refuse(dialogue, Settings(*values))
+        except Exception as error:
+            raise reasons(self.stage, error) from error
 
     def say(self, kept: talk.Conversation, text: str, *values: Any) -> list[Any]:
         """Put the message into the chat; what cannot be answered is refused at once, and stays in the box."""
         said = talk.say(kept, text)
-        try:
-            if not text.strip():
-                raise ValueError("the message is empty")
-            self.stage.refuse(talk.dialogue(said), Settings(*values))
-        except Exception as error:
-            raise reasons(self.stage, error) from error
-        return self.begin_reply(said)
+        self.refuse(kept, said, values)
+        conversation, messages, _ = self.begin_reply(said)
+        return [conversation, messages, gr.Textbox("", submit_btn=False, stop_btn=True)]
 
-    def retry(self, kept: talk.Conversation) -> list[Any]:
-        return self.begin_reply(talk.before_last_reply(kept))
+    def retry(self, kept: talk.Conversation, *values: Any) -> list[Any]:
+        again = talk.before_last_reply(kept)
+        self.refuse(kept, again, values)
+        return self.begin_reply(again)
 
-    def edit(self, kept: talk.Conversation, event: gr.EditData) -> list[Any]:
+    def edit(self, kept: talk.Conversation, event: gr.EditData, *values: Any) -> list[Any]:
         place = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
         _, indices = talk.shown(kept, [])
-        return self.begin_reply(talk.edit(kept, indices[place], str(event.value)))
+        edited = talk.edit(kept, indices[place], str(event.value))
+        self.refuse(kept, edited, values)
+        return self.begin_reply(edited)
 
-    def undo(self, kept: talk.Conversation) -> list[Any]:
+    def stop(self, kept: talk.Conversation) -> list[Any]:
+        is_unanswered = bool(kept["messages"]) and kept["messages"][-1]["role"] == "user"
+        return self.show_all(talk.note(kept, "stopped before a word was written") if is_unanswered else kept)
+
+    def undo(self, kept: talk.Conversation, draft: str) -> list[Any]:
         earlier, text = talk.undo(kept)
         conversation, messages, _ = self.show_all(earlier)
-        return [conversation, messages, gr.Textbox(text)]
+        whole_text = f"{text}\n\n{draft}" if draft.strip() else text
+        return [conversation, messages, gr.Textbox(whole_text, submit_btn=True, stop_btn=False)]
 
     def pick(self, kept: talk.Conversation, event: gr.SelectData) -> list[Any]:
         return self.show_all(talk.pick(kept, int(event.value)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,9 @@ class CompareTab:
             )
             with gr.Column(min_width=200):
                 write = gr.Button("Write both", size="md", elem_id="write-both")
+                stop = gr.Button("Stop", size="md", variant="stop", visible=False, elem_id="stop-writing")
                 from_chat = gr.Button("Take the chat's last reply", size="md", elem_id="from-chat")
+        told = gr.HTML(elem_id="told")
         replies, liked = [], []
         with gr.Row():
             for letter in "AB":
@@ -54,40 +57,61 @@ class CompareTab:
             buttons = {vote: gr.Button(label, size="md", elem_id=f"vote-{vote}") for vote, label in votes.VOTES.items()}
         saved = gr.HTML(elem_id="saved")
         last_vote = gr.State()
+        taken = gr.State()  # (text, messages) of a prompt that came from the chat, whatever its words look like
 
         # the chat's settings hold here too, its system prompt above all
-        inputs = [chat.system_prompt, prompt, *replies]
-        judged = {"fn": self.judge, "inputs": inputs, "outputs": [verdict, plot, *liked], **QUIET}
+        inputs = [chat.system_prompt, taken, prompt, *replies]
+        results = [verdict, plot, *liked]
+        judged = {"fn": self.judge, "inputs": inputs, "outputs": results, **QUIET}
         compare.click(**judged)
-        from_chat.click(self.take, chat.conversation, [prompt, *replies], **AT_ONCE)
-        writing = write.click(
-            self.write_both, [prompt, writer_b, *chat.settings], replies, show_progress="minimal", **WRITING
+        from_chat.click(self.take, chat.conversation, [taken, prompt, *replies], **AT_ONCE)
+        gr.on(
+            [prompt.input, *(reply.input for reply in replies), from_chat.click], nothing_yet, None, results, **AT_ONCE
         )
+        chat.system_prompt.change(system_prompt_note, chat.system_prompt, told, **AT_ONCE)
+
+        # while both are being written, nobody may vote on half of them
+        controls = [write, stop, *buttons.values()]
+        busy, idle = (lambda is_busy=is_busy: [*nothing_yet(), *self.controls(is_busy)] for is_busy in (True, False))
+        writing = write.click(busy, None, [*results, *controls], **AT_ONCE).then(
+            self.write_both, [taken, prompt, writer_b, *chat.settings], replies, show_progress="minimal", **WRITING
+        )
+        writing.then(idle, None, [*results, *controls], **AT_ONCE)
         writing.success(**judged)
+        stop.click(None, None, None, cancels=[writing], **QUIET).then(idle, None, [*results, *controls], **AT_ONCE)
         writer_b.focus(self.list_writers, writer_b, writer_b, **AT_ONCE)
         for vote, button in buttons.items():
             button.click(
                 lambda *values, vote=vote: self.vote(vote, *values), [last_vote, *inputs], [saved, last_vote], **QUIET
             )
 
-    def take(self, kept: talk.Conversation) -> list[str]:
+    def controls(self, is_busy: bool) -> list[gr.Button]:
+        """The values of Write both, Stop and the votes."""
+        return [
+            gr.Button(visible=not is_busy),
+            gr.Button(visible=is_busy),
+            *(gr.Button(interactive=not is_busy) for _ in votes.VOTES),
+        ]
+
+    def take(self, kept: talk.Conversation) -> list[Any]:
         """The chat's last prompt, its reply as A, and as B the next best candidate if there were several."""
         dialogue = talk.dialogue(kept)
         if not dialogue or dialogue[-1]["role"] != "assistant":
             raise reasons(self.stage, ValueError("the chat has no reply yet"))
         others = kept["messages"][-1].get("others") or [{"content": ""}]
-        return [transcript_of(dialogue[:-1]), dialogue[-1]["content"], others[0]["content"]]
+        text = transcript_of(dialogue[:-1])
+        return [(text, dialogue[:-1]), text, dialogue[-1]["content"], others[0]["content"]]
 
     def list_writers(self, chosen: str) -> gr.Dropdown:
         talkers, _ = self.stage.choices()
         choices = [SAME_WRITER, *((choice.label, choice.name) for choice in talkers)]
         return gr.Dropdown(choices, value=chosen)
 
-    def write_both(self, prompt: str, writer_b: str, *values: Any) -> Iterator[list[str]]:
+    def write_both(self, taken: Any, prompt: str, writer_b: str, *values: Any) -> Iterator[list[str]]:
         """Write both replies, at once if one model does it; with the chat's settings, but always drawn at random."""
         settings = Settings(*values)
         try:
-            dialogue = asked("", prompt)
+            dialogue = asked("", prompt, taken)
             if writer_b in (SAME_WRITER, self.stage.talker):
                 for replies in self.stage.write(dialogue, replace(settings, candidates=2)):
                     yield [reply.content for reply in replies]
@@ -101,45 +125,64 @@ class CompareTab:
         except Exception as error:
             raise reasons(self.stage, error) from error
 
-    def judge(self, system_prompt: str, prompt: str, reply_a: str, reply_b: str) -> list[Any]:
+    def judge(self, system_prompt: str, taken: Any, prompt: str, reply_a: str, reply_b: str) -> list[Any]:
         """The values of verdict, plot and the two coloured texts."""
         try:
-            found = self.stage.compare(asked(system_prompt, prompt), (reply_a, reply_b))
+            found = self.stage.compare(asked(system_prompt, prompt, taken), (reply_a, reply_b))
         except Exception as error:
             raise reasons(self.stage, error) from error
         if found["p_a"] == 0.5:
             preferred = "the reward model sees no difference"
         else:
             letter, share = ("A", found["p_a"]) if found["p_a"] > 0.5 else ("B", 1 - found["p_a"])
-            preferred = f"the reward model prefers <b>{letter}</b> with probability <b>{share:.1%}</b>"
+            shown = f"{share:.1%}" if share < 0.9995 else "over 99.9%"  # certain it never is
+            preferred = f"the reward model prefers <b>{letter}</b> with probability <b>{shown}</b>"
         verdict = (
             f"reward of A <b>{found['reward_a']:+.3f}</b> · of B <b>{found['reward_b']:+.3f}</b> · {preferred}"
-            f" · P(A preferred) = {found['p_a']:.4f}"
+            f" · P(A preferred) = {found['p_a']:.3g}"
         )
         return [verdict, growth_plot(found), *(coloured(found[f"tokens_{letter}"]) for letter in "ab")]
 
-    def vote(self, vote: str, last_vote: Any, system_prompt: str, prompt: str, *replies: str) -> list[Any]:
+    def vote(self, vote: str, last_vote: Any, system_prompt: str, taken: Any, prompt: str, *replies: str) -> list[Any]:
         """Append a vote to the file; the same vote twice in a row is one."""
         values = [vote, system_prompt, prompt, *replies]
         try:
             if values == last_vote:
                 raise ValueError("this vote is saved already")
-            count = votes.append(self.votes_file, votes.row_of(asked(system_prompt, prompt), *replies, vote))
+            count = votes.append(self.votes_file, votes.row_of(asked(system_prompt, prompt, taken), *replies, vote))
         except Exception as error:
             raise reasons(self.stage, error) from error
-        name = html.escape(str(self.votes_file))
+        name, quoted = (html.escape(text) for text in (str(self.votes_file), shlex.quote(str(self.votes_file))))
         return [
             f"“{votes.VOTES[vote]}” is saved, row {count:,} of {name}. "
-            f"Train on it: <code>python train_rm.py --dataset {name}</code>",
+            f"Train on it: <code>python train_rm.py --dataset {quoted}</code>",
             values,
         ]
 
 
-def asked(system_prompt: str, prompt: str) -> list[dict[str, str]]:
-    """What the two replies answer, as messages; ValueError if it is nothing."""
+def asked(
+    system_prompt: str, prompt: str, taken: tuple[str, list[dict[str, str]]] | None = None
+) -> list[dict[str, str]]:
+    """What the two replies answer, as messages; ValueError if it is nothing that could be answered.
+
+    A text that was `taken` from the chat stands for the messages that it came from.
+    """
     if not prompt.strip():
         raise ValueError("the prompt is empty")
-    return dialogue_with(system_prompt, rows.parse_prompt(prompt))
+    messages = taken[1] if taken and taken[0] == prompt else rows.parse_prompt(prompt)
+    if messages[-1]["role"] != "user":
+        raise ValueError('the prompt ends in the assistant\'s turn: the two replies need a "Human:" turn to answer')
+    return dialogue_with(system_prompt, list(messages))
+
+
+def nothing_yet() -> list[Any]:
+    """The values of verdict, plot and the two coloured texts before a comparison, or when it is one of other texts."""
+    return ["", gr.LinePlot(visible=False), [], []]
+
+
+def system_prompt_note(system_prompt: str) -> str:
+    text = html.escape(system_prompt.strip())
+    return f"The chat's system prompt holds here too, and goes into votes: <i>{text}</i>" if text else ""
 
 
 def transcript_of(dialogue: list[dict[str, str]]) -> str:
@@ -169,7 +212,6 @@ def coloured(tokens: list[list[Any]]) -> list[tuple[str, float | None]]:
         return [(text, None) for text, _ in tokens]
     changes = [later - earlier for (_, earlier), (_, later) in itertools.pairwise(tokens)]
     largest = max(map(abs, changes)) or 1.0
-    return [
-        (tokens[0][0], None),
-        *((text, change / largest) for (text, _), change in zip(tokens[1:], changes, strict=True)),
-    ]
+    shares = [None, *(change / largest for change in changes)]
+    # the later tokens of one character have no text of their own
+    return [(text or "·", share) for (text, _), share in zip(tokens, shares, strict=True)]

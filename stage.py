@@ -51,14 +51,18 @@ class Settings:
     def check(self) -> None:
         """Raise ValueError, naming the setting, what came and what is wanted."""
         limits = [
-            ("temperature", self.temperature, 0, 2),
-            ("top-p", self.top_p, 0.05, 1),
-            ("max new tokens", self.max_new_tokens, 1, 1_000_000),
-            ("candidates", self.candidates, 1, MOST_CANDIDATES),
+            ("temperature", self.temperature, float, 0, 2),
+            ("top-p", self.top_p, float, 0.05, 1),
+            ("max new tokens", self.max_new_tokens, int, 1, 1_000_000),
+            ("candidates", self.candidates, int, 1, MOST_CANDIDATES),
         ]
-        for name, value, low, high in limits:
-            if not isinstance(value, (int, float)) or not low <= value <= high:
-                raise ValueError(f"{name}: got {value}, wants {low} to {high:,}")
+        for name, value, kind, low, high in limits:
+            is_number = type(value) in (int, float) and (kind is float or value == int(value))
+            if not is_number or not low <= value <= high:
+                what = "a whole number from " if kind is int else ""
+                raise ValueError(f"{name}: got {value!r}, wants {what}{low} to {high:,}")
+        if not isinstance(self.system_prompt, str) or not isinstance(self.thinking, bool):
+            raise ValueError("system prompt wants text, and thinking wants true or false")
         if self.candidates > 1 and self.temperature == 0:
             raise ValueError("several replies at temperature 0 would all be the same one: raise the temperature")
 
@@ -91,6 +95,7 @@ class Stage:
         self.reward: models.RewardModel | None = None
         self._rewards: OrderedDict[str, float] = OrderedDict()  # every turn asks again for those of all earlier ones
         self._guest: tuple[str, policy.PolicyModel] | None = None
+        self._stamps = "", ""  # which content the two loaded folders had
         self._loading = threading.Lock()  # two visitors may press the button
 
     # -- Loading -----------------------------------------------------------------------------------------------------
@@ -109,18 +114,20 @@ class Stage:
             scorer = self.scorer if scorer is None else scorer
             for name, offered in zip((talker, scorer), self.choices(), strict=True):
                 if name not in [choice.name for choice in offered]:
-                    raise ValueError(f"{name!r} is none of the models on offer here")
+                    raise ValueError(f"{Path(name).name} is not on offer here, or not any more: choose from the list")
             device = models.pick_device()
             new_policy, new_reward = self.policy, self.reward
-            if self.reward is None or scorer != self.scorer:
+            stamps = catalogue.stamp(talker), catalogue.stamp(scorer)
+            if self.reward is None or (scorer, stamps[1]) != (self.scorer, self._stamps[1]):
                 new_reward = None
                 if scorer:
                     new_reward = models.RewardModel.restore(catalogue.sound_checkpoint(scorer)).to(device).eval()
-            if self.policy is None or talker != self.talker:
+            if self.policy is None or (talker, stamps[0]) != (self.talker, self._stamps[0]):
                 new_policy = self._open_policy(talker, device)
             if new_reward is not self.reward:
                 self._rewards = OrderedDict()
             self.policy, self.reward, self.talker, self.scorer = new_policy, new_reward, talker, scorer
+            self._stamps = stamps
             del new_policy, new_reward
             models.free_memory(device)
 
@@ -128,7 +135,7 @@ class Stage:
         """Another model that writes, beside the one on stage; it stays until the next guest."""
         with self._loading:
             if name not in [choice.name for choice in self.choices()[0]]:
-                raise ValueError(f"{name!r} is none of the models on offer here")
+                raise ValueError(f"{Path(name).name} is not on offer here, or not any more: choose from the list")
             if self._guest is None or self._guest[0] != name:
                 self._guest = None
                 self._guest = name, self._open_policy(name, models.pick_device())
@@ -190,12 +197,12 @@ class Stage:
         self.refuse(dialogue, settings, writer)
         assert writer is not None
         dialogue = dialogue_with(settings.system_prompt, dialogue)
-        texts = [""] * settings.candidates
+        texts = [""] * int(settings.candidates)
         last_shown = 0.0
         for pieces in writer.stream_candidates(
             dialogue,
-            settings.candidates,
-            settings.max_new_tokens,
+            int(settings.candidates),
+            int(settings.max_new_tokens),
             settings.temperature,
             settings.top_p,
             settings.thinking,

@@ -1,0 +1,126 @@
+"""How quick the page is: start, opening, first token, reward, stop, refusals. Prints a table with what is wanted.
+
+python bench/chat_page.py MODEL_FOLDER REWARD_CHECKPOINT     (needs Playwright and Chromium for the page's own row)
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+
+ROOT = Path(__file__).resolve().parent.parent
+PORT = 7899
+QUESTION = "What should I know about bread?"
+TIMES = 5
+
+
+def seconds(action) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def start(model: str, reward_model: str) -> tuple[subprocess.Popen, float]:
+    """The server's process and the seconds until it answered."""
+    command = [sys.executable, str(ROOT / "chat.py"), "--model", model, "--reward_model", reward_model]
+    started = time.perf_counter()
+    votes = Path(tempfile.mkdtemp()) / "preferences.jsonl"
+    process = subprocess.Popen([*command, "--port", str(PORT), "--votes_file", str(votes)], stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/", timeout=5):
+                return process, time.perf_counter() - started
+        except OSError:
+            time.sleep(0.05)
+    raise SystemExit("chat.py ended; see its message above")
+
+
+def open_in_a_browser() -> float | None:
+    """Seconds from asking for the page until one can type; None without a browser."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ModuleNotFoundError:
+        return None
+    if chromium is None:
+        return None
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        found = []
+        for _ in range(TIMES):
+            found.append(
+                seconds(lambda: (page.goto(f"http://127.0.0.1:{PORT}/"), page.wait_for_selector("#message textarea")))
+            )
+        browser.close()
+    return statistics.median(found)
+
+
+def measure(client: Client) -> dict[str, float]:
+    """Seconds, medians; `share` is a share."""
+
+    def chat(**options):
+        return client.submit(
+            **{"message": QUESTION, "max_new_tokens": 100, "temperature": 1.0, **options}, api_name="/chat"
+        )
+
+    def refuse_a_megabyte():
+        try:
+            client.predict(f"{QUESTION} " * 32_768, api_name="/chat")
+        except AppError:
+            return
+        raise SystemExit("a megabyte was not refused")
+
+    def stop():
+        job = chat(max_new_tokens=1900)
+        next(iter(job))
+        job.cancel()
+        started = time.perf_counter()
+        next(iter(chat(max_new_tokens=1)))  # the next one is only begun when the first has stopped
+        return time.perf_counter() - started
+
+    chat(max_new_tokens=4).result()
+    replies = [chat() for _ in range(TIMES)]
+    writing = [seconds(lambda job=job: job.result()) for job in replies]
+    dialogues = [
+        [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": job.result()}] for job in replies
+    ]
+    scoring = [seconds(lambda d=d: client.predict(d, api_name="/score")) for d in dialogues]
+    return {
+        "first token": statistics.median(seconds(lambda: next(iter(chat()))) for _ in range(TIMES)),
+        "share of the reward": statistics.median(scoring) / statistics.median(writing),
+        "a megabyte refused": statistics.median(seconds(refuse_a_megabyte) for _ in range(TIMES)),
+        "stop, and the next one begins": statistics.median(stop() for _ in range(TIMES)),
+    }
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
+    process, first_answer = start(*sys.argv[1:])
+    try:
+        found = {"the server answers": first_answer, "the page is usable": open_in_a_browser()}
+        found |= measure(Client(f"http://127.0.0.1:{PORT}/", verbose=False))
+    finally:
+        process.terminate()
+        process.wait()
+    wanted = {"the server answers": 12, "the page is usable": 2, "first token": 0.5, "share of the reward": 0.1,
+              "a megabyte refused": 1, "stop, and the next one begins": 1}  # fmt: skip
+    print("| what | measured | wanted, at most |\n|---|---|---|")
+    for name, limit in wanted.items():
+        value = found[name]
+        unit = "" if name.startswith("share") else " s"
+        print(f"| {name} | {'no browser' if value is None else f'{value:.2f}{unit}'} | {limit}{unit} |")
+
+
+if __name__ == "__main__":
+    main()
