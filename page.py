@@ -26,6 +26,8 @@ STYLE = """
 small.footer { display: block; margin-top: .4em; }
 #chat { min-height: 20em; }
 #chat .message-markdown-disabled .md { white-space: pre-wrap; }
+#chat .options { justify-content: start; margin-left: 0; }  /* candidates are the model's */
+footer .divider:last-child { display: none; }
 #verdict { font-size: var(--text-lg); }
 """
 

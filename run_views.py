@@ -282,7 +282,9 @@ def command_lines(run: RunInfo) -> list[str]:
     with_optimizer = [step for step in run.steps if step.optimizer_bytes]
     if with_optimizer and run.state != records.RUNNING:
         source = run.folder if with_optimizer[-1] is last else with_optimizer[-1].folder
-        lines.append(f"  python train_rm.py --resume_from {quoted(source)}")
+        epochs = run.record.config.get("epochs") if run.record and run.state == records.FINISHED else None
+        more = f" --epochs {epochs + 1} --max_steps 0" if isinstance(epochs, int) else ""  # it is at its end
+        lines.append(f"  python train_rm.py --resume_from {quoted(source)}{more}")
     if chosen := best or last:
         lines.append(f"  python chat.py --model {quoted(chosen.folder)}")
         if (Path(__file__).parent / "eval_rm.py").exists():

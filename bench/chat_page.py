@@ -18,6 +18,10 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import stage  # noqa: E402
+
 PORT = 7899
 QUESTION = "What should I know about bread?"
 TIMES = 5
@@ -44,29 +48,54 @@ def start(model: str, reward_model: str) -> tuple[subprocess.Popen, float]:
     raise SystemExit("chat.py ended; see its message above")
 
 
-def open_in_a_browser() -> float | None:
-    """Seconds from asking for the page until one can type; None without a browser."""
+def measure_in_a_browser() -> dict[str, float]:
+    """Seconds until one can type, and from Enter to the first words of the reply; nothing without a browser."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     try:
         from playwright.sync_api import sync_playwright
     except ModuleNotFoundError:
-        return None
+        return {}
     if chromium is None:
-        return None
+        return {}
+    opening, first_words = [], []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page()
-        found = []
         for _ in range(TIMES):
-            found.append(
-                seconds(lambda: (page.goto(f"http://127.0.0.1:{PORT}/"), page.wait_for_selector("#message textarea")))
-            )
+            started = time.perf_counter()
+            page.goto(f"http://127.0.0.1:{PORT}/")
+            page.wait_for_selector("#message textarea")
+            opening.append(time.perf_counter() - started)
+            page.wait_for_timeout(1500)
+            page.fill("#message textarea", QUESTION)
+            started = time.perf_counter()
+            page.press("#message textarea", "Enter")
+            page.wait_for_selector("#chat .bot .md")
+            first_words.append(time.perf_counter() - started)
+            page.click("#message .stop-button")
+            page.wait_for_selector("#chat small.footer")
+            page.evaluate("localStorage.clear()")
         browser.close()
-    return statistics.median(found)
+    return {"the page is usable": statistics.median(opening), "first token": statistics.median(first_words)}
+
+
+def share_of_the_reward(model: str, reward_model: str) -> float:
+    """Scoring a reply against writing it, both in this process."""
+    on_stage = stage.Stage(model, Path(reward_model))
+    on_stage.load()
+    shares = []
+    for _ in range(TIMES + 1):
+        question = [{"role": "user", "content": QUESTION}]
+        started = time.perf_counter()
+        (reply,) = list(on_stage.write(question, stage.Settings(max_new_tokens=100, temperature=1.0)))[-1]
+        written = time.perf_counter()
+        on_stage.rewards_of([[*question, {"role": "assistant", "content": reply.content}]])
+        shares.append((time.perf_counter() - written) / (written - started))
+    return statistics.median(shares[1:])  # the first one warms up
 
 
 def measure(client: Client) -> dict[str, float]:
-    """Seconds, medians; `share` is a share."""
+    """Seconds, medians."""
 
     def chat(**options):
         return client.submit(
@@ -82,22 +111,14 @@ def measure(client: Client) -> dict[str, float]:
 
     def stop():
         job = chat(max_new_tokens=1900)
-        next(iter(job))
+        next(iter(job), None)
         job.cancel()
         started = time.perf_counter()
-        next(iter(chat(max_new_tokens=1)))  # the next one is only begun when the first has stopped
+        next(iter(chat()), None)  # the next one is only begun when the first has stopped
         return time.perf_counter() - started
 
     chat(max_new_tokens=4).result()
-    replies = [chat() for _ in range(TIMES)]
-    writing = [seconds(lambda job=job: job.result()) for job in replies]
-    dialogues = [
-        [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": job.result()}] for job in replies
-    ]
-    scoring = [seconds(lambda d=d: client.predict(d, api_name="/score")) for d in dialogues]
     return {
-        "first token": statistics.median(seconds(lambda: next(iter(chat()))) for _ in range(TIMES)),
-        "share of the reward": statistics.median(scoring) / statistics.median(writing),
         "a megabyte refused": statistics.median(seconds(refuse_a_megabyte) for _ in range(TIMES)),
         "stop, and the next one begins": statistics.median(stop() for _ in range(TIMES)),
     }
@@ -108,16 +129,17 @@ def main() -> None:
         raise SystemExit(__doc__)
     process, first_answer = start(*sys.argv[1:])
     try:
-        found = {"the server answers": first_answer, "the page is usable": open_in_a_browser()}
+        found = {"the server answers": first_answer} | measure_in_a_browser()
         found |= measure(Client(f"http://127.0.0.1:{PORT}/", verbose=False))
     finally:
         process.terminate()
         process.wait()
+    found["share of the reward"] = share_of_the_reward(*sys.argv[1:])
     wanted = {"the server answers": 12, "the page is usable": 2, "first token": 0.5, "share of the reward": 0.1,
               "a megabyte refused": 1, "stop, and the next one begins": 1}  # fmt: skip
     print("| what | measured | wanted, at most |\n|---|---|---|")
     for name, limit in wanted.items():
-        value = found[name]
+        value = found.get(name)
         unit = "" if name.startswith("share") else " s"
         print(f"| {name} | {'no browser' if value is None else f'{value:.2f}{unit}'} | {limit}{unit} |")
 
