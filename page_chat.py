@@ -41,16 +41,16 @@ window.conversations = (() => {
     },
     save: ([title, conversation]) => {
       let problem = "";
+      const before = read(prefix + conversation.id);
+      const changed = before && before.time !== seen[conversation.id];
+      if (changed) renamed[conversation.id] ??= crypto.randomUUID?.() ?? String(Math.random()).slice(2);
+      const id = renamed[conversation.id] ?? conversation.id;
       try {
-        const before = read(prefix + conversation.id);
-        const changed = before && before.time !== seen[conversation.id];
-        if (changed) renamed[conversation.id] ??= crypto.randomUUID?.() ?? String(Math.random()).slice(2);
-        const id = renamed[conversation.id] ?? conversation.id;
         const kept = { time: Date.now() + Math.random(), title, conversation: { ...conversation, id } };
         if (title) localStorage.setItem(prefix + id, JSON.stringify(kept));
         if (title) seen[id] = kept.time;
       } catch (error) { problem = "This browser keeps no more conversations: delete one. (" + error.name + ")"; }
-      return [list(), problem];
+      return [list(), problem, id];
     },
     remove: id => { localStorage.removeItem(prefix + id); return list(); },
   };
@@ -110,15 +110,15 @@ class ChatTab:
         self.settings = [self.system_prompt, temperature, top_p, length, thinking, best_of]
 
         # a conversation reaches the browser's storage through hidden values, which JavaScript reads and writes
-        to_keep, titles, opened = (gr.JSON(visible="hidden") for _ in range(3))
+        to_keep, titles, opened, kept_as = (gr.JSON(visible="hidden") for _ in range(4))
         whole = [self.conversation, self.chatbot, self.textbox]
 
         keeping = {"fn": self.to_keep, "inputs": self.conversation, "outputs": to_keep, **AT_ONCE}
-        save = {"fn": None, "inputs": to_keep, "outputs": [titles, storage_problem], **QUIET,
+        save = {"fn": None, "inputs": to_keep, "outputs": [titles, storage_problem, kept_as], **QUIET,
                 "js": "kept => window.conversations.save(kept)"}  # fmt: skip
 
         def keep_after(event: Any) -> None:
-            event.then(**keeping).then(**save).then(self.list_kept, [titles, self.conversation], kept, **AT_ONCE)
+            event.then(**keeping).then(**save).then(self.list_kept, [titles, kept_as], kept, **AT_ONCE)
 
         def keep_first(event: Any) -> Any:
             """What leaves a conversation ends the writing in it, and what was written is kept."""
@@ -255,15 +255,16 @@ class ChatTab:
         """Show what the browser kept: (list of titles and ids, the conversation or None)."""
         titles, found = opened or ([], None)
         kept = talk.checked(found)
-        return [*self.show_all(kept), kept["system_prompt"], self.list_kept(titles, kept)]
+        return [*self.show_all(kept), kept["system_prompt"], self.list_kept(titles, kept["id"])]
 
     def to_keep(self, kept: talk.Conversation) -> list[Any]:
         return [talk.title(kept) if kept["messages"] else "", kept]
 
-    def list_kept(self, titles: list[tuple[str, str]] | None, kept: talk.Conversation) -> gr.Radio:
+    def list_kept(self, titles: list[tuple[str, str]] | None, kept_as: str) -> gr.Radio:
+        """The list, with the conversation on the page marked by the id that the browser keeps it under."""
         choices = [(title, identity) for title, identity in titles or []]
-        is_known = kept["id"] in [identity for _, identity in choices]
-        return gr.Radio(choices=choices, value=kept["id"] if is_known else None)
+        is_known = kept_as in [identity for _, identity in choices]
+        return gr.Radio(choices=choices, value=kept_as if is_known else None)
 
     def reply(self, kept: talk.Conversation, *values: Any) -> Iterator[list[Any]]:
         """Answer the user's last message: the page again and again while it is written, then with its reward."""

@@ -72,13 +72,15 @@ class CompareTab:
 
         # while both are being written, nobody may vote on half of them
         controls = [write, stop, *buttons.values()]
-        busy, idle = (lambda is_busy=is_busy: [*nothing_yet(), *self.controls(is_busy)] for is_busy in (True, False))
-        writing = write.click(busy, None, [*results, *controls], **AT_ONCE).then(
+        begun = write.click(lambda: [*nothing_yet(), *self.controls(True)], None, [*results, *controls], **AT_ONCE)
+        writing = begun.then(
             self.write_both, [taken, prompt, writer_b, *chat.settings], replies, show_progress="minimal", **WRITING
         )
-        writing.then(idle, None, [*results, *controls], **AT_ONCE)
+        writing.then(lambda: self.controls(False), None, controls, **AT_ONCE)
         writing.success(**judged)
-        stop.click(None, None, None, cancels=[writing], **QUIET).then(idle, None, [*results, *controls], **AT_ONCE)
+        stop.click(None, None, None, cancels=[writing], **QUIET).then(
+            lambda: self.controls(False), None, controls, **AT_ONCE
+        )
         writer_b.focus(self.list_writers, writer_b, writer_b, **AT_ONCE)
         for vote, button in buttons.items():
             button.click(

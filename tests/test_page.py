@@ -306,11 +306,14 @@ def test_two_tabs_that_go_on_with_one_conversation_make_two_of_it(open_page):
     expect(other.locator("#chat .user.message")).to_have_count(1, timeout=10_000)
     ask(other, "From the other tab", count=2)
     ask(one, "From this tab", count=2)
-    one.reload()
     one.get_by_label("Toggle Sidebar").click()
     expect(one.get_by_role("radio")).to_have_count(2)
     texts = one.evaluate("Object.values(localStorage).join()")
     assert "From the other tab" in texts and "From this tab" in texts
+    one.get_by_role("button", name="Delete this chat").click()  # this tab's, not the other's
+    expect(one.get_by_role("radio")).to_have_count(1)
+    texts = one.evaluate("Object.values(localStorage).join()")
+    assert "From the other tab" in texts and "From this tab" not in texts
 
 
 def test_two_tabs_do_not_overwrite_one_anothers_conversations(open_page):
