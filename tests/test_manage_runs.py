@@ -1010,7 +1010,9 @@ def terminal(work):
     started = []
 
     def start(*arguments, size=(50, 160)):
-        environment = {**os.environ, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        # readline leaves the size of another terminal in the environment
+        own = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+        environment = {**own, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
         child = pexpect.spawn(sys.executable, [str(ROOT / "manage_runs.py"), *arguments], cwd=str(work),
                               env=environment, dimensions=size, encoding="utf-8", timeout=30)  # fmt: skip
         started.append(child)
