@@ -117,7 +117,7 @@ def list_models(output_dir: Path, talker: str, scorer: Path | None) -> tuple[lis
 
     A checkpoint that cannot be read is left out; choosing one verifies it.
     """
-    talkers = {talker: _shown(talker), DEFAULT_MODEL: f"{DEFAULT_MODEL} (default)"}
+    talkers = {talker: utils.seen_from_here(talker), DEFAULT_MODEL: f"{DEFAULT_MODEL} (default)"}
     scorers = {NOBODY: "nobody"}
     for run in _runs(output_dir):
         steps = [step for step in utils.step_folders(run) if (step / "manifest.json").is_file()]
@@ -135,16 +135,10 @@ def list_models(output_dir: Path, talker: str, scorer: Path | None) -> tuple[lis
             elif kind == "reward":
                 scorers.setdefault(name, label)
                 for base in bases[:1]:
-                    talkers.setdefault(base, f"{_shown(base)} (base of {run.name})")
+                    talkers.setdefault(base, f"{utils.seen_from_here(base)} (base of {run.name})")
     if scorer:
         scorers.setdefault(str(scorer.resolve()), f"{scorer.parent.name} / {scorer.name}")
     return tuple([Choice(label, name) for name, label in found.items()] for found in (talkers, scorers))
-
-
-def _shown(name: str) -> str:
-    """A folder as seen from here, if it lies below; anything else as it is."""
-    path = Path(name)
-    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else name
 
 
 def _runs(output_dir: Path) -> list[Path]:

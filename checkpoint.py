@@ -264,6 +264,7 @@ def _written_by_others(file: Path, error: Exception) -> CheckpointError:
 
 def refuse_missing_parts(folder: Path) -> None:
     """Raise CheckpointError if a checkpoint, sound as it may be, lacks what going on from it takes."""
+    refuse_without_optimizer(folder)
     for name in (OPTIMIZER, RANDOM_STATE, POSITION, CONFIG):
         if not (folder / name).is_file():
             raise CheckpointError(

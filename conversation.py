@@ -1,6 +1,6 @@
 """A conversation of the page: what was said, as plain data that a browser can keep, and how it changes.
 
-{"id": …, "system_prompt": …, "messages": [message, …]}, where a message is one of
+{"id": …, "system_prompt": …, "messages": [message, …]}, and "is_busy" while a reply is written; a message is one of
 
     {"role": "user", "content": …}
     {"role": "assistant", "content": …, "thinking": …, "others": [{"content": …, "thinking": …}, …]}   best-of-N's rest

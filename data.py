@@ -147,10 +147,7 @@ def _cached(source: Source, tokenizer: Any, tokenizer_print: str) -> Path:
     key = hashlib.sha256(f"{CACHE_VERSION}/{source.fingerprint()}/{tokenizer_print}".encode()).hexdigest()[:32]
     folder = cache_root() / key
     if not _is_whole(folder):
-        if folder.exists():  # cut by somebody, or another process has published it this moment
-            if _is_whole(folder):
-                return folder
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         _remove_dead_entries()
         try:
             with utils.published_folder(folder, f".tmp-{key}-{os.getpid()}") as temporary:

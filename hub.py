@@ -10,7 +10,11 @@ from utils import DiskOrNetworkError, UserError, nearest
 
 ANSWER_WITHIN_SECONDS = 3  # it is asked twice if it stays silent
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
-EXAMPLES = {"--model": "Qwen/Qwen3-0.6B", "--dataset": "Anthropic/hh-rlhf"}
+WANTED = {
+    "--model": "a local path or a hub id, such as Qwen/Qwen3-0.6B",
+    "--dataset": "a local path or a hub id, such as Anthropic/hh-rlhf",
+    "--reward_model": "the folder of a reward checkpoint, or of its run, such as ./checkpoints/rm/RUN",
+}
 
 
 def looks_like_a_path(name: str) -> bool:
@@ -31,7 +35,7 @@ def refuse_missing_path(name: str, flag: str) -> None:
         f"{flag} names something that is not there{nearest(path.name, siblings)}",
         where=path.absolute(),
         found=f"{parent} holds {', '.join(sorted(siblings)[:8]) or 'nothing'}" if parent.is_dir() else "no such folder",
-        next=f"{flag} wants a local path or a hub id, such as {EXAMPLES[flag]}" if flag in EXAMPLES else None,
+        next=f"{flag} wants {WANTED[flag]}",
     )
 
 

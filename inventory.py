@@ -97,10 +97,7 @@ class RunInfo:
     def base_model(self) -> str:
         """Hub id or path; a path beneath the working folder as seen from there."""
         model = self.config.get("model")
-        if type(model) is not str:
-            return "?"
-        here = os.getcwd() + os.sep
-        return model.removeprefix(here)
+        return utils.seen_from_here(model) if type(model) is str else "?"
 
     @property
     def training(self) -> str:

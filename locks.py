@@ -24,12 +24,12 @@ class RunLock:
 
     FILE = ".lock"
 
-    def __init__(self, run_folder: Path, holder: str = "process"):
-        """Raise UserError, naming host and process, if another process trains this run."""
+    def __init__(self, run_folder: Path, holder: str = "process", patience_seconds: float | None = None):
+        """Raise UserError, naming host and process, if another process trains this run (and goes on doing so)."""
         path = run_folder / self.FILE
         self._file = path.open("a+", encoding="utf-8")
         try:
-            _lock_patiently(self._file, MOMENT)
+            _lock_patiently(self._file, MOMENT if patience_seconds is None else patience_seconds)
         except OSError as error:
             if error.errno not in LOCKED_ERRORS:
                 print(f"this file system has no locks ({error.strerror}): see that no two runs share {run_folder}")

@@ -16,6 +16,7 @@ import conversation as talk
 import rows
 import votes
 from page_chat import AT_ONCE, QUIET, WRITING, ChatTab, reasons
+from rows import Messages
 from stage import Settings, Stage, dialogue_with
 
 SAME_WRITER = "the model that talks"
@@ -162,9 +163,7 @@ class CompareTab:
         ]
 
 
-def asked(
-    system_prompt: str, prompt: str, taken: tuple[str, list[dict[str, str]]] | None = None
-) -> list[dict[str, str]]:
+def asked(system_prompt: str, prompt: str, taken: tuple[str, Messages] | None = None) -> Messages:
     """What the two replies answer, as messages; ValueError if it is nothing that could be answered.
 
     A text that was `taken` from the chat stands for the messages that it came from.
@@ -187,7 +186,7 @@ def system_prompt_note(system_prompt: str) -> str:
     return f"The chat's system prompt holds here too, and goes into votes: <i>{text}</i>" if text else ""
 
 
-def transcript_of(dialogue: list[dict[str, str]]) -> str:
+def transcript_of(dialogue: Messages) -> str:
     """A dialogue as `rows.parse_prompt` reads it back; a single question stays as it is."""
     if len(dialogue) == 1 and dialogue[0]["role"] == "user":
         return dialogue[0]["content"]

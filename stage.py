@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import catalogue
 import hub
 import utils
+from rows import Messages
 
 if TYPE_CHECKING:
     import torch
@@ -26,11 +27,9 @@ if TYPE_CHECKING:
     import models
     import policy
     import progress
-    import rows
 else:  # loaded when first used, so that --help answers at once
-    models, policy, progress, rows, torch = map(utils.lazy_import, ("models", "policy", "progress", "rows", "torch"))
+    models, policy, progress, torch = map(utils.lazy_import, ("models", "policy", "progress", "torch"))
 
-Messages = list[dict[str, str]]
 MOST_CANDIDATES = 16
 MOST_REWARDS_KEPT = 4096
 SECONDS_BETWEEN_PIECES = 0.03  # a tiny model writes faster than a page can show
@@ -113,8 +112,7 @@ class Stage:
             talker = self.talker if talker is None else talker
             scorer = self.scorer if scorer is None else scorer
             for name, offered in zip((talker, scorer), self.choices(), strict=True):
-                if name not in [choice.name for choice in offered]:
-                    raise ValueError(f"{Path(name).name} is not on offer here, or not any more: choose from the list")
+                refuse_unless_offered(name, offered)
             device = models.pick_device()
             new_policy, new_reward = self.policy, self.reward
             stamps = catalogue.stamp(talker), catalogue.stamp(scorer)
@@ -134,8 +132,7 @@ class Stage:
     def guest(self, name: str) -> policy.PolicyModel:
         """Another model that writes, beside the one on stage; it stays until the next guest."""
         with self._loading:
-            if name not in [choice.name for choice in self.choices()[0]]:
-                raise ValueError(f"{Path(name).name} is not on offer here, or not any more: choose from the list")
+            refuse_unless_offered(name, self.choices()[0])
             if self._guest is None or self._guest[0] != name:
                 self._guest = None
                 self._guest = name, self._open_policy(name, models.pick_device())
@@ -268,6 +265,11 @@ class Stage:
             tokens = zip(*scorer.token_rewards(dialogue), strict=True) if scorer and scorer.can_pack else []
             result[f"tokens_{letter}"] = [list(pair) for pair in tokens]
         return result
+
+
+def refuse_unless_offered(name: str, offered: list[catalogue.Choice]) -> None:
+    if name not in [choice.name for choice in offered]:
+        raise ValueError(f"{Path(name).name} is not on offer here, or not any more: choose from the list")
 
 
 def _described(model: Any) -> str:

@@ -105,7 +105,6 @@ def read_config(argv: list[str], description: str) -> tuple[TrainConfig, Path | 
     config = flags.build_config(TrainConfig, given, problems)
     if config.resume_from:
         folder = checkpoint.find(config.resume_from)
-        checkpoint.refuse_without_optimizer(folder)
         checkpoint.refuse_missing_parts(folder)
         stored = checkpoint.read_config(folder)
         wrong = [f"no {name!r}" for name in ("model", "dataset", "log_dir") if name not in stored]

@@ -17,7 +17,6 @@ import re
 import shutil
 import stat
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -175,20 +174,15 @@ def trash_lock(root: Path) -> Iterator[None]:
     if why := link_or_mount(folder):
         raise UserError(f"the trash is {why}", where=folder, safe="nothing was touched", next="see what it is")
     refuse_odd_lock(folder)
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            lock = locks.RunLock(folder, "manage_runs.py, process")
-            break
-        except UserError as error:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    "another manage_runs.py is at work here just now",
-                    where=root,
-                    safe="this one touched nothing",
-                    next="the same again in a moment",
-                ) from error
-        time.sleep(0.1)
+    try:
+        lock = locks.RunLock(folder, "manage_runs.py, process", LOCK_SECONDS)
+    except UserError as error:
+        raise UserError(
+            "another manage_runs.py is at work here just now",
+            where=root,
+            safe="this one touched nothing",
+            next="the same again in a moment",
+        ) from error
     try:
         yield
     finally:

@@ -388,6 +388,11 @@ def relative_path(path: str, start: str) -> str:
         return os.path.abspath(path)
 
 
+def seen_from_here(path: str) -> str:
+    """A path beneath the working folder as seen from there; anything else, a hub id too, as it is."""
+    return path.removeprefix(os.getcwd() + os.sep)
+
+
 def format_bytes(count: float) -> str:
     """1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -15,10 +15,9 @@ from typing import Any
 
 import locks
 import utils
-from rows import VOTES_FOR_NEITHER
+from rows import Messages
 
 VOTES = {"a": "A is better", "b": "B is better", "tie": "Tie", "both_bad": "Both bad"}
-Messages = list[dict[str, str]]
 
 
 def row_of(prompt: Messages, reply_a: str, reply_b: str, vote: str) -> dict[str, Any]:
@@ -32,7 +31,6 @@ def row_of(prompt: Messages, reply_a: str, reply_b: str, vote: str) -> dict[str,
     if reply_a.strip() == reply_b.strip():
         raise ValueError("both replies are the same: there is nothing to prefer")
     chosen, rejected = (reply_b, reply_a) if vote == "b" else (reply_a, reply_b)
-    assert VOTES_FOR_NEITHER == ("tie", "both_bad")
     return {
         "prompt": prompt,
         "chosen": [{"role": "assistant", "content": chosen.strip()}],

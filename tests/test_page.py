@@ -350,6 +350,13 @@ def fill_comparison(page, prompt=QUESTION):
     page.locator("#reply-B textarea").fill("You are too lazy to bake.")
 
 
+def write_both(page, length):
+    set_slider(page, "Max new tokens", length)
+    page.get_by_role("tab", name="Compare").click()
+    page.locator("#prompt textarea").fill(QUESTION)
+    page.locator("#write-both").click()
+
+
 def test_two_replies_are_compared_and_voted_on(open_page, server):
     page = open_page()
     fill_comparison(page)
@@ -387,10 +394,7 @@ def test_a_pair_of_the_demos_is_compared_token_by_token(open_page, demo_folder):
 
 def test_the_model_writes_both_replies_and_they_are_compared(open_page):
     page = open_page()
-    set_slider(page, "Max new tokens", 24)
-    page.get_by_role("tab", name="Compare").click()
-    page.locator("#prompt textarea").fill(QUESTION)
-    page.locator("#write-both").click()
+    write_both(page, length=24)
     expect(page.locator("#verdict")).to_contain_text("P(A preferred)", timeout=20_000)
     texts = [page.locator(f"#reply-{letter} textarea").input_value() for letter in "AB"]
     assert all(texts) and texts[0] != texts[1]
@@ -409,10 +413,7 @@ def test_a_verdict_does_not_outlive_the_texts_it_is_about(open_page):
 
 def test_half_written_replies_cannot_be_voted_on(open_page):
     page = open_page()
-    set_slider(page, "Max new tokens", 1900)
-    page.get_by_role("tab", name="Compare").click()
-    page.locator("#prompt textarea").fill(QUESTION)
-    page.locator("#write-both").click()
+    write_both(page, length=1900)
     expect(page.locator("#stop-writing")).to_be_visible()
     expect(page.locator("#vote-a")).to_be_disabled()
     expect(page.locator("#reply-A textarea")).not_to_have_value("", timeout=10_000)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import data
+import rows
 import votes
 from utils import DiskOrNetworkError
 
@@ -49,6 +50,10 @@ def test_training_takes_the_file_as_it_stands(tmp_path, tokenizer, own_cache):
 
 def contains(tokens, part):
     return any(tokens[start : start + len(part)] == part for start in range(len(tokens)))
+
+
+def test_training_knows_the_votes_for_neither_side():
+    assert set(rows.VOTES_FOR_NEITHER) == set(votes.VOTES) - {"a", "b"}
 
 
 @pytest.mark.parametrize(
