@@ -106,6 +106,7 @@ def _or(words: tuple[str, ...]) -> str:
 
 
 def file_in(folder: Path, stems: tuple[str, ...]) -> Path | None:
+    """The folder's data file of the first of `stems` that has one; UserError if two files have the same stem."""
     for stem in stems:
         found = [folder / f"{stem}{suffix}" for suffix in SUFFIXES if (folder / f"{stem}{suffix}").is_file()]
         if len(found) > 1:
@@ -118,7 +119,8 @@ def file_in(folder: Path, stems: tuple[str, ...]) -> Path | None:
     return None
 
 
-def _hub_sources(dataset: str) -> tuple[Source, Source]:
+def hub_splits(dataset: str) -> Any:
+    """All splits of a dataset on the hub, or of its local copy: name -> datasets.Dataset."""
     instead = "python train_rm.py --demo   (offline), or --dataset FILE.jsonl"
     local_only = hub.only_local_copy(dataset, "dataset", "--dataset", instead)
     import datasets
@@ -126,11 +128,15 @@ def _hub_sources(dataset: str) -> tuple[Source, Source]:
     if local_only:
         datasets.config.HF_HUB_OFFLINE = True  # otherwise it retries for half a minute before it looks in its cache
     try:
-        splits = datasets.load_dataset(dataset)
+        return datasets.load_dataset(dataset)
     except Exception as error:  # its errors share no base; whatever it is, the dataset did not open
         raise UserError(
             "--dataset cannot be opened", where=dataset, found=f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _hub_sources(dataset: str) -> tuple[Source, Source]:
+    splits = hub_splits(dataset)
     train = next((name for name in splits if name.startswith("train")), None)
     if train is None:
         raise UserError("--dataset has no train split", where=dataset, found=", ".join(splits))

@@ -1,4 +1,4 @@
-"""pair_statistics.py: its numbers against values worked by hand, and scikit-learn's and scipy's where they have them."""
+"""pair_statistics.py against values worked by hand, and against scikit-learn and scipy where they have them."""
 
 import math
 
