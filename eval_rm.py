@@ -9,6 +9,7 @@ python eval_rm.py --model FOLDER --score replies.jsonl > scored.jsonl   rewards 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,8 @@ def show(content: dict[str, Any], task: judging.Task) -> None:
     print(f"\nreport: {task.report_dir / eval_report.PAGE}\n        {task.report_dir / eval_report.JSON}")
     if task.scores_out:
         print(f"scores: {task.scores_out}")
-    print(f"next:\n  tensorboard --logdir {task.board_folder.parent}", flush=True)
+    logs = utils.seen_from_here(os.path.normpath(task.board_folder.parent))
+    print(f"next:\n  tensorboard --logdir {logs}", flush=True)
 
 
 def score_stream(config: EvalConfig) -> None:

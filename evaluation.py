@@ -6,6 +6,7 @@ report.json; `readings` goes over the data once more for the texts of the few pa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -102,9 +103,9 @@ def score(
     try:
         scoring.score_rows(scorer, data.read(), log, told, between)
     except BaseException:
-        log.close()
-        kept = len(log)
-        if kept:
+        with contextlib.suppress(OSError):  # the one that matters is on its way
+            log.close()
+        if kept := len(log):
             utils.say_if_heard(f"{what}: the scores of {kept:,} rows are kept; the same command goes on from there")
         raise
     log.flush()
@@ -325,7 +326,10 @@ def readings(
 
 def _entry(data: Data, row: Row, log: ScoreLog, other: ScoreLog | None) -> dict[str, Any]:
     """One row as a line of --scores_out."""
-    entry: dict[str, Any] = {"row": row.number, "place": data.parts[row.part].source.place(row.number)}
+    entry: dict[str, Any] = {
+        "row": row.number,
+        "place": utils.seen_from_here(data.parts[row.part].source.place(row.number)),
+    }
     found = log[row.position]
     if isinstance(found, str) or isinstance(row.content, str):
         return entry | {"left_out": found if isinstance(found, str) else row.content}
@@ -348,4 +352,5 @@ def _scores(content: Comparison, rewards: list[float], lengths: list[int]) -> di
     sides |= {"tokens_chosen": lengths[:right], "tokens_rejected": lengths[right:]}
     if content.is_pair:
         sides = {name: values[0] for name, values in sides.items()}
-    return {**sides, "margin": min(rewards[:right]) - max(rewards[right:])}
+    margin = np.float32(min(rewards[:right])) - np.float32(max(rewards[right:]))
+    return {**sides, "margin": float(str(margin))}

@@ -62,20 +62,23 @@ def page(content: dict[str, Any], plots: list[tuple[report_plots.Plot, str]]) ->
         '<h2>In pictures</h2><div class="plots">',
         *(f"<figure><h3>{_text(plot.title)}</h3>{svg}</figure>" for plot, svg in plots),
         "</div>",
-        "<h2>Length and calibration</h2>",
-        _table(figures.of_model(content)),
     ]
+    tables = [("Length and calibration", figures.of_model(content), "")]
     if benchmark := content["benchmark"]:
-        rows = [*benchmark["parts"].items(), ("score", benchmark["score"])]
-        parts += [f"<h2>{_text(benchmark['name'])}</h2>", _table([(k, figures.percent(v)) for k, v in rows])]
-        if benchmark["missing"]:
-            parts.append(f'<p class="muted">not in this data: {_text(", ".join(benchmark["missing"]))}</p>')
+        lines = [(name, figures.percent(value)) for name, value in benchmark["parts"].items()]
+        lack = f"not in this data: {', '.join(benchmark['missing'])}" if benchmark["missing"] else ""
+        tables.append((benchmark["name"], [*lines, ("score", figures.percent(benchmark["score"]))], lack))
     if against := content.get("against"):
-        parts += [f"<h2>Against {_text(against['model'])}</h2>", _table(figures.of_comparison(against))]
+        tables.append((f"Against {against['model']}", figures.of_comparison(against), ""))
+    parts += ['<h2>In figures</h2><div class="plots">', *(_panel(*one) for one in tables), "</div>"]
     for key, heading, what in sorts:
         if entries := reading.get(key):
-            parts += [f"<h2>{heading}</h2>", f'<p class="muted">{what}</p>', *map(_reading, entries)]
-    parts += ["<h2>How this was made</h2>", _table(_made(content)), f'<p class="muted">{DEFINITIONS}</p>']
+            parts += [
+                f"<h2>{heading}</h2>",
+                f'<p class="muted">{what}</p>',
+                *(_reading(one, key == sorts[0][0] and one is entries[0]) for one in entries),
+            ]
+    parts += ["<h2>How this was made</h2>", _panel("", _made(content), DEFINITIONS)]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
@@ -123,9 +126,10 @@ def _card(label: str, value: str, note: str) -> str:
     return f'<div class="card"><small>{_text(label)}</small><b>{_text(value)}</b><small>{_text(note)}</small></div>'
 
 
-def _table(rows: list[tuple[str, str]]) -> str:
+def _panel(title: str, rows: list[tuple[str, str]], note: str) -> str:
     cells = "".join(f"<tr><td>{_text(what)}</td><td>{_text(value)}</td></tr>" for what, value in rows)
-    return f'<div class="panel"><table>{cells}</table></div>'
+    heading = f"<h3>{_text(title)}</h3>" if title else ""
+    return f'<div class="panel">{heading}<table>{cells}</table><p class="muted">{_text(note)}</p></div>'
 
 
 def _made(content: dict[str, Any]) -> list[tuple[str, str]]:
@@ -136,7 +140,7 @@ def _made(content: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _reading(entry: dict[str, Any]) -> str:
+def _reading(entry: dict[str, Any], is_open: bool) -> str:
     """One pair: rewards in the summary; what the two dialogues share, then the two replies side by side."""
     chosen, rejected = entry["chosen"], entry["rejected"]
     rights, wrongs = ([chosen], [rejected]) if isinstance(chosen[0], dict) else (chosen, rejected)
@@ -155,7 +159,7 @@ def _reading(entry: dict[str, Any]) -> str:
         )
         for dialogue, reward in zip(dialogues, rewards if isinstance(rewards, list) else [rewards], strict=True)
     ]
-    return f'<details>{summary}{turns}<div class="sides">{"".join(sides)}</div></details>'
+    return f'<details{" open" if is_open else ""}>{summary}{turns}<div class="sides">{"".join(sides)}</div></details>'
 
 
 def _reply(dialogue: list[dict[str, str]], reward: float, shared: list[dict[str, str]], css: str, label: str) -> str:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import utils
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -78,12 +80,12 @@ def _intervals(name: str, title: str, shares: dict[str, Any]) -> Plot:
         axes.errorbar(values, rows, xerr=reach, fmt="o", color=palette.accent, markersize=6, linewidth=2, capsize=0)
         for row, (_, one) in zip(rows, kept, strict=True):
             axes.annotate(
-                f"{one['accuracy']:.1%} of {one['n']:,}", (1.02, row), xycoords=("axes fraction", "data"), va="center",
+                f"{one['accuracy']:.1%} of {one['n']:,}", (1.03, row), xycoords=("axes fraction", "data"), va="center",
                 color=palette.muted, fontsize=9,
             )  # fmt: skip
         axes.set_yticks(rows, [label[:32] or "(none)" for label, _ in kept])
         axes.set_ylim(len(kept) - 0.4, -0.6)
-        axes.set_xlim(min(0.4, *(one["low"] for _, one in kept)) - 0.02, 1.0)
+        axes.set_xlim(min(0.4, *(one["low"] for _, one in kept)) - 0.02, 1.02)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.grid(axis="y", visible=False)
 
@@ -106,13 +108,13 @@ def _margins(axes: Axes, palette: Palette, margins: np.ndarray) -> None:
 def _reliability(axes: Axes, palette: Palette, content: dict[str, Any]) -> None:
     bins = content["calibration"]["bins"]
     claimed, happened, counts = (np.array([one[key] for one in bins]) for key in ("claimed", "happened", "count"))
-    sizes = 30 + 250 * counts / counts.max()
+    ends = np.array([utils.wilson_interval(round(h * n), int(n)) for h, n in zip(happened, counts, strict=True)])
     axes.plot([0.5, 1], [0.5, 1], color=palette.muted, linewidth=1, linestyle=(0, (4, 3)))
-    axes.plot(claimed, happened, color=palette.accent, linewidth=2)
-    axes.scatter(claimed, happened, s=sizes, color=palette.accent, alpha=0.75, linewidth=0, zorder=3)
-    axes.set_xlim(0.48, 1.02)
-    axes.set_ylim(min(0.48, happened.min() - 0.03), 1.03)
-    axes.set_xlabel("claimed: σ(|Δr|)")
+    axes.errorbar(claimed, happened, yerr=np.abs(ends.T - happened), fmt="none", ecolor=palette.accent, linewidth=1.5)
+    axes.scatter(claimed, happened, s=25 + 200 * counts / counts.max(), color=palette.accent, linewidth=0, zorder=3)
+    axes.set_xlim(0.48, 1.03)
+    axes.set_ylim(min(0.45, ends.min() - 0.03), 1.05)
+    axes.set_xlabel("claimed: σ(|Δr|); larger points have more pairs")
     axes.set_ylabel("people agree")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -175,6 +177,6 @@ def _style(palette: Palette, plot: Plot) -> Any:
 def _figure(plot: Plot, palette: Palette) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, plot.height), dpi=110, layout="constrained")
+    figure = Figure(figsize=(5.6, plot.height), dpi=110, layout="constrained")
     plot.draw(figure.add_subplot(), palette)
     return figure
