@@ -38,6 +38,7 @@ class Comparison:
     wrong: tuple[Messages, ...]
     subset: str
     key: str  # the row's `id`, if it has one
+    is_listed: bool  # whether the row had lists of replies, as RewardBench 2's have
 
     @property
     def dialogues(self) -> list[Messages]:
@@ -109,7 +110,10 @@ class Data:
                 return faults[0]
             pairs.append(parsed)
         key = str(row.get("id") or "")
-        return Comparison(tuple(p.chosen for p in pairs[0]), tuple(p.rejected for p in pairs[1]), subset, key)
+        is_listed = right[0] is not row["chosen"] or wrong[0] is not row["rejected"]
+        return Comparison(
+            tuple(p.chosen for p in pairs[0]), tuple(p.rejected for p in pairs[1]), subset, key, is_listed
+        )
 
     def _subset(self, part: Part, row: dict[str, Any], refuse: Any) -> str:
         if self.subset_column is None and len(self.parts) > 1:

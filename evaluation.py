@@ -46,7 +46,7 @@ class Table:
     longest: np.ndarray  # (M,) tokens of the longest reply
     rewards: np.ndarray  # (N, 2) right, wrong: the first right reply against each wrong one
     lengths: np.ndarray  # (N, 2)
-    groups: list[reward_bench.Group]  # of rows with several right or wrong replies; else empty
+    groups: list[reward_bench.Group]  # of rows with lists of replies; else empty
     counts: Counts
     fingerprint: str
 
@@ -63,7 +63,7 @@ class _Seen:
     subsets: array = field(default_factory=lambda: array("i"))
     turns: array = field(default_factory=lambda: array("i"))
     right: array = field(default_factory=lambda: array("i"))
-    keys: dict[int, str] = field(default_factory=dict)  # of groups only
+    keys: dict[int, str] = field(default_factory=dict)  # of listed replies only
     names: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, row: Row) -> None:
@@ -73,7 +73,7 @@ class _Seen:
         self.subsets.append(self.names.setdefault(subset, len(self.names)))
         self.turns.append(0 if is_left_out else row.content.turns)
         self.right.append(0 if is_left_out else len(row.content.right))
-        if not is_left_out and not row.content.is_pair:
+        if not is_left_out and row.content.is_listed:
             self.keys[row.position] = row.content.key
 
 

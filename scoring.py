@@ -56,12 +56,17 @@ def find_model(name: str, flag: str = "--model") -> Path:
             f"{flag} names no reward model", where=folder, found=found,
             next="wants a checkpoint of train_rm.py, or a model for sequence classification with one label",
         )  # fmt: skip
-    labels = catalogue.read_settings(folder / "config.json").get("id2label")
-    if isinstance(labels, dict) and len(labels) != 1:
+    if models.is_adapter(folder):  # its head is looked at when it is opened
+        return folder
+    # transformers writes the labels down unless there are two, which is its default
+    labels = catalogue.read_settings(folder / "config.json").get("id2label") or ["LABEL_0", "LABEL_1"]
+    if len(labels) != 1:
+        names = list(labels.values()) if isinstance(labels, dict) else labels
         raise UserError(
-            f"{flag} has {len(labels)} labels, and a reward model has one", where=folder,
-            found=", ".join(map(str, list(labels.values())[:6])),
-        )  # fmt: skip
+            f"{flag} has {len(labels)} labels, and a reward model has one",
+            where=folder,
+            found=", ".join(map(str, names[:6])),
+        )
     return folder
 
 
@@ -114,14 +119,18 @@ class Scorer:
         The sequences of one job should share their beginnings. If the device runs out of memory, what is left goes
         on with half the token budget, which stays.
         """
-        pairs, owners = [], []
-        results = [[math.nan] * len(job) for job in jobs]
-        missing = [-(-len(job) // 2) for job in jobs]
+        pairs, owners, places = [], [], []
         for number, job in enumerate(jobs):
-            for first in range(0, len(job), 2):
-                second = min(first + 1, len(job) - 1)
-                pairs.append((job[first], job[second]))
+            # equal sequences are scored once: elsewhere in a row, rounding could tell them apart
+            known: dict[bytes, int] = {}
+            places.append([known.setdefault(sequence.tobytes(), len(known)) for sequence in job])
+            distinct = [job[places[number].index(place)] for place in range(len(known))]
+            for first in range(0, len(distinct), 2):
+                second = min(first + 1, len(distinct) - 1)
+                pairs.append((distinct[first], distinct[second]))
                 owners.append((number, first, second))
+        results = [[math.nan] * (max(place) + 1) for place in places]
+        missing = [-(-len(result) // 2) for result in results]
         if not pairs:
             return
         for index, values in self._score(TokenPairs(pairs), between):
@@ -129,7 +138,7 @@ class Scorer:
             results[number][first], results[number][second] = values
             missing[number] -= 1
             if not missing[number]:
-                yield number, results[number]
+                yield number, [results[number][place] for place in places[number]]
 
     def _score(self, dataset: TokenPairs, between: Callable[[], None]) -> Iterator[tuple[int, tuple[float, float]]]:
         """Yield (pair, its two rewards) in the order of the micro-batches."""

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -388,15 +389,22 @@ def test_a_base_that_is_gone_is_said_and_costs_no_report(trained_run, monkeypatc
 
 def test_the_page_is_whole_loads_nothing_and_escapes_what_replies_say(judge, constant_model, write_rows):
     rows = [
-        {"prompt": "<script>alert(1)</script>", "chosen": '<img src="http://evil/x">', "rejected": "</details>", "kind": "<b>k"},
+        {"prompt": "<script>alert(1)</script>", "chosen": '<img src="http://evil/x">', "rejected": "</p>",
+         "kind": "<b>k"},
         {"prompt": "two", "chosen": "a", "rejected": "b", "kind": "[bold]plain"},
     ]  # fmt: skip
     judge(constant_model, "--split", "all", dataset=write_rows(rows))
     page = Path("out/report.html").read_text(encoding="utf-8")
     assert "<script" not in page and "<img" not in page and "<b>k" not in page
     assert "&lt;script&gt;alert(1)" in page and "default-src 'none'" in page
-    addresses = set(re.findall(r"(?:src|href|url)\s*[=(]\s*['\"]?(?!#)([^'\")\s>]+)", page))
-    assert not addresses, addresses
+    tags = []
+    reader = HTMLParser()
+    reader.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
+    reader.feed(page)
+    assert not {tag for tag, _ in tags} & {"script", "img", "link", "iframe", "object", "image", "a", "form"}
+    pointers = [v for _, found in tags for k, v in found.items() if k.endswith(("href", "src", "action"))]
+    assert all(pointer.startswith("#") for pointer in pointers), pointers  # a mark that is used again
+    assert "url(h" not in page and "@import" not in page
     assert not re.search(r"#0[0-9a-f]0[0-9a-f]0[0-9a-f]", page), "a stand-in colour was left"
     assert page.count("<svg") == page.count("</svg>") >= 4
 
@@ -444,7 +452,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(number, tmp_path, reward_chec
     kept = partial.read_bytes().count(b"\n") - 1
     assert 300 <= kept < 6400
     process = start(tmp_path, reward_checkpoint, many_pairs)
-    output, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert f"going on after {kept:,} rows that were scored before" in errors
     resumed = utils.read_json(tmp_path / "out/report.json")
@@ -497,9 +505,11 @@ def test_a_disk_that_takes_no_more_exits_4_and_keeps_what_was_scored(tmp_path, r
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_reward_model_is_refused(judge, base, tmp_path):
+def test_what_is_no_reward_model_is_refused(judge, base, tmp_path, reward_checkpoint):
     with pytest.raises(UserError, match="--model names something that is not there"):
         judge("./nowhere")
+    with pytest.raises(UserError, match="--against names something that is not there"):
+        judge(reward_checkpoint, "--against", "./nowhere")
     with pytest.raises(UserError, match=r"--model names no reward model(.|\n)*a model that writes"):
         judge(base)
     (tmp_path / "empty").mkdir()

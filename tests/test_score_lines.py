@@ -67,7 +67,8 @@ def test_best_of_picks_the_highest_and_the_first_of_equals(score, own_rewards):
     (found,), _ = score([{"prompt": "Hello?", "replies": replies}], "--best_of")
     rewards = own_rewards([[DIALOGUE[0], {"role": "assistant", "content": reply}] for reply in replies])
     best = rewards.index(max(rewards))
-    assert found["best"] == best and found["reply"] == replies[best]
+    assert rewards[0] == pytest.approx(rewards[3]) and found["rewards"][0] == found["rewards"][3]
+    assert found["best"] == (0 if best == 3 else best) and found["reply"] == replies[best]
     assert found["reward"] == found["rewards"][best] == max(found["rewards"])
     (found,), _ = score([{"prompt": "Hello?", "replies": ["No.", "No."]}], "--best_of")
     assert found["best"] == 0
@@ -95,7 +96,7 @@ def test_what_cannot_be_scored_keeps_its_place_and_is_counted(score):
     "text, wanted",
     [
         (b'{"prompt": "a"', "the data is not JSON"),
-        (b'{"prompt": "a", "replys": ["b"]}', "did you mean 'replies'"),
+        (b'{"prompt": "a", "replys": ["b"]}', "did you mean 'reply'"),
         (b'{"prompt": "a", "replies": []}', "a list with at least one reply"),
         (b'{"prompt": "a", "reply": 3}', "'reply' holds a int"),
         (b'{"messages": "hello"}', "'messages' is a str"),
