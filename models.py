@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils import CheckpointError, UserError
+from utils import CheckpointError, UserError, first_line
 from weights import (
     LoraSettings,
     add_lora,
     base_of_adapter,
-    first_line,
     is_adapter,
     load_tokenizer,
     open_model,
@@ -154,17 +153,24 @@ class RewardModel(nn.Module):
             ) from error
         return cls(classifier, tokenizer, peft_model)
 
-    def save(self, folder: Path) -> None:
-        """Write weights, configuration and tokenizer; for LoRA the adapter and the head only."""
-        save_model(self.classifier, self.peft_model, self.tokenizer, folder)
+    def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Write weights (`state()` unless given), configuration and tokenizer; for LoRA adapter and head only."""
+        save_model(self.classifier, self.peft_model, self.tokenizer, folder, self.state() if state is None else state)
 
-    def saved_tensors(self) -> dict[str, Tensor]:
-        """What `save` writes, by the names it has in the file."""
+    def state(self) -> dict[str, Tensor]:
+        """What `save` takes: all weights, or with LoRA the adapters and the head."""
         if self.peft_model is None:
             return self.classifier.state_dict()
+        tensors = self.peft_model.state_dict()
+        return {name: tensor for name, tensor in tensors.items() if "lora_" in name or "modules_to_save" in name}
+
+    def names_in_file(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A `state()` by the names that its tensors have in the file."""
+        if self.peft_model is None:
+            return state
         from peft import get_peft_model_state_dict
 
-        return get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
+        return get_peft_model_state_dict(self.peft_model, state_dict=state, save_embedding_layers=False)
 
     def base_fingerprint(self) -> str | None:
         """What tells the model under an adapter from another of its shape: a hash over the edges of every weight."""
@@ -189,6 +195,11 @@ class RewardModel(nn.Module):
         """Keep one activation per layer and compute the rest again in the backward pass: slower by a third, smaller."""
         if self.classifier.supports_gradient_checkpointing:
             self.classifier.activation_checkpointing_enable({"use_reentrant": False})
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """`score_packed` of five tensors, `score_rows` of two: what DDP and FSDP hook into."""
+        rewards = self.score_packed(*tensors) if len(tensors) == 5 else self.score_rows(*tensors)
+        return rewards.clone()  # a view would lose FSDP's hook
 
     def score_packed(
         self, input_ids: Tensor, position_ids: Tensor, pair_ids: Tensor, branch_ids: Tensor, ends: Tensor

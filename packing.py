@@ -240,6 +240,10 @@ class PackedBatch:
     def computed_tokens(self) -> int:
         return self.input_ids.numel()
 
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the reward model's forward takes."""
+        return self.input_ids, self.position_ids, self.pair_ids, self.branch_ids, self.ends
+
     def to(self, device: torch.device) -> PackedBatch:
         return _moved(self, device)
 
@@ -260,6 +264,10 @@ class SeparateBatch:
     @property
     def computed_tokens(self) -> int:
         return self.input_ids.numel()
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the reward model's forward takes."""
+        return self.input_ids, self.attention_mask
 
     def to(self, device: torch.device) -> SeparateBatch:
         return _moved(self, device)
