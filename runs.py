@@ -237,6 +237,9 @@ def open_run(
     model.autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
     base_fingerprint = model.base_fingerprint()
     model.to(models.pick_device() if world.is_alone else world.accelerator.device).train()
+    if config.lora and model.autocast_dtype and not world.is_sharded:
+        model.store_frozen_weights(model.autocast_dtype)  # (FSDP wants one dtype)
+    model.use_attention(config.attention)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     module = world.prepare(model, model.packs_up_to(config.max_length))
