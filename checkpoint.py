@@ -26,6 +26,7 @@ from torch import Tensor
 
 import records
 import utils
+from distributed import World
 from models import RewardModel
 from records import MANIFEST, OPTIMIZER, own_checksum, write_manifest
 from utils import CheckpointError, DiskOrNetworkError
@@ -72,10 +73,32 @@ def trained_parameters(model: RewardModel) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.classifier.named_parameters() if parameter.requires_grad}
 
 
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint holds of the model and the optimizer: whole tensors, wherever they came from."""
+
+    model: dict[str, Tensor]  # by the module's names
+    optimizer: dict[str, Tensor]
+
+
+def gather_state(model: RewardModel, optimizer: torch.optim.Optimizer, world: World) -> State:
+    """Whole tensors of model and optimizer; what lies spread over processes comes to the CPU of the main one.
+
+    All processes must call it where the weights are spread; the others get an empty state.
+    """
+    state = State(*({} for _ in range(2)))
+    for tensors, found in ((model.state(), state.model), (_optimizer_tensors(model, optimizer), state.optimizer)):
+        for name, tensor in tensors.items():
+            whole = world.whole(tensor)
+            if world.is_main:
+                found[name] = whole
+    return state
+
+
 def save(
     run_folder: Path,
     model: RewardModel,
-    optimizer: torch.optim.Optimizer,
+    state: State,
     states: dict[str, Tensor],
     position: Position,
     config: dict[str, Any],
@@ -85,16 +108,15 @@ def save(
     Before the renaming every tensor is read back and compared with the one in memory, one at a time. Raises
     DiskOrNetworkError if the disk is full, or would be; whatever was published before stays as it was.
     """
-    optimizer_tensors = _optimizer_tensors(model, optimizer)
     final = utils.step_folder(run_folder, position.step)
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
         refuse_full_disk(run_folder, model)
         with utils.published_folder(final) as folder:
-            model.save(folder)
-            save_file(optimizer_tensors, folder / OPTIMIZER)
+            model.save(folder, state.model)
+            save_file(state.optimizer, folder / OPTIMIZER)
             save_file(states, folder / RANDOM_STATE)
-            _compare_with_memory(folder, model.saved_tensors() | optimizer_tensors | states)
+            _compare_with_memory(folder, model.names_in_file(state.model) | state.optimizer | states)
             utils.write_json(folder / POSITION, asdict(position))
             utils.write_json(folder / CONFIG, config)
             write_manifest(folder, position.step)
@@ -123,7 +145,7 @@ def _free_space(folder: Path) -> str:
 def refuse_full_disk(run_folder: Path, model: RewardModel) -> None:
     """Raise before anything is written if a checkpoint of this model will not fit."""
     # AdamW keeps two moments for each parameter that is trained
-    tensors = [*model.saved_tensors().values(), *2 * list(trained_parameters(model).values())]
+    tensors = [*model.names_in_file(model.state()).values(), *2 * list(trained_parameters(model).values())]
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors) + SMALL_FILES_BYTES
     needed += len(model.tokenizer.backend_tokenizer.to_str().encode())
     free = shutil.disk_usage(run_folder).free
@@ -168,10 +190,10 @@ def _is_same(first: Tensor, second: Tensor) -> bool:
     return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)))
 
 
-def refuse_non_finite_weights(model: RewardModel, run_folder: Path, step: int) -> None:
+def refuse_non_finite_weights(state: State, run_folder: Path, step: int) -> None:
     """Raise before weights that are not finite would become a checkpoint: a huge learning rate can do that to them."""
-    for name, parameter in trained_parameters(model).items():
-        if not parameter.isfinite().all():
+    for name, weights in state.model.items():
+        if not weights.isfinite().all():
             raise utils.UserError(
                 f"the weights are not finite after step {step}, so it is not saved",
                 found=name,
@@ -217,7 +239,7 @@ def _optimizer_tensors(model: RewardModel, optimizer: torch.optim.Optimizer) -> 
     return tensors
 
 
-def restore_optimizer(folder: Path, model: RewardModel, optimizer: torch.optim.Optimizer) -> None:
+def restore_optimizer(folder: Path, model: RewardModel, optimizer: torch.optim.Optimizer, world: World) -> None:
     """Put AdamW's moments back. Raises CheckpointError if they are not those of this model's parameters."""
     tensors = load_file(folder / OPTIMIZER)
     for name, parameter in trained_parameters(model).items():
@@ -228,7 +250,8 @@ def restore_optimizer(folder: Path, model: RewardModel, optimizer: torch.optim.O
         # Adam's step counters stay where the optimizer wants them: on the device when fused, else on the CPU
         on_device = optimizer.defaults.get("fused") or parameter.device.type == "cpu"
         state["step"] = state["step"].to(parameter.device if on_device else "cpu")
-        state["exp_avg"], state["exp_avg_sq"] = (state[key].to(parameter.device) for key in ("exp_avg", "exp_avg_sq"))
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = world.spread_like(state[key], parameter)
         optimizer.state[parameter] = state
     if tensors:
         raise CheckpointError(

@@ -5,13 +5,18 @@ Letters: N pairs.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import itertools
+import json
 import os
 import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +27,7 @@ import utils
 from rows import LEFT_OUT, NOTED, Pair, Source, find_sources, read_pairs
 
 CACHE_VERSION = 3  # raise it when parsing, tokenising or the files change
-ROWS_AT_A_TIME = 2000
+ROWS_AT_A_TIME = 500  # those being rendered, encoded and written are in memory
 MOST_LEFT_OUT = 0.10
 DEAD_AFTER_SECONDS = 24 * 3600
 
@@ -39,10 +44,11 @@ class Counts:
     count: Counter = field(default_factory=Counter)
     first_rows: dict[str, list[int]] = field(default_factory=dict)
 
-    def add(self, key: str, row: int) -> None:
-        self.count[key] += 1
-        if len(self.first_rows.setdefault(key, [])) < 5:
-            self.first_rows[key].append(row)
+    def add(self, key: str, *rows: int) -> None:
+        if rows:
+            self.count[key] += len(rows)
+            first = self.first_rows.setdefault(key, [])
+            first += rows[: 5 - len(first)]
 
     @property
     def left_out(self) -> int:
@@ -78,11 +84,9 @@ class PairDataset:
             np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r") if starts[-1] else np.zeros(0, np.int32)
         )
         fits = _longest_sides(lengths) <= (max_length or np.iinfo(np.int32).max)
-        for row in rows[~fits]:
-            self.counts.add("too_long", int(row))
+        self.counts.add("too_long", *rows[~fits].tolist())
         for name, is_noted in zip(NOTED, np.load(folder / "notes.npy").T, strict=True):
-            for row in rows[fits & is_noted]:
-                self.counts.add(name, int(row))
+            self.counts.add(name, *rows[fits & is_noted].tolist())
         self.lengths, self.rows, self._starts = lengths[fits], rows[fits], starts[:-1][fits]
         self.margins = np.load(folder / "margins.npy")[fits]  # (N,)
         self.kinds = np.load(folder / "kinds.npy")[fits]  # (N,) index into kind_names
@@ -193,23 +197,32 @@ def _cache_unwritable(error: OSError) -> utils.DiskOrNetworkError:
 
 
 def _tokenise(source: Source, tokenizer: Any, folder: Path) -> None:
-    counts, kind_names = Counts(), [""]
+    counts, kind_numbers = Counts(), {"": 0}
     lengths, rows, margins, kinds, notes = [], [], [], [], []
     started, last_shown = time.monotonic(), time.monotonic()
-    with (folder / "tokens.bin").open("wb") as tokens_file:
-        pairs = read_pairs(source)
-        while chunk := list(itertools.islice(pairs, ROWS_AT_A_TIME)):
-            counts.rows += len(chunk)
-            for row, pair, chosen, rejected in _encode(chunk, tokenizer, counts):
+    encode = functools.partial(encode_pairs, backend=tokenizer.backend_tokenizer, cut_tokens=cut_tokens(tokenizer))
+    with (
+        (folder / "tokens.bin").open("wb") as tokens_file,
+        contextlib.closing(_one_ahead(_rendered(source, tokenizer), encode)) as chunks,
+    ):
+        for chunk, ids in chunks:
+            counts.rows += chunk.row_count
+            for key, row in chunk.left_out:
+                counts.add(key, row)
+            packed = []
+            for (row, pair), chosen, rejected in zip(chunk.pairs, ids[::2], ids[1::2], strict=True):
+                if np.array_equal(chosen, rejected):  # different texts, same tokens
+                    counts.add("identical", row)
+                    continue
                 prefix = shared_prefix(chosen, rejected)
-                np.concatenate([chosen, rejected[prefix:]]).tofile(tokens_file)
+                packed += [chosen, rejected[prefix:]]
                 lengths.append((prefix, len(chosen) - prefix, len(rejected) - prefix))
                 rows.append(row)
                 margins.append(pair.margin)
-                if pair.kind not in kind_names:
-                    kind_names.append(pair.kind)
-                kinds.append(kind_names.index(pair.kind))
+                kinds.append(kind_numbers.setdefault(pair.kind, len(kind_numbers)))
                 notes.append([name in pair.notes for name in NOTED])
+            if packed:
+                np.concatenate(packed).tofile(tokens_file)
             if time.monotonic() - last_shown > 5:
                 last_shown = time.monotonic()
                 rate = counts.rows / (last_shown - started)
@@ -223,38 +236,147 @@ def _tokenise(source: Source, tokenizer: Any, folder: Path) -> None:
     np.save(folder / "notes.npy", np.array(notes, dtype=bool).reshape(-1, len(NOTED)))
     utils.write_json(
         folder / "report.json",
-        {"rows": counts.rows, "count": counts.count, "first_rows": counts.first_rows, "kinds": kind_names,
+        {"rows": counts.rows, "count": counts.count, "first_rows": counts.first_rows, "kinds": list(kind_numbers),
          "tokens_sha256": utils.sha256_of(folder / "tokens.bin"), "source": source.name,
          "sha256": {path.name: utils.sha256_of(path) for path in folder.iterdir()}},
     )  # fmt: skip
 
 
-def _encode(chunk: list[tuple[int, Pair | str]], tokenizer: Any, counts: Counts) -> list[tuple[int, Pair, Any, Any]]:
-    """Template and tokenise a chunk of rows; (row, pair, chosen ids, rejected ids) of those that are pairs."""
-    kept, texts = [], []
-    for row, pair in chunk:
-        if isinstance(pair, str):
-            counts.add(pair, row)
-            continue
-        try:
-            rendered = tokenizer.apply_chat_template([pair.chosen, pair.rejected], tokenize=False)
-        except Exception as error:  # templates raise what they like; their own complaint is jinja2's TemplateError
-            if type(error).__name__ != "TemplateError":
-                raise
-            counts.add("template", row)
-            continue
-        kept.append((row, pair))
-        texts += rendered
+@dataclass
+class _Chunk:
+    """Some rows of a source: the pairs among them, with their dialogues as the chat template writes them."""
+
+    row_count: int
+    left_out: list[tuple[str, int]] = field(default_factory=list)  # (key of LEFT_OUT, row)
+    pairs: list[tuple[int, Pair]] = field(default_factory=list)  # (row, pair)
+    texts: list[str] = field(default_factory=list)  # two a pair: chosen, rejected
+
+
+def _rendered(source: Source, tokenizer: Any) -> Iterator[_Chunk]:
+    """Read a source's rows and put them through the chat template, a chunk at a time."""
+    pairs = read_pairs(source)
+    while some := list(itertools.islice(pairs, ROWS_AT_A_TIME)):
+        chunk = _Chunk(len(some))
+        for row, pair in some:
+            if isinstance(pair, str):
+                chunk.left_out.append((pair, row))
+                continue
+            try:
+                # One call a pair: a call for many is no faster, and a dialogue that is refused would take them along.
+                chunk.texts += tokenizer.apply_chat_template([pair.chosen, pair.rejected], tokenize=False)
+            except Exception as error:  # templates raise what they like; their own complaint is jinja2's TemplateError
+                if type(error).__name__ != "TemplateError":
+                    raise
+                chunk.left_out.append(("template", row))
+                continue
+            chunk.pairs.append((row, pair))
+        yield chunk
+
+
+def _one_ahead(chunks: Iterator[_Chunk], encode: Callable[[list[str]], list[np.ndarray]]) -> Iterator[tuple]:
+    """Yield (chunk, ids of its texts) in order, while a second thread encodes the chunk that comes after it.
+
+    The template runs in Python and needs its lock; the tokenizer does not. Whatever the thread raises is raised here.
+    """
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
+    try:
+        waiting = None
+        for chunk in chunks:
+            encoded = thread.submit(encode, chunk.texts)
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = chunk, encoded
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
+    finally:
+        thread.shutdown(cancel_futures=True)  # waits for the chunk in hand, a fraction of a second
+
+
+def encode_pairs(texts: list[str], backend: Any, cut_tokens: list[str]) -> list[np.ndarray]:
+    """The ids of each text, as encoding it alone gives them. Texts come in twos, whose shared start is encoded once."""
+    # Wherever a text is cut the ids are the same. The commonest token in the first text is one that ends every turn.
+    token = max(cut_tokens, key=texts[0].count, default="") if texts else ""
+    has_start, stretches = [], []
+    for chosen, rejected in zip(texts[::2], texts[1::2], strict=True):
+        cut = _last_cut(chosen, rejected, token) if token else 0
+        has_start.append(cut > 0)
+        stretches += [chosen[:cut]] if cut else []
+        stretches += [chosen[cut:], rejected[cut:]]
     # `encode_batch_fast` skips the offsets into the text, which nothing here needs
-    encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-    result = []
-    for (row, pair), chosen, rejected in zip(kept, ids[::2], ids[1::2], strict=True):
-        if np.array_equal(chosen, rejected):  # different texts, same tokens
-            counts.add("identical", row)
+    encodings = iter(backend.encode_batch_fast(stretches, add_special_tokens=False))
+    ids = []
+    for starts_shared in has_start:
+        start = next(encodings).ids if starts_shared else []
+        ids += [np.array(start + next(encodings).ids, dtype=np.int32) for _ in ("chosen", "rejected")]
+    return ids
+
+
+def _last_cut(chosen: str, rejected: str, token: str) -> int:
+    """The end of the last `token` in what two texts share, leaving each something of its own; 0 if there is none."""
+    low, high = 0, max(0, min(len(chosen), len(rejected)) - 1)
+    while low < high:  # comparing slices takes a twentieth of what comparing letter by letter takes
+        middle = (low + high + 1) // 2
+        if chosen[low:middle] == rejected[low:middle]:
+            low = middle
         else:
-            result.append((row, pair, chosen, rejected))
-    return result
+            high = middle - 1
+    found = chosen.rfind(token, 0, low)
+    return found + len(token) if found >= 0 else 0
+
+
+def cut_tokens(tokenizer: Any) -> list[str]:
+    """The added tokens behind which a text may be cut, so that its parts' ids, one after the other, are the whole's.
+
+    `tokenizers` first takes the added tokens that are not normalised out of the raw text (leftmost first, then
+    longest); what is left between them is normalised, split and encoded stretch by stretch, and no stretch sees another
+    (`AddedVocabulary::extract_and_normalize`, then `PreTokenizedString`). So behind such a token is a place to cut if
+    wherever its letters stand it is this token that is found, whatever stands around it; and if nothing asks where in
+    the whole a stretch stood, as some pre-tokenizers do. Whatever is not known to be so is not cut.
+    """
+    backend = tokenizer.backend_tokenizer
+    added = {number: token for number, token in backend.get_added_tokens_decoder().items() if not token.normalized}
+    if (
+        backend.encode_special_tokens
+        or getattr(backend.model, "dropout", None)
+        or any(token.single_word or token.lstrip or token.rstrip for token in added.values())
+        or not _reads_stretches_alone(backend.pre_tokenizer)
+    ):
+        return []
+    contents = [token.content for token in added.values()]
+    return [
+        token.content
+        for number, token in added.items()
+        if not any(_may_overlap(token.content, other) for other in contents)
+        # also false if the post-processor adds or repeats something
+        and backend.encode(token.content, add_special_tokens=False).ids == [number]
+    ]
+
+
+def _may_overlap(token: str, other: str) -> bool:
+    """Whether there is a text in which `other` takes letters of `token`: it holds it, or one ends as the other starts.
+
+    "<|a|>" and "<|a|>b" may, "xa" and "ab" may, and "aba" may overlap itself; "<|a|>" and "<|b|>" may not.
+    """
+    if token in other and token != other:
+        return True
+    most = min(len(token), len(other))
+    return any(token[-n:] == other[:n] or other[-n:] == token[:n] for n in range(1, most + (token != other)))
+
+
+def _reads_stretches_alone(pre_tokenizer: Any) -> bool:
+    if pre_tokenizer is None:
+        return True
+    parts = [json.loads(pre_tokenizer.__getstate__())]
+    while parts:
+        part = parts.pop()
+        if part["type"] == "Sequence":
+            parts += part["pretokenizers"]
+        elif part["type"] == "Metaspace":
+            if part["prepend_scheme"] == "first":  # a space before the text's first word only
+                return False
+        elif part["type"] not in ("Split", "ByteLevel", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit"):
+            return False
+    return True
 
 
 def shared_prefix(chosen: np.ndarray, rejected: np.ndarray) -> int:

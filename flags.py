@@ -24,7 +24,8 @@ from utils import UserError, nearest
 def flag(default: Any, help: str, **limits: Any) -> Any:
     """A dataclass field that is also a flag. Limits: `minimum`, `above`, `below`, `choices`; `group` for `--help`.
 
-    `is_name_on_disk` says that a text is only compared with names on the disk, which may be any bytes.
+    `word` is a text that may stand instead of a number. `is_name_on_disk` says that a text is only compared with names
+    on the disk, which may be any bytes.
     """
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
@@ -45,10 +46,13 @@ def read_flags(config_class: type, argv: list[str], description: str) -> tuple[d
     for name, text in texts.items():
         try:
             kind = _type_of(config_class, name)
+            if text == fields[name].metadata.get("word", object):
+                values[name] = text
+                continue
             # a list's words are names: '~' in them is a letter
             values[name] = tuple(text) if kind is tuple else _from_text(kind, os.path.expanduser(text))
         except ValueError as error:
-            problems.append(f"--{name}: got {text!r}, wants {error}")
+            problems.append(f"--{name}: got {text!r}, wants {error}{_or_word(fields[name])}")
     return values, problems
 
 
@@ -109,6 +113,7 @@ def _parser(config_class: type, description: str) -> argparse.ArgumentParser:
         else:
             choices = field.metadata.get("choices")
             metavar = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
+            metavar += f"|{field.metadata['word']}" if "word" in field.metadata else ""
             group.add_argument(f"--{field.name}", metavar=metavar, help=help_text)
     return parser
 
@@ -122,6 +127,10 @@ def _type_of(config_class: type, name: str) -> type:
 
 
 _WANTED = {int: "a whole number", float: "a number", bool: "True or False", str: "text", tuple: "a list of texts"}
+
+
+def _or_word(field: dataclasses.Field) -> str:
+    return f" or {field.metadata['word']}" if "word" in field.metadata else ""
 
 
 def _from_text(kind: type, text: str) -> Any:
@@ -164,7 +173,8 @@ def _read_config_file(config_class: type, file_name: str, problems: list[str]) -
         problems.append(f"--config: {file_name}: wants one JSON object, got {type(content).__name__}")
         return {}
     # --debug must hold before any file is read
-    names = [field.name for field in dataclasses.fields(config_class) if field.name not in ("config", "debug")]
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    names = [name for name in fields if name not in ("config", "debug")]
     values = {}
     for key, value in content.items():
         if key not in names:
@@ -175,9 +185,13 @@ def _read_config_file(config_class: type, file_name: str, problems: list[str]) -
             value = tuple(value)
         if kind is float and type(value) is int and abs(value) < 1e300:
             value = float(value)
+        if value == fields[key].metadata.get("word", object):
+            values[key] = value
+            continue
         # type() and not isinstance(): True is an int to Python, and `"batch_size": true` is a mistake
         if type(value) is not kind or (kind is float and not math.isfinite(value)):
-            problems.append(f"--config: {file_name}: {key!r}: got {value!r}, wants {_WANTED[kind]}")
+            wanted = _WANTED[kind] + _or_word(fields[key])
+            problems.append(f"--config: {file_name}: {key!r}: got {value!r}, wants {wanted}")
             continue
         values[key] = os.path.expanduser(value) if kind is str else value  # as the shell does with flags
     return values
@@ -200,15 +214,15 @@ def wrong_types(config_class: type, values: dict[str, Any]) -> list[str]:
     found = []
     for field in dataclasses.fields(config_class):
         kind, value = _type_of(config_class, field.name), values.get(field.name, field.default)
-        is_missing = value is None and field.default is None
+        is_missing = (value is None and field.default is None) or value == field.metadata.get("word", object)
         if not is_missing and type(value) is not kind and not (kind is float and type(value) is int):
-            found.append(f"{field.name!r}: got {value!r}, wants {_WANTED[kind]}")
+            found.append(f"{field.name!r}: got {value!r}, wants {_WANTED[kind]}{_or_word(field)}")
     return found
 
 
 def _limit_broken(field: dataclasses.Field, config: Any) -> str | None:
     value, limits = getattr(config, field.name), field.metadata
-    if value is None:
+    if value is None or value == limits.get("word", object):
         return None
     texts = [text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)]
     if "is_name_on_disk" not in limits and (foreign := [text for text in texts if not _is_utf8(text)]):

@@ -1,4 +1,4 @@
-"""The reward model, which scores positions, and the attention mask of packed pairs.
+"""The reward model, which scores positions.
 
 Nothing here knows where text comes from, what a loss is or how anything is trained: a reward model scores the
 positions it is given.
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils import CheckpointError, UserError
+import attention
+from utils import CheckpointError, UserError, first_line
 from weights import (
     LoraSettings,
     add_lora,
     base_of_adapter,
-    first_line,
     is_adapter,
     load_tokenizer,
     open_model,
@@ -52,25 +52,6 @@ def free_memory(device: torch.device) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pair_attention_mask(pair_ids: Tensor, branch_ids: Tensor) -> Tensor:
-    """Who may look at whom when pairs share rows: causal, same pair, and the key in the prefix or in one's own branch.
-
-    Args:
-        pair_ids: (B, T), which pair a token belongs to; -1 is padding (it sees padding only, so no row is empty).
-        branch_ids: (B, T), 0 for the shared prefix, 1 and 2 for the two tails.
-
-    Returns:
-        (B, 1, T, T), True where the query (third axis) may attend to the key (fourth axis).
-
-    Example, one row `[p c r]` (prefix, chosen tail, rejected tail): c sees p and c; r sees p and r, never c.
-    """
-    same_pair = pair_ids[:, :, None] == pair_ids[:, None, :]
-    key_branch, query_branch = branch_ids[:, None, :], branch_ids[:, :, None]
-    visible = (key_branch == 0) | (key_branch == query_branch)
-    causal = torch.ones(pair_ids.shape[1], pair_ids.shape[1], dtype=torch.bool, device=pair_ids.device).tril()
-    return (same_pair & visible & causal)[:, None]  # (B, 1, T, T)
-
-
 class RewardModel(nn.Module):
     """A backbone and a scalar head: one reward, in fp32, for each position asked for.
 
@@ -84,6 +65,8 @@ class RewardModel(nn.Module):
         # Not registered as a submodule: PEFT changed the classifier in place, and its weights must not count twice.
         self.__dict__["peft_model"] = peft_model
         self.autocast_dtype: torch.dtype | None = None
+        self.attention = "sdpa"  # see `use_attention`
+        self._fingerprint: str | None = None
         self.can_pack, self.why_not = self._try_packing()
 
     @classmethod
@@ -154,22 +137,29 @@ class RewardModel(nn.Module):
             ) from error
         return cls(classifier, tokenizer, peft_model)
 
-    def save(self, folder: Path) -> None:
-        """Write weights, configuration and tokenizer; for LoRA the adapter and the head only."""
-        save_model(self.classifier, self.peft_model, self.tokenizer, folder)
+    def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Write weights (`state()` unless given), configuration and tokenizer; for LoRA adapter and head only."""
+        save_model(self.classifier, self.peft_model, self.tokenizer, folder, self.state() if state is None else state)
 
-    def saved_tensors(self) -> dict[str, Tensor]:
-        """What `save` writes, by the names it has in the file."""
+    def state(self) -> dict[str, Tensor]:
+        """What `save` takes: all weights, or with LoRA the adapters and the head."""
         if self.peft_model is None:
             return self.classifier.state_dict()
+        tensors = self.peft_model.state_dict()
+        return {name: tensor for name, tensor in tensors.items() if "lora_" in name or "modules_to_save" in name}
+
+    def names_in_file(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A `state()` by the names that its tensors have in the file."""
+        if self.peft_model is None:
+            return state
         from peft import get_peft_model_state_dict
 
-        return get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
+        return get_peft_model_state_dict(self.peft_model, state_dict=state, save_embedding_layers=False)
 
     def base_fingerprint(self) -> str | None:
         """What tells the model under an adapter from another of its shape: a hash over the edges of every weight."""
-        if self.peft_model is None:
-            return None
+        if self.peft_model is None or self._fingerprint:
+            return self._fingerprint
         digest = hashlib.sha256()
         for name, weight in self.classifier.named_parameters():
             if not weight.requires_grad and "original_module" not in name:
@@ -190,20 +180,58 @@ class RewardModel(nn.Module):
         if self.classifier.supports_gradient_checkpointing:
             self.classifier.activation_checkpointing_enable({"use_reentrant": False})
 
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """`score_packed` of five tensors, `score_rows` of two: what DDP and FSDP hook into."""
+        rewards = self.score_packed(*tensors) if len(tensors) == 5 else self.score_rows(*tensors)
+        return rewards.clone()  # a view would lose FSDP's hook
+
+    def use_attention(self, choice: str = "auto") -> str:
+        """How packed rows attend from now on, where the model is now: one of attention.WAYS, or "auto" for what pays.
+
+        Tried on two tiny sequences, forward and backward, before it is relied on; if that fails, a line says why and it
+        is sdpa. Files that are saved do not know of it. Returns what is used.
+        """
+        way = attention.way_for(self.device) if choice == "auto" else choice
+        self.attention = "sdpa"
+        if way == "sdpa" or not self.can_pack:
+            return self.attention
+        if not attention.install(self.classifier):
+            works, why_not = False, "the architecture computes attention in its own way"
+        else:
+            self.attention = way
+            works, why_not = self._try_packing(backward=True)
+        if not works:
+            self.attention = "sdpa"
+            print(f"attention: sdpa, and not {way}: {why_not}", flush=True)
+        return self.attention
+
+    @torch.no_grad()
+    def store_frozen_weights(self, dtype: torch.dtype) -> None:
+        """Keep the matrices that LoRA leaves alone in autocast's dtype, instead of casting them in every forward.
+
+        Autocast rounds them anyway, so rewards and gradients are the very same, for less time and memory. It keeps its
+        own casts only of weights that need gradients. Afterwards the model cannot compute without autocast.
+        """
+        self._fingerprint = self.base_fingerprint()  # of the weights as they came
+        for module in self.backbone.modules():
+            if isinstance(module, nn.Linear) and not any(p.requires_grad for p in module.parameters(recurse=False)):
+                module.to(dtype)
+
     def score_packed(
         self, input_ids: Tensor, position_ids: Tensor, pair_ids: Tensor, branch_ids: Tensor, ends: Tensor
     ) -> Tensor:
         """Rewards at given positions of rows that hold pairs with a shared prefix.
 
         Args:
-            input_ids, position_ids, pair_ids, branch_ids: (B, T); see `pair_attention_mask`.
+            input_ids, position_ids, pair_ids, branch_ids: (B, T); see `attention.pair_attention_mask`.
             ends: integers of any shape, each a position in the rows laid end to end (row · T + column).
 
         Returns:
             fp32 rewards of the shape of `ends`.
         """
         with self._autocast():
-            mask = pair_attention_mask(pair_ids, branch_ids)  # (B, 1, T, T)
+            packed = attention.PackedMask(pair_ids, branch_ids, self.attention)
+            mask = packed.dense if self.attention == "sdpa" else packed.carrier()
             output = self.backbone(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
         return self._head(output.last_hidden_state, ends)
 
@@ -268,8 +296,7 @@ class RewardModel(nn.Module):
         with torch.autocast(self.device.type, enabled=False):
             return self.classifier.score(last_hidden).squeeze(-1)
 
-    @torch.no_grad()
-    def _try_packing(self) -> tuple[bool, str]:
+    def _try_packing(self, backward: bool = False) -> tuple[bool, str]:
         """Whether packed rows give this architecture's own rewards: tried on two tiny sequences, not assumed.
 
         A causal decoder with rotary or learned positions does; encoders, ALiBi, state-space and eager-only models
@@ -283,23 +310,28 @@ class RewardModel(nn.Module):
         branches = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]])
         rows = torch.tensor([[5, 6, 7, 8, 9, 5], [5, 6, 7, 10, 11, 12]])
         row_mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
-        was_training = self.training
+        on, was_training = self.device, self.training
+        trained = [parameter for parameter in self.classifier.parameters() if parameter.requires_grad]
+        tolerance = 1e-4 if self.autocast_dtype is None else 0.05
         self.eval()
         try:
-            on = self.device
-            got = self.score_packed(
-                packed.to(on),
-                positions.to(on),
-                torch.zeros_like(packed).to(on),
-                branches.to(on),
-                torch.tensor([4, 7]).to(on),
-            )
-            wanted = self.score_rows(rows.to(on), row_mask.to(on))
+            with torch.set_grad_enabled(backward):
+                got = self.score_packed(
+                    packed.to(on),
+                    positions.to(on),
+                    torch.zeros_like(packed).to(on),
+                    branches.to(on),
+                    torch.tensor([4, 7]).to(on),
+                )
+            with torch.no_grad():
+                wanted = self.score_rows(rows.to(on), row_mask.to(on))
+            if backward:
+                torch.autograd.grad(got.sum(), trained, allow_unused=True)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
             return False, f"its forward pass refuses packed rows ({first_line(error)})"
         finally:
             self.train(was_training)
-        if torch.allclose(got, wanted, rtol=1e-4, atol=1e-4):
+        if torch.allclose(got.detach(), wanted, rtol=tolerance, atol=tolerance):
             return True, ""
         return False, "packed rows do not give its own rewards"
 

@@ -8,8 +8,10 @@ Letters: B rows, T tokens per row, N pairs.
 from __future__ import annotations
 
 import bisect
+import collections
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,12 +76,78 @@ def fixed_sample(num_pairs: int, size: int, seed: int) -> np.ndarray:
     return everything if size == 0 or size >= num_pairs else np.sort(_shuffled(num_pairs, seed, 0)[:size])
 
 
-MicroBatchPlan = list[list[int]]  # for each row, the positions of its pairs
+Rows = list[list[int]]  # for each row, the positions of its pairs
 
 
-def plan_micro_batches(
-    lengths: np.ndarray, tokens_per_batch: int, batch_size: int, costly_width: float
+@dataclass(frozen=True, eq=False)
+class MicroBatchPlan:
+    """One micro-batch before its tensors are made: cheap to keep, to count and to deal out."""
+
+    indices: np.ndarray  # (N,) which pairs of the dataset, in the order of the batch
+    rows: Rows  # for each row, the positions in `indices` of its pairs
+    is_packed: bool  # whether the two sides of a pair share a row; if not, each has one of its own
+    needed_tokens: int
+    computed_tokens: int  # rows · width, padding included
+    cost: float  # estimated, in tokens of a short row; see `cost_of`
+
+    @property
+    def pairs(self) -> int:
+        return len(self.indices)
+
+
+def cost_of(rows: int, width: int, costly_width: float) -> float:
+    """What a forward and backward of rows · width tokens costs, in tokens of a short row.
+
+    Tokens are dearer the wider their row, because attention looks along all of it; and each micro-batch has a start.
+    """
+    return rows * width * (1 + width / max(costly_width, LEAST_COSTLY_WIDTH)) + MICRO_BATCH_START
+
+
+def plan_step(
+    dataset: PairDataset, indices: np.ndarray, tokens_per_batch: int, batch_size: int, costly_width: float | None
 ) -> list[MicroBatchPlan]:
+    """The micro-batches of one step (or of an evaluation), still without tensors: `build` makes those.
+
+    Deterministic: the same arguments give the same list, on every machine.
+
+    Args:
+        indices: (N,) pairs of `dataset`.
+        tokens_per_batch, batch_size, costly_width: as in `plan_micro_batches`; a `costly_width` of None puts every
+            side in a row of its own, for models that cannot share prefixes.
+    """
+    return list(_plans(dataset, indices, tokens_per_batch, batch_size, costly_width))
+
+
+def _plans(
+    dataset: PairDataset, indices: np.ndarray, tokens_per_batch: int, batch_size: int, costly_width: float | None
+) -> Iterator[MicroBatchPlan]:
+    """`plan_step`, a few thousand pairs at a time, so that the first micro-batch of a large split is soon there."""
+    longest_sides = None if costly_width is not None else dataset.longest_sides()
+    for start in range(0, len(indices), PAIRS_PLANNED_AT_ONCE):
+        part = np.asarray(indices[start : start + PAIRS_PLANNED_AT_ONCE])
+        lengths = dataset.packed_lengths[part]
+        if costly_width is not None:
+            cut = plan_micro_batches(lengths, tokens_per_batch, batch_size, costly_width)
+        else:
+            cut = plan_separate_rows(longest_sides[part], tokens_per_batch, batch_size)
+        for rows in cut:
+            order = [position for row in rows for position in row]
+            if costly_width is not None:
+                height, width = len(rows), max(int(lengths[row].sum()) for row in rows)
+            else:
+                height, width = 2 * len(rows), int(longest_sides[part[order]].max())
+            places = iter(range(len(order)))
+            yield MicroBatchPlan(
+                indices=part[order],
+                rows=[[next(places) for _ in row] for row in rows],
+                is_packed=costly_width is not None,
+                needed_tokens=int(lengths[order].sum()),
+                computed_tokens=height * width,
+                cost=cost_of(height, width, costly_width or LEAST_COSTLY_WIDTH),
+            )
+
+
+def plan_micro_batches(lengths: np.ndarray, tokens_per_batch: int, batch_size: int, costly_width: float) -> list[Rows]:
     """Cut a step into micro-batches of rows of pairs, so that little is padded and none exceeds the token budget.
 
     Longest pairs first, because then memory peaks at once. Each micro-batch tries a few row widths, fills the rows
@@ -113,7 +181,7 @@ def plan_micro_batches(
     return micro_batches
 
 
-def _fill_rows(left: list[tuple[int, int]], width: int, tokens_per_batch: int, batch_size: int) -> MicroBatchPlan:
+def _fill_rows(left: list[tuple[int, int]], width: int, tokens_per_batch: int, batch_size: int) -> Rows:
     """Rows of `width` tokens, each filled with the longest pair that still fits until none does."""
     left, rows, pairs = list(left), [], 0
     while left and pairs < batch_size and (not rows or (len(rows) + 1) * width <= tokens_per_batch):
@@ -127,15 +195,13 @@ def _fill_rows(left: list[tuple[int, int]], width: int, tokens_per_batch: int, b
     return rows
 
 
-def _useful_work(rows: MicroBatchPlan, lengths: np.ndarray, costly_width: float) -> float:
-    """Needed tokens for each unit of cost: tokens computed, dearer by attention over the row's width, and a start."""
+def _useful_work(rows: Rows, lengths: np.ndarray, costly_width: float) -> float:
+    """Needed tokens for each unit of cost."""
     row_lengths = [sum(int(lengths[position]) for position in row) for row in rows]
-    width = max(row_lengths)
-    price = 1 + width / max(costly_width, LEAST_COSTLY_WIDTH)
-    return sum(row_lengths) / (len(rows) * width * price + MICRO_BATCH_START)
+    return sum(row_lengths) / cost_of(len(rows), max(row_lengths), costly_width)
 
 
-def plan_separate_rows(longest_sides: np.ndarray, tokens_per_batch: int, batch_size: int) -> list[MicroBatchPlan]:
+def plan_separate_rows(longest_sides: np.ndarray, tokens_per_batch: int, batch_size: int) -> list[Rows]:
     """The same for two rows a pair, each side padded to the micro-batch's longest."""
     order = [int(position) for position in np.argsort(-longest_sides, kind="stable")]
     micro_batches = []
@@ -174,8 +240,15 @@ class PackedBatch:
     def computed_tokens(self) -> int:
         return self.input_ids.numel()
 
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the reward model's forward takes."""
+        return self.input_ids, self.position_ids, self.pair_ids, self.branch_ids, self.ends
+
     def to(self, device: torch.device) -> PackedBatch:
         return _moved(self, device)
+
+    def pinned(self) -> PackedBatch:
+        return _pinned(self)
 
 
 @dataclass
@@ -192,18 +265,32 @@ class SeparateBatch:
     def computed_tokens(self) -> int:
         return self.input_ids.numel()
 
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the reward model's forward takes."""
+        return self.input_ids, self.attention_mask
+
     def to(self, device: torch.device) -> SeparateBatch:
         return _moved(self, device)
 
+    def pinned(self) -> SeparateBatch:
+        return _pinned(self)
+
 
 def _moved(batch: Any, device: torch.device) -> Any:
-    tensors = {
-        name: value.to(device, non_blocking=True) for name, value in vars(batch).items() if torch.is_tensor(value)
-    }
+    return _with_each_tensor(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _pinned(batch: Any) -> Any:
+    """In memory that a CUDA device reads by itself: only from there does a copy run beside the computing."""
+    return _with_each_tensor(batch, torch.Tensor.pin_memory)
+
+
+def _with_each_tensor(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    tensors = {name: change(value) for name, value in vars(batch).items() if torch.is_tensor(value)}
     return type(batch)(**{**vars(batch), **tensors})
 
 
-def pack(dataset: PairDataset, indices: np.ndarray, rows: list[list[int]], pad_id: int) -> PackedBatch:
+def pack(dataset: PairDataset, indices: np.ndarray, rows: Rows, pad_id: int) -> PackedBatch:
     """The tensors of one micro-batch of `plan_micro_batches`; `rows` hold positions in `indices`."""
     width = max(sum(int(dataset.packed_lengths[indices[i]]) for i in row) for row in rows)
     input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
@@ -236,7 +323,7 @@ def pack(dataset: PairDataset, indices: np.ndarray, rows: list[list[int]], pad_i
     )
 
 
-def separate(dataset: PairDataset, indices: np.ndarray, rows: list[list[int]], pad_id: int) -> SeparateBatch:
+def separate(dataset: PairDataset, indices: np.ndarray, rows: Rows, pad_id: int) -> SeparateBatch:
     """The same pairs, each side in a row of its own."""
     order = [int(indices[i]) for row in rows for i in row]
     sequences = [sequence for index in order for sequence in dataset.sequences(index)]
@@ -255,6 +342,11 @@ def separate(dataset: PairDataset, indices: np.ndarray, rows: list[list[int]], p
     )
 
 
+def build(dataset: PairDataset, plan: MicroBatchPlan, pad_id: int) -> PackedBatch | SeparateBatch:
+    """The tensors of a planned micro-batch."""
+    return (pack if plan.is_packed else separate)(dataset, plan.indices, plan.rows, pad_id)
+
+
 def micro_batches_of(
     dataset: PairDataset,
     indices: np.ndarray,
@@ -263,16 +355,26 @@ def micro_batches_of(
     pad_id: int,
     costly_width: float | None,
 ) -> Iterator[PackedBatch | SeparateBatch]:
-    """The micro-batches of one step (or, a few thousand pairs at a time, of an evaluation).
+    """The micro-batches of `plan_step` one after another, each built when it is asked for."""
+    for plan in _plans(dataset, indices, tokens_per_batch, batch_size, costly_width):
+        yield build(dataset, plan, pad_id)
 
-    `costly_width` is that of `plan_micro_batches`; None puts every side in a row of its own.
+
+def prefetched(plans: Iterable[Any], build: Callable[[Any], Any], depth: int = 1) -> Iterator[Any]:
+    """`build(plan)` for each of `plans` in order, up to `depth` of them made ahead in a thread.
+
+    What `build` raises comes out where its batch would have. Who stops early closes the generator, or drops it; what
+    has not begun is then never built. `build` must draw no random numbers, for the draws' order would be chance.
     """
-    for start in range(0, len(indices), PAIRS_PLANNED_AT_ONCE):
-        part = indices[start : start + PAIRS_PLANNED_AT_ONCE]
-        if costly_width is not None:
-            lengths = dataset.packed_lengths[part]
-            for rows in plan_micro_batches(lengths, tokens_per_batch, batch_size, costly_width):
-                yield pack(dataset, part, rows, pad_id)
-        else:
-            for rows in plan_separate_rows(dataset.longest_sides()[part], tokens_per_batch, batch_size):
-                yield separate(dataset, part, rows, pad_id)
+    ahead = collections.deque()
+    with ThreadPoolExecutor(1, "prefetch") as thread:
+        try:
+            for plan in plans:
+                ahead.append(thread.submit(build, plan))
+                if len(ahead) > depth:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()

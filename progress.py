@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ PLAIN_SECONDS = 30  # ... and at least one in so many seconds
 class Progress:
     """A bar with rate, loss and time left on a terminal; plain lines elsewhere, so that logs stay readable."""
 
-    def __init__(self, total_steps: int, first_step: int):
+    def __init__(self, total_steps: int, first_step: int, is_shown: bool = True):
         self.total, self.first = total_steps, first_step
         self.started = self.last_line = time.monotonic()
         self.bar = None
-        if sys.stderr.isatty():
+        if is_shown and sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
@@ -60,41 +59,44 @@ class Progress:
 class Board:
     """TensorBoard's event file of one run."""
 
-    def __init__(self, folder: Path, resumed_step: int = 0, resumed_examples: int = 0):
+    def __init__(self, folder: Path | None, resumed_step: int = 0, resumed_examples: int = 0):
+        """`folder` None writes nothing: of several processes one does."""
+        self.is_off = folder is None
+        if folder is None:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         if resumed_step:
             drop_events_after(folder, resumed_step, resumed_examples)
         self.writer = SummaryWriter(str(folder), flush_secs=10)
-        self.is_broken = False
 
     def scalars(self, values: dict[str, float], step: int, examples: int) -> None:
         """Write scalars over steps; loss and accuracy over examples seen as well."""
         for tag, value in values.items():
-            self._write(self.writer.add_scalar, tag, value, step)
+            self._write("add_scalar", tag, value, step)
             if tag.endswith(("/loss", "/accuracy")):
-                self._write(self.writer.add_scalar, tag + BY_EXAMPLES, value, examples)
+                self._write("add_scalar", tag + BY_EXAMPLES, value, examples)
 
     def histogram(self, tag: str, values: Any, step: int) -> None:
         if (finite := values[values.isfinite()]).numel():  # TensorBoard draws nothing else, and raises
-            self._write(self.writer.add_histogram, tag, finite, step)
+            self._write("add_histogram", tag, finite, step)
 
     def table(self, tag: str, rows: dict[str, Any], step: int) -> None:
         """Key and value as a Markdown table."""
         lines = ["| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
-        self._write(self.writer.add_text, tag, "\n".join(lines), step)
+        self._write("add_text", tag, "\n".join(lines), step)
 
     def close(self) -> None:
-        self._write(self.writer.close)
+        self._write("close")
 
-    def _write(self, write: Callable[..., None], *arguments: Any) -> None:
+    def _write(self, what: str, *arguments: Any) -> None:
         """A full disk under the logs ends the logging, and says so, but not the training."""
-        if self.is_broken:
+        if self.is_off:
             return
         try:
-            write(*arguments)
+            getattr(self.writer, what)(*arguments)
         except OSError as error:
-            self.is_broken = True
+            self.is_off = True
             print(f"TensorBoard's log cannot be written any more ({error}); training goes on without", file=sys.stderr)
 
 
@@ -157,3 +159,9 @@ def memory_in_use_gib(device: Any) -> float:
     if device.type == "mps":
         return torch.mps.current_allocated_memory() / 2**30
     return psutil.Process().memory_info().rss / 2**30
+
+
+def local_bytes(tensor: Any) -> int:
+    """The bytes of a tensor that this process holds: all of it, or its part where FSDP spreads it."""
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.numel() * local.element_size()

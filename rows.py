@@ -244,7 +244,8 @@ def _parquet(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 # A turn starts where the text does or after an empty line, and nowhere else: "Human:" in a sentence is a word.
-_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):(?=\s|\Z)")
+_FIRST_TURN = re.compile(r"\s*(Human|Assistant):(?=\s|\Z)")
+_NEXT_TURN = re.compile(r"\n\n(Human|Assistant):(?=\s|\Z)")  # one that opens with plain letters is found quickly
 _ROLE = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -374,9 +375,10 @@ def checked_messages(value: list[Any], column: str, refuse: Any) -> Messages:
 
 def parse_transcript(text: str) -> Messages | None:
     """HH-RLHF's form, `"\\n\\nHuman: …\\n\\nAssistant: …"`, as messages; None if it does not start with a turn."""
-    turns = list(_TURN.finditer(text))
-    if not turns or turns[0].start() != 0:
+    first = _FIRST_TURN.match(text)
+    if first is None:
         return None
+    turns = [first, *_NEXT_TURN.finditer(text, first.end())]
     ends = [turn.start() for turn in turns[1:]] + [len(text)]
     return [
         {"role": _ROLE[turn.group(1)], "content": text[turn.end() : end].strip()}
@@ -386,7 +388,11 @@ def parse_transcript(text: str) -> Messages | None:
 
 def _is_no_text(content: str) -> bool:
     """JSON can say "\\ud83d" alone, which no tokenizer and no file can take."""
-    return any("\ud800" <= character <= "\udfff" for character in content) if not content.isascii() else False
+    try:
+        content.encode("utf-8")  # fails for lone surrogates and for nothing else
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def merge_same_speaker(messages: Messages) -> Messages:

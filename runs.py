@@ -19,12 +19,15 @@ from torch import Tensor
 
 import checkpoint
 import data
+import distributed
+import launch
 import locks
 import models
 import packing
+import probe
 import records
 import utils
-from train_config import NOT_STORED, TrainConfig
+from train_config import AUTO, NOT_STORED, TrainConfig
 from utils import UserError
 
 
@@ -33,7 +36,9 @@ class Run:
     """All that one training holds. `step` and `random_state` always describe the last completed step."""
 
     config: TrainConfig
+    world: distributed.World
     model: models.RewardModel
+    module: torch.nn.Module  # what training calls: the model, or what adds up its gradients over the processes
     optimizer: torch.optim.Optimizer
     train_pairs: data.PairDataset
     test_pairs: data.PairDataset
@@ -42,8 +47,9 @@ class Run:
     step: int
     random_state: dict[str, Tensor]
     saved_step: int
-    lock: locks.RunLock
-    tokens_per_batch: int  # what of config.tokens_per_batch fits the memory
+    lock: locks.RunLock | None  # the main process holds it
+    base_fingerprint: str | None  # of the model under an adapter
+    tokens_per_batch: int  # what of config.tokens_per_batch fits the memory, or what was found to fit
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     eval_accuracy: float | None = None  # of `step`, if it was evaluated
@@ -57,6 +63,12 @@ class Run:
         return self.examples_before + self.plan.examples_seen(step)
 
     def save(self) -> Path:
+        """Publish the last completed step as a checkpoint. All processes call it: the main one writes."""
+        state = checkpoint.gather_state(self.model, self.optimizer, self.world)
+        final = utils.step_folder(self.folder, self.step)
+        if not self.world.is_main:
+            self.saved_step = self.step
+            return final
         position = checkpoint.Position(
             self.step,
             self.examples_seen(self.step),
@@ -65,17 +77,15 @@ class Run:
             self.tokens_per_batch,
             self.skipped_steps,
             self.eval_accuracy,
-            self.model.base_fingerprint(),
+            self.base_fingerprint,
             None if self.eval_accuracy is None else self.eval_pairs,
         )
-        checkpoint.refuse_non_finite_weights(self.model, self.folder, self.step)
-        path = checkpoint.save(
-            self.folder, self.model, self.optimizer, self.random_state, position, self.stored_config()
-        )
+        checkpoint.refuse_non_finite_weights(state, self.folder, self.step)
+        checkpoint.save(self.folder, self.model, state, self.random_state, position, self.stored_config())
         self.saved_step = self.step
         checkpoint.prune(self.folder, self.config.keep_checkpoints)
         self.write_record()
-        return path
+        return final
 
     def stored_config(self) -> dict[str, Any]:
         """The settings as a checkpoint and the record keep them."""
@@ -89,6 +99,8 @@ class Run:
 
     def begin_record(self, resumed_from: Path | None) -> None:
         """Say in run.json that this process trains now; a run that goes on keeps what it knows up to its step."""
+        if not self.world.is_main:
+            return
         defaults = dataclasses.asdict(TrainConfig())
         defaults["log_dir"] = utils.relative_path(defaults["log_dir"], defaults["output_dir"])
         self.record = records.new_record(self.step, self.plan.total_steps, self.stored_config(), defaults)
@@ -102,7 +114,7 @@ class Run:
 
     def mend_record(self) -> None:
         """A run that was killed right after its last save still says that it is running."""
-        earlier = self.earlier_record()
+        earlier = self.earlier_record() if self.world.is_main else None
         if earlier and earlier.state == records.RUNNING and earlier.step <= self.step:
             self.record = earlier
             self.end_record()
@@ -115,16 +127,19 @@ class Run:
             return None
 
     def note_evaluation(self, correct: int, pairs: int) -> None:
-        self.record.evaluations.append([self.step, correct, pairs])
-        self.write_record()
+        if self.record is not None:
+            self.record.evaluations.append([self.step, correct, pairs])
+            self.write_record()
 
     def end_record(self, cause: BaseException | None = None) -> None:
         """Say in run.json how it ended."""
+        if self.record is None:
+            return
         self.record.state, self.record.ended = records.FINISHED, records.time_text()
         if cause is not None:
             is_stop = isinstance(cause, (utils.Stopped, KeyboardInterrupt))
             self.record.state = records.STOPPED if is_stop else records.CRASHED
-            self.record.cause = str(cause) if is_stop else f"{type(cause).__name__}: {first_line(cause)}"
+            self.record.cause = str(cause) if is_stop else f"{type(cause).__name__}: {utils.first_line(cause)}"
         self.write_record()
 
     def write_record(self) -> None:
@@ -132,17 +147,27 @@ class Run:
             self.record.step = self.step
             records.write_record(self.folder, self.record)
 
+    def release(self) -> None:
+        """Let others train this run."""
+        if self.lock is not None:
+            self.lock.release()
 
-def set_up(config: TrainConfig, resumed_from: Path | None) -> Run:
+
+def set_up(config: TrainConfig, resumed_from: Path | None, world: distributed.World) -> Run:
     """Everything that can fail early does so here, cheapest first: names, data, then the model."""
-    folder, lock = claim_run_folder(config, resumed_from)
+    launch.connect_model(world, config.fsdp)
+    folder, lock = claim_run_folder(config, resumed_from) if world.is_main else (None, None)
+    folder = world.from_main(lambda: folder)
+    config = dataclasses.replace(config, run_name=folder.name)
+    if lock is None:
+        return open_run(config, folder, None, resumed_from, world)
     log_folder = Path(config.log_dir) / folder.name
     try:
         refuse_strays(folder)
         make_folder(log_folder, "--log_dir")
         utils.remove_dead_saves(folder)
         records.temporary(folder / records.RUN).unlink(missing_ok=True)
-        return open_run(dataclasses.replace(config, run_name=folder.name), folder, lock, resumed_from)
+        return open_run(config, folder, lock, resumed_from, world)
     except BaseException:
         # so nothing stays; Windows keeps a folder with an open file, which is no harm
         if not has_begun(folder) and not (folder / records.RUN).exists():
@@ -181,10 +206,14 @@ def refuse_strays(run_folder: Path) -> None:
             )
 
 
-def open_run(config: TrainConfig, folder: Path, lock: locks.RunLock, resumed_from: Path | None) -> Run:
+def open_run(
+    config: TrainConfig, folder: Path, lock: locks.RunLock | None, resumed_from: Path | None, world: distributed.World
+) -> Run:
     """Tokenizer, pairs, model and optimizer of a run that has its folder."""
-    tokenizer = models.load_tokenizer(str(resumed_from or config.model))
-    train_pairs, test_pairs = data.load_pairs(config.dataset, tokenizer, config.max_length)
+    with world.first_on_each_machine():  # which fills the token cache
+        tokenizer = models.load_tokenizer(str(resumed_from or config.model))
+        train_pairs, test_pairs = data.load_pairs(config.dataset, tokenizer, config.max_length)
+    world.refuse_differences(what_must_be_alike(config, train_pairs, test_pairs))
     for use, pairs in (("train", train_pairs), ("test", test_pairs)):
         if config.bad_rows == "stop":
             pairs.refuse_if_too_much_is_left_out()
@@ -206,36 +235,51 @@ def open_run(config: TrainConfig, folder: Path, lock: locks.RunLock, resumed_fro
     refuse_too_few_positions(model, train_pairs, test_pairs)
     checkpoint.refuse_full_disk(folder, model)
     model.autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
-    model.to(models.pick_device()).train()
+    base_fingerprint = model.base_fingerprint()
+    model.to(models.pick_device() if world.is_alone else world.accelerator.device).train()
+    if config.lora and model.autocast_dtype and not world.is_sharded:
+        model.store_frozen_weights(model.autocast_dtype)  # (FSDP wants one dtype)
+    model.use_attention(config.attention)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    module = world.prepare(model, model.packs_up_to(config.max_length))
     # Qwen3's published weights are bf16, but they are trained in fp32: at 1e-5, bf16 rounds most updates to nothing.
     trained = list(checkpoint.trained_parameters(model).values())
     fused = model.device.type in ("cuda", "cpu")
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
-    describe(config, model, trained, plan)
+    describe(config, model, trained, plan, world)
 
     run = Run(
-        config, model, optimizer, train_pairs, test_pairs, plan, folder, step=0, random_state=checkpoint.random_state(),
-        saved_step=0, lock=lock, tokens_per_batch=config.tokens_per_batch,
+        config, world, model, module, optimizer, train_pairs, test_pairs, plan, folder, step=0,
+        random_state=checkpoint.random_state(), saved_step=0, lock=lock, base_fingerprint=base_fingerprint,
+        tokens_per_batch=config.tokens_per_batch,
     )  # fmt: skip
     if resumed_from:
         go_back_to(resumed_from, run)
+    if run.tokens_per_batch == AUTO:
+        run.tokens_per_batch = probe.largest_budget(run)
     return run
+
+
+def what_must_be_alike(config: TrainConfig, *datasets: data.PairDataset) -> dict[str, Any]:
+    """What the processes of one run must agree on, for each to plan the same steps."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_STORED}
+    prints = {f"the {use} pairs": pairs.fingerprint for use, pairs in zip(("training", "test"), datasets, strict=True)}
+    return settings | prints | {"the version of torch": torch.__version__}
 
 
 def go_back_to(folder: Path, run: Run) -> None:
     """Put a new run where a checkpoint was."""
     position = checkpoint.read_position(folder)
     refuse_changed_data(position, run.train_pairs, run.config)
-    if position.base_fingerprint != run.model.base_fingerprint():
+    if position.base_fingerprint != run.base_fingerprint:
         raise utils.CheckpointError(
             "the adapter was trained on another base model",
             where=folder,
             found=f"{run.config.model} is not what it was: its weights differ",
             next="bring the old base model back to that place, or name its new one with --model",
         )
-    checkpoint.restore_optimizer(folder, run.model, run.optimizer)
+    checkpoint.restore_optimizer(folder, run.model, run.optimizer, run.world)
     run.step = run.saved_step = position.step
     run.random_state, run.skipped_steps = checkpoint.read_random_state(folder), position.skipped_steps
     run.eval_accuracy, run.eval_pairs = position.eval_accuracy, position.eval_pairs
@@ -300,7 +344,9 @@ def has_begun(run_folder: Path) -> bool:
     return any(path.name not in bare and not path.name.startswith(".tmp-") for path in run_folder.iterdir())
 
 
-def describe(config: TrainConfig, model: models.RewardModel, trained: list[Any], plan: packing.StepPlan) -> None:
+def describe(
+    config: TrainConfig, model: models.RewardModel, trained: list[Any], plan: packing.StepPlan, world: distributed.World
+) -> None:
     total = sum(parameter.numel() for parameter in model.classifier.parameters())
     count = sum(parameter.numel() for parameter in trained)
     print(f"model: {config.model}, {total:,} parameters, {count:,} trained, {config.precision} on {model.device}")
@@ -308,12 +354,9 @@ def describe(config: TrainConfig, model: models.RewardModel, trained: list[Any],
         print(
             f"  one sequence per row, because {model.why_not or 'its attention window is below --max_length'}: slower"
         )
+    if not world.is_alone:
+        print(f"processes: {world.size}, {'FSDP2' if world.is_sharded else 'DDP'}")
     print(f"plan: {plan.total_steps:,} steps of {config.pairs_per_step} pairs", flush=True)
-
-
-def first_line(error: BaseException) -> str:
-    text = error.what if isinstance(error, UserError) else str(error)
-    return (text.strip().splitlines() or ["no message"])[0]
 
 
 def end_early(run: Run, cause: BaseException, stop: utils.StopRequest) -> BaseException:
@@ -328,6 +371,10 @@ def end_early(run: Run, cause: BaseException, stop: utils.StopRequest) -> BaseEx
 def save_last_completed_step(run: Run, cause: BaseException) -> None:
     """After Ctrl-C or a crash: nothing that was learned is lost, unless the crash was inside the update itself."""
     if run.is_updating or run.step == run.saved_step or isinstance(cause, utils.DiskOrNetworkError):
+        return
+    if run.world.is_sharded and not isinstance(cause, utils.Stopped):
+        return  # the weights lie in all processes, and those may be gone
+    if not run.world.is_main and not run.world.is_sharded:
         return
     try:
         saved = f"saved {run.save()} (the last completed step)"

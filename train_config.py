@@ -18,6 +18,9 @@ else:  # it imports torch, and --help must not
     checkpoint = utils.lazy_import("checkpoint")
 
 
+AUTO = "auto"
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Every setting of a run. The command line, `--config` files and `train_config.json` all have these names."""
@@ -40,9 +43,12 @@ class TrainConfig:
     center_rewards: float = flag(0.0, "weight of the mean of (r_chosen + r_rejected)^2, which keeps rewards around zero (arXiv 2312.09244)", minimum=0, below=1000, group="optimization")
     seed: int = flag(0, "draws the head, the adapters, the order of the pairs and dropout", minimum=0, below=2**63, group="optimization")
 
-    tokens_per_batch: int = flag(4096, "token budget of one forward; changes speed and memory, not the result (but for what dropout draws)", minimum=1, below=2**31, group="speed and memory")
+    tokens_per_batch: int | str = flag(4096, "token budget of one forward, or auto for the largest that fits the memory; changes speed and memory, not the result (but for what dropout draws)", word=AUTO, minimum=1, below=2**31, group="speed and memory")
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass: slower by a third, far less memory", group="speed and memory")
     precision: str = flag("bf16", "arithmetic; weights, rewards and loss are fp32 either way", choices=("bf16", "fp32"), group="speed and memory")
+
+    attention: str = flag("auto", "how packed rows attend: flex on CUDA and pairwise on a CPU leave out what is hidden, sdpa computes all; auto takes what pays", choices=("auto", "flex", "pairwise", "sdpa"), group="speed and memory")
+    fsdp: bool = flag(False, "with several processes: spread weights, gradients and optimizer state over them (FSDP2)", group="speed and memory")
 
     lora: bool = flag(False, "train low-rank adapters and the head instead of every parameter", group="LoRA")
     lora_r: int = flag(16, "rank of the adapters", minimum=1, below=65537, group="LoRA")

@@ -4,8 +4,10 @@
     python train_rm.py --lora          the same, low-rank adapters only
     python train_rm.py --demo          a tiny model and made-up pairs: offline, a minute on a laptop
     python train_rm.py --resume_from ./checkpoints/rm/RUN/step-500
+    torchrun --nproc_per_node 4 train_rm.py
 
 Words: a *pair* is one preference; a *micro-batch* is one forward and backward; a *step* is one optimizer update.
+Several processes plan the same step, and each computes some of its micro-batches (distributed.py); one computes all.
 Letters: N pairs.
 """
 
@@ -15,29 +17,31 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import launch
 import utils
 from train_config import TrainConfig, read_config
-from utils import UserError
+from utils import StopRequest, UserError
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor
 
+    import batching
     import checkpoint
-    import data
+    import distributed
     import models
     import packing
     import progress
     import runs
 else:  # loaded when first used, so that --help answers at once
-    np, torch, checkpoint, data, models, packing, progress, runs = map(
-        utils.lazy_import, ("numpy", "torch", "checkpoint", "data", "models", "packing", "progress", "runs")
+    np, torch, batching, checkpoint, models, packing, progress, runs = map(
+        utils.lazy_import, ("numpy", "torch", "batching", "checkpoint", "models", "packing", "progress", "runs")
     )
 
 
@@ -59,11 +63,9 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margins: Tensor, center
     return loss + center_rewards * (chosen + rejected) ** 2
 
 
-def score(model: models.RewardModel, batch: packing.PackedBatch | packing.SeparateBatch) -> Tensor:
-    """Rewards (N, 2) of a micro-batch's pairs: chosen, rejected."""
-    if isinstance(batch, packing.PackedBatch):
-        return model.score_packed(batch.input_ids, batch.position_ids, batch.pair_ids, batch.branch_ids, batch.ends)
-    return model.score_rows(batch.input_ids, batch.attention_mask).view(-1, 2)
+def score(model: torch.nn.Module, batch: packing.PackedBatch | packing.SeparateBatch) -> Tensor:
+    """Rewards (N, 2) of a micro-batch's pairs: chosen, rejected. `model` is a RewardModel, or DDP around one."""
+    return model(*batch.inputs()).view(-1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,55 +74,54 @@ def score(model: models.RewardModel, batch: packing.PackedBatch | packing.Separa
 
 
 def accumulate_gradients(
-    model: models.RewardModel, micro_batches: list[Any], center_rewards: float, between: Callable[[], None]
-) -> tuple[Tensor, Tensor]:
-    """Forward and backward of a step's micro-batches; returns losses (N,) and rewards (N, 2), on the device.
+    world: distributed.World,
+    model: torch.nn.Module,
+    micro_batches: Iterable[tuple[distributed.Turn, Any]],
+    pairs_in_step: int,
+    center_rewards: float,
+    stop: StopRequest,
+) -> Tensor:
+    """Forward and backward of a step's micro-batches; each pair's loss and two rewards, (pairs in the step, 3).
 
     Each micro-batch's losses are summed and divided by the pairs in the *whole step*, so the gradient does not depend
-    on how the step was cut.
+    on how the step was cut, nor on who computed which part. Pairs of other processes stay 0 in what is returned.
     """
-    pairs_in_step = sum(len(batch.margins) for batch in micro_batches)
-    losses, rewards = [], []
-    for batch in micro_batches:
-        between()
-        batch = batch.to(model.device)
-        pair_rewards = score(model, batch)  # (N, 2)
-        loss = bradley_terry_loss(pair_rewards[:, 0], pair_rewards[:, 1], batch.margins, center_rewards)  # (N,)
-        (loss.sum() / pairs_in_step).backward()
-        losses.append(loss.detach())
-        rewards.append(pair_rewards.detach())
-    return torch.cat(losses), torch.cat(rewards)
+    results = torch.zeros(pairs_in_step, 3, device=model.device)
+    for turn, batch in micro_batches:
+        world.check(stop)
+        with world.adding_up(model, turn):
+            rewards = score(model, batch)  # (n, 2)
+            losses = bradley_terry_loss(rewards[:, 0], rewards[:, 1], batch.margins, center_rewards)  # (n,)
+            (losses.sum() * turn.weight / pairs_in_step).backward()
+        if turn.weight:
+            results[turn.places] = torch.column_stack([losses, rewards]).detach()
+    return results
 
 
-def gradients_of_step(run: runs.Run, indices: Any, between: Callable[[], None]) -> tuple[list[Any], Tensor, Tensor]:
-    """The gradient of the pairs `indices`: its micro-batches, losses (N,) and rewards (N, 2).
+def gradients_of_step(
+    run: runs.Run, step: int, stop: StopRequest
+) -> tuple[list[packing.MicroBatchPlan], Tensor, Tensor]:
+    """The gradient of a step's pairs: its plans, and in their order losses (N,) and rewards (N, 2).
 
-    All micro-batches are made first, so that the true count of pairs is known. If the device runs out of memory, the
-    step begins again with half the token budget: the gradient is the same, and the smaller budget stays.
+    If the device runs out of memory, the step begins again with half the token budget: the gradient is the same, and
+    the smaller budget stays.
     """
+    world, indices = run.world, run.plan.pairs_of(step)
     while True:
-        step_batches = list(micro_batches(run, run.train_pairs, indices))
+        plans = batching.plans_of(run, run.train_pairs, indices)
+        micro_batches = batching.built(run, run.train_pairs, world.share(plans, is_training=True))
+        world.seed_dropout(run.config.seed, step)
         try:
-            return step_batches, *accumulate_gradients(run.model, step_batches, run.config.center_rewards, between)
+            results = accumulate_gradients(
+                world, run.module, micro_batches, len(indices), run.config.center_rewards, stop
+            )
+            results = world.combine(results, stop)
+            return plans, results[:, 0], results[:, 1:]
         except RuntimeError as error:
-            halve_token_budget(run, step_batches, error)
+            batching.halve_token_budget(run, plans, error)
         models.free_memory(run.model.device)  # not in the `except`, where the traceback still holds activations
         run.optimizer.zero_grad(set_to_none=True)
         checkpoint.set_random_state(run.random_state)  # the same dropout as in the first try
-
-
-def halve_token_budget(run: runs.Run, tried: list[Any], error: RuntimeError) -> None:
-    """After running out of memory over one of the micro-batches `tried`; any other error is raised again."""
-    if not utils.is_out_of_memory(error):
-        raise error
-    used = max(batch.computed_tokens for batch in tried)
-    if all(len(batch.margins) == 1 for batch in tried):
-        raise UserError(
-            f"a single pair of {used:,} tokens does not fit the memory of {run.model.device}",
-            next="a smaller --max_length, --gradient_checkpointing, or --lora",
-        ) from error
-    run.tokens_per_batch = used // 2
-    print(f"out of memory at {used:,} tokens a batch; going on with {run.tokens_per_batch:,}", flush=True)
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
@@ -163,12 +164,12 @@ class Evaluation:
         )
 
 
-def evaluate(run: runs.Run, indices: Any, between: Callable[[], None]) -> Evaluation:
+def evaluate(run: runs.Run, indices: Any, stop: StopRequest) -> Evaluation:
     """Loss and accuracy over `indices` of the test pairs, without dropout. A tie counts as wrong."""
     was_training = run.model.training
     run.model.eval()
     try:
-        losses, rewards, order = score_test_pairs(run, indices, between)
+        losses, rewards, order = score_test_pairs(run, indices, stop)
     finally:
         run.model.train(was_training)
     is_right = (rewards[:, 0] > rewards[:, 1]).cpu().numpy()  # (N,)
@@ -181,36 +182,25 @@ def evaluate(run: runs.Run, indices: Any, between: Callable[[], None]) -> Evalua
     return Evaluation(pair_metrics(losses, rewards), int(is_right.sum()), len(is_right), rewards.cpu(), by_kind)
 
 
-def score_test_pairs(run: runs.Run, indices: Any, between: Callable[[], None]) -> tuple[Tensor, Tensor, Any]:
+def score_test_pairs(run: runs.Run, indices: Any, stop: StopRequest) -> tuple[Tensor, Tensor, Any]:
     """Losses (N,), rewards (N, 2) and indices (N,) of test pairs; out of memory as in `gradients_of_step`."""
     while True:
-        losses, rewards, order = [], [], []
-        for batch in micro_batches(run, run.test_pairs, indices):
-            between()
-            order.append(batch.indices)
-            try:
-                on_device = batch.to(run.model.device)
+        plans = batching.plans_of(run, run.test_pairs, indices)
+        order = np.concatenate([plan.indices for plan in plans])
+        results = torch.zeros(len(order), 3, device=run.model.device)
+        try:
+            for turn, batch in batching.built(run, run.test_pairs, run.world.share(plans, is_training=False)):
+                run.world.check(stop)
                 with torch.no_grad():
-                    rewards.append(score(run.model, on_device))
-            except RuntimeError as error:
-                halve_token_budget(run, [batch], error)
-                break
-            losses.append(bradley_terry_loss(*rewards[-1].unbind(dim=1), on_device.margins))
-        else:
-            return torch.cat(losses), torch.cat(rewards), np.concatenate(order)
+                    rewards = score(run.model, batch)
+                    losses = bradley_terry_loss(rewards[:, 0], rewards[:, 1], batch.margins)
+                if turn.weight:
+                    results[turn.places] = torch.column_stack([losses, rewards])
+            results = run.world.combine(results, stop)
+            return results[:, 0], results[:, 1:], order
+        except RuntimeError as error:
+            batching.halve_token_budget(run, plans, error)
         models.free_memory(run.model.device)
-
-
-def micro_batches(run: runs.Run, dataset: data.PairDataset, indices: Any) -> Any:
-    packs = run.model.packs_up_to(run.config.max_length)
-    return packing.micro_batches_of(
-        dataset,
-        indices,
-        run.tokens_per_batch,
-        run.config.batch_size,
-        run.model.tokenizer.pad_token_id,
-        run.model.costly_width() if packs else None,
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,8 +209,14 @@ def micro_batches(run: runs.Run, dataset: data.PairDataset, indices: Any) -> Any
 
 
 def main(argv: list[str]) -> None:
-    config, resumed_from = read_config(argv, __doc__.split("\n\n")[0])
-    run = runs.set_up(config, resumed_from)
+    with launch.joined() as world:
+        with world.first_on_each_machine():
+            config, resumed_from = read_config(argv, __doc__.split("\n\n")[0])
+        train_to_the_end(runs.set_up(config, resumed_from, world), resumed_from)
+
+
+def train_to_the_end(run: runs.Run, resumed_from: Path | None) -> None:
+    config = run.config
     # an evaluation that was interrupted is made up for, but only at a run's very end
     is_at_its_end = evaluation_is_missing(run) and not checkpoint.later_steps(run.folder, run.step)
     if run.step >= run.plan.total_steps and not is_at_its_end:
@@ -228,41 +224,43 @@ def main(argv: list[str]) -> None:
         more = "a larger --max_steps, or 0 for none" if config.max_steps else "more --epochs"
         print(f"nothing to do: step {run.step} of {run.plan.total_steps} is done; to go on: {more}")
         return
-    if aside := checkpoint.set_aside_later_steps(run.folder, run.step):
+    run.world.barrier()  # all have looked at the later steps
+    if run.world.is_main and (aside := checkpoint.set_aside_later_steps(run.folder, run.step)):
         print(f"the steps after step {run.step} now lie in {aside}")
-    with utils.StopRequest() as stop:
+    with StopRequest(is_silent=not run.world.is_main) as stop:
         run.begin_record(resumed_from)
         try:
-            last = train(run, stop.check)
+            last = train(run, stop)
             run.end_record()
         except BaseException as cause:
-            raise runs.end_early(run, cause, stop)  # noqa: B904
+            raise runs.end_early(run, launch.explained(cause, run.world), stop)  # noqa: B904
         finally:
-            run.lock.release()
+            run.release()
     print(summary(run, last))
 
 
-def train(run: runs.Run, check_for_stop: Callable[[], None]) -> Evaluation | None:
+def train(run: runs.Run, stop: StopRequest) -> Evaluation | None:
     """From the step after the last completed one to the end; returns the last evaluation."""
     config, model, optimizer, plan = run.config, run.model, run.optimizer, run.plan
-    board = progress.Board(Path(config.log_dir) / run.folder.name, run.step, run.examples_seen(run.step))
+    logs = Path(config.log_dir) / run.folder.name if run.world.is_main else None
+    board = progress.Board(logs, run.step, run.examples_seen(run.step))
     board.table("config", dataclasses.asdict(config), run.step)
-    shown = progress.Progress(plan.total_steps, run.step)
+    shown = progress.Progress(plan.total_steps, run.step, is_shown=run.world.is_main)
     parameters = list(checkpoint.trained_parameters(model).values())
     checkpoint.set_random_state(run.random_state)
     evaluation = None
     try:
         if evaluation_is_missing(run):  # the run was stopped in the middle of it
-            evaluation = evaluate_and_show(run, board, shown, check_for_stop)
+            evaluation = evaluate_and_show(run, board, shown, stop)
         for step in range(run.step + 1, plan.total_steps + 1):
             started = time.perf_counter()
             is_last = step == plan.total_steps
 
             # choose pairs, forward and backward
-            step_batches, losses, rewards = gradients_of_step(run, plan.pairs_of(step), check_for_stop)
+            plans, losses, rewards = gradients_of_step(run, step, stop)
 
             # clip; max_norm infinity measures without clipping
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+            grad_norm = run.world.whole(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
 
             # the step's only wait for the device: .item() in the inner loop would stall a GPU
             metrics = {f"train/{name}": value for name, value in pair_metrics(losses, rewards).items()}
@@ -278,25 +276,25 @@ def train(run: runs.Run, check_for_stop: Callable[[], None]) -> Evaluation | Non
             run.step, run.random_state, run.eval_accuracy = step, checkpoint.random_state(), None
             run.is_updating = False
             if not is_finite:
-                shown.say(note_skipped_step(run, step_batches, losses))
+                shown.say(note_skipped_step(run, plans, losses))
             run.skipped_in_a_row = 0 if is_finite else run.skipped_in_a_row
             metrics["train/skipped_steps"] = run.skipped_steps
 
             # log
             examples = run.examples_seen(step)
-            metrics |= speed(step_batches, time.perf_counter() - started, model.device)
+            metrics |= speed(plans, time.perf_counter() - started, model.device)
             board.scalars(metrics, step, examples)
             shown.step(step, metrics)
 
             # evaluate
             if evaluation_is_missing(run):
                 board.histogram("train/rewards", rewards, step)
-                evaluation = evaluate_and_show(run, board, shown, check_for_stop)
+                evaluation = evaluate_and_show(run, board, shown, stop)
 
             # save
             if is_last or (config.save_steps and step % config.save_steps == 0):
                 shown.say(f"saved {run.save()}")
-            check_for_stop()
+            run.world.check(stop)
     finally:
         shown.close()
         board.close()
@@ -315,13 +313,11 @@ def evaluation_is_missing(run: runs.Run) -> bool:
     return bool(run.step and is_due and len(run.test_pairs) and run.eval_accuracy is None)
 
 
-def evaluate_and_show(
-    run: runs.Run, board: progress.Board, shown: progress.Progress, check_for_stop: Callable[[], None]
-) -> Evaluation:
+def evaluate_and_show(run: runs.Run, board: progress.Board, shown: progress.Progress, stop: StopRequest) -> Evaluation:
     """Evaluate after the last completed step, always on the same pairs, and write it where people look."""
     config, step = run.config, run.step
     indices = packing.fixed_sample(len(run.test_pairs), config.eval_num_batches * config.batch_size, config.seed)
-    evaluation = evaluate(run, indices, check_for_stop)
+    evaluation = evaluate(run, indices, stop)
     run.eval_accuracy, run.eval_pairs = evaluation.metrics["accuracy"], evaluation.pairs
     run.note_evaluation(evaluation.correct, evaluation.pairs)
     values = {f"eval/{name}": value for name, value in evaluation.metrics.items()}
@@ -332,11 +328,11 @@ def evaluate_and_show(
     return evaluation
 
 
-def note_skipped_step(run: runs.Run, step_batches: list[Any], losses: Tensor) -> str:
+def note_skipped_step(run: runs.Run, plans: list[packing.MicroBatchPlan], losses: Tensor) -> str:
     """Count a step whose loss or gradient is not finite and say which rows; too many in a row end the run."""
     run.skipped_steps += 1
     run.skipped_in_a_row += 1
-    indices = np.concatenate([batch.indices for batch in step_batches])
+    indices = np.concatenate([plan.indices for plan in plans])
     guilty = indices[~losses.isfinite().cpu().numpy()]
     rows = ", ".join(str(row) for row in sorted(run.train_pairs.rows[guilty if len(guilty) else indices])[:8])
     if run.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
@@ -349,11 +345,11 @@ def note_skipped_step(run: runs.Run, step_batches: list[Any], losses: Tensor) ->
     return f"step {run.step} skipped: its loss or gradient is not finite (rows {rows}, {len(guilty) or 'all'} of them)"
 
 
-def speed(step_batches: list[Any], seconds: float, device: Any) -> dict[str, float]:
+def speed(plans: list[packing.MicroBatchPlan], seconds: float, device: Any) -> dict[str, float]:
     """How fast one step was, and which share of the tokens it computed was needed."""
-    pairs = sum(len(batch.margins) for batch in step_batches)
-    needed = sum(batch.needed_tokens for batch in step_batches)
-    computed = sum(batch.computed_tokens for batch in step_batches)
+    pairs = sum(plan.pairs for plan in plans)
+    needed = sum(plan.needed_tokens for plan in plans)
+    computed = sum(plan.computed_tokens for plan in plans)
     return {
         "train/step_time": seconds,
         "train/pairs_per_second": pairs / seconds,

@@ -63,6 +63,7 @@ class Stopped(BaseException):
 
     def __init__(self, signal_number: int):
         super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
         self.exit_code = 128 + signal_number
 
 
@@ -73,8 +74,9 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SI
 class StopRequest:
     """Turns the first Ctrl-C or SIGTERM into a note that `check` reads; a second one leaves at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_silent: bool = False) -> None:
         self.signal_number: int | None = None
+        self.is_silent = is_silent
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -91,7 +93,8 @@ class StopRequest:
         if self.signal_number is not None:
             os._exit(128 + number)  # no clean-up: nothing visible on disk is ever half-written, see `published_folder`
         self.signal_number = number
-        say_if_heard("\nstopping at the next micro-batch; once more to leave without saving")
+        if not self.is_silent:
+            say_if_heard("\nstopping at the next micro-batch; once more to leave without saving")
 
     def check(self) -> None:
         """Raise `Stopped` if somebody asked to stop."""
@@ -234,6 +237,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     words = ("out of memory", "can't allocate memory", "not enough memory")
     is_named_so = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return is_named_so or any(word in str(error) for word in words)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind; libraries can be long-winded."""
+    text = error.what if isinstance(error, UserError) else str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import hub
-from utils import CheckpointError, UserError, nearest
+from utils import CheckpointError, UserError, first_line, nearest
 
 # For bases without a template of their own: ChatML, the form that Qwen uses.
 CHATML_TEMPLATE = (
@@ -98,10 +98,6 @@ def _where_to_look(name: str) -> dict[str, Any]:
     if hub.looks_like_a_path(name):
         return {"local_files_only": True}
     return {"local_files_only": hub.only_local_copy(name, "model", "--model", TRY_OFFLINE)}
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 @contextlib.contextmanager
@@ -193,13 +189,15 @@ def _conv1d_names(model: nn.Module) -> list[str]:
     return sorted({path.split(".")[-1] for path, module in model.named_modules() if type(module).__name__ == "Conv1D"})
 
 
-def save_model(model: nn.Module, peft_model: nn.Module | None, tokenizer: Any, folder: Path) -> None:
+def save_model(
+    model: nn.Module, peft_model: nn.Module | None, tokenizer: Any, folder: Path, state: dict[str, Tensor] | None = None
+) -> None:
     with quiet_transformers():
         if peft_model is None:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=state)
         else:
             # "auto" would ask the hub whether the base's vocabulary was resized; ours never is
-            peft_model.save_pretrained(folder, save_embedding_layers=False)
+            peft_model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
             (folder / "README.md").unlink(missing_ok=True)  # an empty model card
         tokenizer.save_pretrained(folder)
 

@@ -1,6 +1,5 @@
 """checkpoint.py: complete or absent, and every kind of damage is found and named."""
 
-import json
 import stat
 from types import SimpleNamespace
 
@@ -10,6 +9,13 @@ import torch
 import checkpoint
 import models
 import utils
+from distributed import World
+
+
+def save(run, model, optimizer, step, config):
+    state = checkpoint.gather_state(model, optimizer, World())
+    position = checkpoint.Position(step, 8 * step, "data", 64, 4096)
+    return checkpoint.save(run, model, state, checkpoint.random_state(), position, config)
 
 
 @pytest.fixture
@@ -21,8 +27,7 @@ def saved(base, tokenizer, tmp_path):
         for parameter in model.classifier.parameters():
             parameter.grad = torch.full_like(parameter, 0.1 * step)
         optimizer.step()
-        position = checkpoint.Position(step, 8 * step, "data", 64, 4096)
-        checkpoint.save(tmp_path / "run", model, optimizer, checkpoint.random_state(), position, {"lr": 1e-3})
+        save(tmp_path / "run", model, optimizer, step, {"lr": 1e-3})
     return tmp_path / "run", model, optimizer
 
 
@@ -32,7 +37,7 @@ def test_everything_comes_back(saved, base):
     assert folder == run / "step-2"
     again = models.RewardModel.restore(folder)
     other = torch.optim.AdamW(again.classifier.parameters(), lr=1e-3, fused=True)
-    checkpoint.restore_optimizer(folder, again, other)
+    checkpoint.restore_optimizer(folder, again, other, World())
     for (name, old), new in zip(model.classifier.named_parameters(), again.classifier.parameters(), strict=True):
         assert torch.equal(old, new), name
         for key in ("step", "exp_avg", "exp_avg_sq"):
@@ -103,23 +108,23 @@ def test_an_optimizer_of_another_model_is_refused(saved, base, tokenizer):
     lora = models.RewardModel.create(base, tokenizer, 0, models.LoraSettings())
     optimizer = torch.optim.AdamW(checkpoint.trained_parameters(lora).values(), lr=1e-3)
     with pytest.raises(utils.CheckpointError, match="optimizer"):
-        checkpoint.restore_optimizer(saved[0] / "step-2", lora, optimizer)
+        checkpoint.restore_optimizer(saved[0] / "step-2", lora, optimizer, World())
 
 
 def test_an_existing_step_is_never_written_into(saved):
     run, model, optimizer = saved
     before = (run / "step-2" / "manifest.json").stat().st_mtime_ns
     with pytest.raises(FileExistsError):
-        checkpoint.save(run, model, optimizer, {}, checkpoint.Position(2, 16, "other", 64, 4096), {})
+        save(run, model, optimizer, 2, {"lr": 1})
     assert (run / "step-2" / "manifest.json").stat().st_mtime_ns == before
-    assert json.loads((run / "step-2" / "training_state.json").read_text())["data_fingerprint"] == "data"
+    assert checkpoint.read_config(run / "step-2") == {"lr": 1e-3}
 
 
 def test_a_disk_without_room_is_foreseen_with_needed_and_free_bytes(saved, monkeypatch):
     run, model, optimizer = saved
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(utils.DiskOrNetworkError, match=r"bytes needed, 1,000 free(.|\n)*step-2 is untouched") as caught:
-        checkpoint.save(run, model, optimizer, {}, checkpoint.Position(3, 24, "data", 64, 4096), {})
+        save(run, model, optimizer, 3, {})
     assert caught.value.exit_code == 4
     assert sorted(path.name for path in run.iterdir()) == ["step-1", "step-2"]
 
@@ -134,9 +139,7 @@ def test_what_was_written_wrongly_is_not_published(saved, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_file", flip_one)
     with pytest.raises(utils.DiskOrNetworkError, match="not what is in memory"):
-        checkpoint.save(
-            run, model, optimizer, checkpoint.random_state(), checkpoint.Position(3, 24, "data", 64, 4096), {}
-        )
+        save(run, model, optimizer, 3, {})
     assert sorted(path.name for path in run.iterdir()) == ["step-1", "step-2"]
 
 
@@ -153,9 +156,7 @@ def test_weights_that_are_not_numbers_are_compared_bit_by_bit_too(saved):
     with torch.no_grad():
         next(model.classifier.parameters())[0, 0] = float("nan")
     optimizer = torch.optim.AdamW(model.classifier.parameters())
-    folder = checkpoint.save(
-        run, model, optimizer, checkpoint.random_state(), checkpoint.Position(3, 24, "data", 64, 4096), {"lr": 1e-3}
-    )
+    folder = save(run, model, optimizer, 3, {"lr": 1e-3})
     assert folder.name == "step-3" and checkpoint.problem(folder) is None
 
 
@@ -165,16 +166,14 @@ def test_pruning_leaves_links_alone(saved, tmp_path):
     (run / "step-2").rename(elsewhere)
     (run / "step-2").symlink_to(elsewhere)
     for step in (3, 4):
-        position = checkpoint.Position(step, 24, "data", 64, 4096)
-        checkpoint.save(run, model, optimizer, checkpoint.random_state(), position, {"lr": 1e-3})
+        save(run, model, optimizer, step, {"lr": 1e-3})
     assert [path.name for path in checkpoint.prune(run, 1)] == ["step-1", "step-3"]
     assert elsewhere.is_dir() and (run / "step-2").is_symlink()
 
 
 def test_a_damaged_newest_step_is_named_when_an_older_one_is_taken(saved, capsys):
     run, model, optimizer = saved
-    position = checkpoint.Position(3, 24, "data", 64, 4096)
-    checkpoint.save(run, model, optimizer, checkpoint.random_state(), position, {"lr": 1e-3})
+    save(run, model, optimizer, 3, {"lr": 1e-3})
     with (run / "step-3" / "config.json").open("ab") as file:
         file.write(b" ")
     assert checkpoint.find(str(run)).name == "step-2"

@@ -1,16 +1,27 @@
 """data.py: tokens equal to the chat template's, the cache, what is left out."""
 
+import gzip
+import itertools
 import json
 import os
+import random
+import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 from conftest import dataset_of
+from tokenizers.models import BPE
+from tokenizers.normalizers import NFC, Lowercase, Prepend, Replace, Strip
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Sequence, UnicodeScripts
 
 import data
 import models
@@ -201,6 +212,244 @@ def test_rows_beyond_the_first_chunk_keep_numbers_and_tokens(load, tokenizer, mo
     for index, (_, chosen, rejected) in enumerate(FORMS[:8]):
         sides = [side.tolist() for side in pairs.sequences(index)]
         assert sides == [ids_of(tokenizer, chosen), ids_of(tokenizer, rejected)]
+
+
+def plain_files(source, tokenizer, folder):
+    """What the cache holds of a source, the plain way: row by row, each side encoded alone."""
+    kept, counts = [], data.Counts()
+    for row, pair in rows.read_pairs(source):
+        counts.rows += 1
+        if isinstance(pair, str):
+            counts.add(pair, row)
+            continue
+        chosen, rejected = (np.array(ids_of(tokenizer, side), np.int32) for side in (pair.chosen, pair.rejected))
+        prefix = data.shared_prefix(chosen, rejected)
+        kept.append((row, pair, chosen, rejected[prefix:], prefix))
+    folder.mkdir()
+    np.concatenate([np.concatenate(ids) for _, _, *ids, _ in kept]).tofile(folder / "tokens.bin")
+    lengths = [(prefix, len(chosen) - prefix, len(tail)) for _, _, chosen, tail, prefix in kept]
+    np.save(folder / "lengths.npy", np.array(lengths, np.int32))
+    np.save(folder / "rows.npy", np.array([row for row, *_ in kept]))
+    np.save(folder / "margins.npy", np.array([pair.margin for _, pair, *_ in kept], np.float32))
+    np.save(folder / "notes.npy", np.array([[name in pair.notes for name in rows.NOTED] for _, pair, *_ in kept]))
+    return counts
+
+
+def assert_files_are_the_plain_ones(source, tokenizer, tmp_path):
+    made, plain = tmp_path / "made", tmp_path / "plain"
+    made.mkdir()
+    data._tokenise(source, tokenizer, made)
+    counts = plain_files(source, tokenizer, plain)
+    names = sorted(path.name for path in plain.iterdir())
+    assert [(made / name).read_bytes() == (plain / name).read_bytes() for name in names] == [True] * 5, names
+    report = json.loads((made / "report.json").read_text())
+    assert (report["rows"], report["count"], report["first_rows"]) == (counts.rows, counts.count, counts.first_rows)
+
+
+def test_the_cache_holds_what_row_by_row_gives_byte_for_byte(tmp_path, tokenizer, write_rows, monkeypatch):
+    monkeypatch.setattr(data, "ROWS_AT_A_TIME", 3)
+    source = rows.Source("made up", write_rows([row for form in FORMS for row in (form[0], IDENTICAL_ROW)]))
+    assert_files_are_the_plain_ones(source, tokenizer, tmp_path)
+
+
+def test_real_pairs_cache_holds_what_row_by_row_gives_byte_for_byte(tmp_path, real_data, real_tokenizer):
+    assert_files_are_the_plain_ones(rows.find_sources(real_data)[1], real_tokenizer, tmp_path)
+
+
+def of_backend(backend):
+    return SimpleNamespace(backend_tokenizer=backend)
+
+
+def bytes_tokenizer(pre_tokenizer, *added, special=True):
+    """Every byte a token, and some added tokens, each given as its letters or (letters, flags)."""
+    vocabulary = {letter: number for number, letter in enumerate(sorted([*ByteLevel.alphabet(), "▁"]))}
+    backend = tokenizers.Tokenizer(BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizer
+    for token in added:
+        content, flags = (token, {}) if isinstance(token, str) else token
+        made = tokenizers.AddedToken(content, **{"normalized": False, **flags})
+        (backend.add_special_tokens if special else backend.add_tokens)([made])
+    return backend
+
+
+PARTS = ["a", "b", " ", "<", "|", ">", "<|a|>", "<|b|>", "é", "e\u0301", "\u0301", "\n", "x<|a|>", "<|a|>b", "ab", ""]
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize(
+    "pre_tokenizer",
+    [None, ByteLevel(add_prefix_space=True), Sequence([Digits(), ByteLevel()]), Metaspace(prepend_scheme="always")],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "normalizer", [None, NFC(), Prepend("▁"), Strip(), Replace("a", "b"), Lowercase()], ids=lambda value: str(value)
+)
+def test_cutting_behind_an_added_token_changes_no_id(special, pre_tokenizer, normalizer):
+    backend = bytes_tokenizer(pre_tokenizer, "<|a|>", "<|b|>", ("ab", {"normalized": True}), special=special)
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    tokens = data.cut_tokens(of_backend(backend))
+    assert tokens == ["<|a|>", "<|b|>"]
+    draw = random.Random(0)
+    for _ in range(50):
+        start = "".join(draw.choices(PARTS, k=8))
+        texts = [start + "".join(draw.choices(PARTS, k=draw.randrange(5))) for _ in range(2)]
+        wanted = [backend.encode(text, add_special_tokens=False).ids for text in texts]
+        assert [ids.tolist() for ids in data.encode_pairs(texts, backend, tokens)] == wanted, texts
+
+
+@pytest.mark.parametrize(
+    "backend, token, texts",
+    [
+        (bytes_tokenizer(ByteLevel(), "<|a|>", "<|a|>b"), "<|a|>", ("<|a|>b", "<|a|>bc")),
+        (bytes_tokenizer(ByteLevel(), "<|a|>", "x<|a|>b"), "<|a|>", ("x<|a|>b", "x<|a|>bc")),
+        (bytes_tokenizer(ByteLevel(), "<|a|>", "x<|"), "<|a|>", ("x<|a|>b", "x<|a|>c")),
+        (bytes_tokenizer(ByteLevel(), "<|a|>", "|>b"), "<|a|>", None),
+        (bytes_tokenizer(ByteLevel(), "aba"), "aba", ("ababax", "ababay")),
+        (bytes_tokenizer(ByteLevel(False), ("<|a|>", {"rstrip": True})), "<|a|>", ("<|a|> b", "<|a|> c")),
+        (bytes_tokenizer(ByteLevel(), ("<|a|>", {"single_word": True})), "<|a|>", ("x<|a|>b", "x<|a|>c")),
+        (bytes_tokenizer(Metaspace(prepend_scheme="first"), "<|a|>"), "<|a|>", ("<|a|>b", "<|a|>c")),
+        (bytes_tokenizer(UnicodeScripts(), "<|a|>"), "<|a|>", None),
+    ],
+    ids=[
+        "starts_longer",
+        "within_longer",
+        "begins_within_another",
+        "another_begins_within",
+        "itself",
+        "strips",
+        "word",
+        "first",
+        "unknown",
+    ],
+)
+def test_behind_a_token_that_its_surroundings_may_change_no_text_is_cut(backend, token, texts):
+    assert token not in data.cut_tokens(of_backend(backend))
+    if texts is not None:  # and rightly so
+        wanted = [backend.encode(text, add_special_tokens=False).ids for text in texts]
+        assert [ids.tolist() for ids in data.encode_pairs(list(texts), backend, [token])] != wanted
+        assert [ids.tolist() for ids in data.encode_pairs(list(texts), backend, [])] == wanted
+
+
+def test_special_tokens_that_are_read_as_plain_text_are_no_place_to_cut():
+    backend = bytes_tokenizer(ByteLevel(), "<|a|>")
+    backend.encode_special_tokens = True
+    assert data.cut_tokens(of_backend(backend)) == []
+
+
+def test_qwen3s_shared_starts_are_encoded_once(real_tokenizer, real_data):
+    _, pair = next(rows.read_pairs(rows.find_sources(real_data)[0]))
+    texts = real_tokenizer.apply_chat_template([pair.chosen, pair.rejected], tokenize=False)
+    given = []
+
+    class Watched:
+        def encode_batch_fast(self, stretches, add_special_tokens):
+            given.extend(stretches)
+            return real_tokenizer.backend_tokenizer.encode_batch_fast(stretches, add_special_tokens)
+
+    data.encode_pairs(texts, Watched(), data.cut_tokens(real_tokenizer))
+    start, chosen, rejected = given
+    assert [start + chosen, start + rejected] == texts and len(start) > len(texts[0]) / 2
+
+
+class BreaksAt:
+    """A real tokenizer's backend whose `encode_batch_fast` fails at its nth call."""
+
+    def __init__(self, backend, call, error):
+        self.backend, self.calls_left, self.error = backend, call, error
+
+    def __getattr__(self, name):
+        return getattr(self.backend, name)
+
+    def encode_batch_fast(self, *arguments, **flags):
+        self.calls_left -= 1
+        if self.calls_left == 0:
+            raise self.error
+        return self.backend.encode_batch_fast(*arguments, **flags)
+
+
+class WithBackend:
+    def __init__(self, tokenizer, backend):
+        self.tokenizer, self.backend_tokenizer = tokenizer, backend
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no such byte"), MemoryError(), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("call", [1, 2, 4])
+def test_an_error_while_encoding_surfaces_and_leaves_nothing(load, tokenizer, empty_cache, monkeypatch, call, error):
+    monkeypatch.setattr(data, "ROWS_AT_A_TIME", 3)
+    broken = WithBackend(tokenizer, BreaksAt(tokenizer.backend_tokenizer, call, error))
+    with pytest.raises(type(error)) as caught:
+        load([row for row, _, _ in FORMS], tokenizer=broken)
+    assert caught.value is error
+    assert list(empty_cache.iterdir()) == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
+
+
+def test_a_broken_row_behind_good_chunks_surfaces_and_no_thread_stays(load, empty_cache, monkeypatch):
+    monkeypatch.setattr(data, "ROWS_AT_A_TIME", 2)
+    with pytest.raises(UserError, match=r"train\.jsonl:8"):
+        load([GOOD_ROW] * 7 + [{"chosen": "Yes."}])
+    assert list(empty_cache.iterdir()) == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
+
+
+def test_at_most_one_chunk_is_encoded_ahead():
+    rendered, encoded = [], []
+
+    def chunks():
+        for number in range(6):
+            rendered.append(number)
+            yield data._Chunk(1, texts=[str(number)])
+
+    def encode(texts):
+        encoded.append(int(texts[0]))
+        return texts
+
+    for number, (chunk, ids) in enumerate(data._one_ahead(chunks(), encode)):
+        assert chunk.texts == ids == [str(number)]
+        assert max(encoded) <= number + 1 and len(rendered) <= number + 2
+        time.sleep(0.01)  # time in which the thread would run ahead if it could
+    assert encoded == rendered == list(range(6))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends a console's Ctrl-C to no single process")
+def test_a_stop_while_encoding_ends_at_the_chunk_in_hand(empty_cache, real_data, real_tokenizer_folder, tmp_path):
+    """Ctrl-C in a process that tokenises: it ends at once, by KeyboardInterrupt, and leaves no cache entry."""
+    lines = gzip.decompress((Path(real_data) / "train.jsonl.gz").read_bytes())
+    (tmp_path / "train.jsonl").write_bytes(lines * 20)
+    (tmp_path / "test.jsonl").write_text(json.dumps(TEST_ROW) + "\n")
+    script = (
+        "import data, models, sys\n"
+        "tokenizer = models.load_tokenizer(sys.argv[1])\n"
+        "print('ready', flush=True)\n"
+        "data.load_pairs(sys.argv[2], tokenizer)\n"
+    )
+    command = [sys.executable, "-c", script, real_tokenizer_folder, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        deadline = time.monotonic() + 60
+        while not any(path.stat().st_size for path in empty_cache.glob(".tmp-*/tokens.bin")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode != 0 and errors.splitlines()[-1] == "KeyboardInterrupt", errors
+    assert list(empty_cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("columns", ["20", "200"])
+def test_progress_is_shown_in_plain_lines_however_wide_the_terminal(load, monkeypatch, capsys, empty_cache, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(data, "ROWS_AT_A_TIME", 2)
+    clock = itertools.count(step=4)
+    monkeypatch.setattr(data.time, "monotonic", lambda: float(next(clock)))
+    load([row for row, _, _ in FORMS])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "train.jsonl" in line]
+    counted = [int(re.search(r"train\.jsonl: (\d+) pairs, \d+ pairs/s$", line).group(1)) for line in lines]
+    assert len(counted) >= 2 and counted == sorted(set(counted)) and counted[-1] <= len(FORMS)
 
 
 def test_half_a_surrogate_pair_in_a_text_does_not_stop_the_run(load):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import attention
 import data
 import models
 import packing
@@ -100,7 +101,7 @@ def test_pair_mask_is_causal_and_hides_the_other_branch_and_other_pairs():
     # one row: pair 0 = [p c r r], pair 1 = [p c r], then padding
     pair_ids = torch.tensor([[0, 0, 0, 0, 1, 1, 1, -1]])
     branch_ids = torch.tensor([[0, 1, 2, 2, 0, 1, 2, 0]])
-    mask = models.pair_attention_mask(pair_ids, branch_ids)[0, 0].int().tolist()
+    mask = attention.pair_attention_mask(pair_ids, branch_ids)[0, 0].int().tolist()
     assert mask == [
         [1, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0],

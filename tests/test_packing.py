@@ -1,5 +1,8 @@
 """packing.py: the step's plan, the cutting into micro-batches, packed tensors."""
 
+import contextlib
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -254,3 +257,113 @@ def test_moving_a_batch_keeps_everything_else(tmp_path, costly_width):
     assert type(moved) is type(batch) and moved.input_ids.is_meta and moved.margins.is_meta
     assert moved.indices is batch.indices and moved.needed_tokens == batch.needed_tokens
     assert not batch.input_ids.is_meta
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans first, tensors later
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("costly_width", [3840.0, None])
+def test_a_plan_says_of_its_batch_what_the_built_batch_is(tmp_path, costly_width):
+    pairs = dataset_of(tmp_path / "made", random_pairs(60))
+    indices = np.random.default_rng(1).permutation(60)[:50]
+    plans = packing.plan_step(pairs, indices, 500, 12, costly_width)
+    assert len(plans) > 3 and sum(plan.pairs for plan in plans) == 50
+    for plan in plans:
+        batch = packing.build(pairs, plan, pad_id=0)
+        assert plan.indices.tolist() == batch.indices.tolist()
+        assert (plan.pairs, plan.needed_tokens) == (len(batch.margins), batch.needed_tokens)
+        assert plan.computed_tokens == batch.computed_tokens
+        assert [place for row in plan.rows for place in row] == list(range(plan.pairs))
+        height, width = batch.input_ids.shape
+        price = 1 + width / max(costly_width or 0, packing.LEAST_COSTLY_WIDTH)
+        assert plan.cost == pytest.approx(height * width * price + packing.MICRO_BATCH_START)
+
+
+@pytest.mark.parametrize("costly_width", [3840.0, None])
+def test_planning_then_building_gives_the_micro_batches_themselves(tmp_path, costly_width):
+    pairs = dataset_of(tmp_path / "made", random_pairs(40))
+    indices = np.random.default_rng(1).permutation(40)
+    plans = packing.plan_step(pairs, indices, 400, 12, costly_width)
+    batches = list(packing.micro_batches_of(pairs, indices, 400, 12, 7, costly_width))
+    for plan, batch in zip(plans, batches, strict=True):
+        built = packing.build(pairs, plan, 7)
+        assert type(built) is type(batch)
+        for name, value in vars(batch).items():
+            if torch.is_tensor(value):
+                assert torch.equal(getattr(built, name), value), name
+
+
+def test_prefetched_batches_come_in_order_and_one_ahead():
+    begun = []
+
+    def build(number):
+        begun.append(number)
+        return number * 10
+
+    with contextlib.closing(packing.prefetched(iter(range(6)), build)) as batches:
+        assert next(batches) == 0
+        wait_until(lambda: begun == [0, 1])
+        time.sleep(0.05)
+        assert begun == [0, 1], "more than one was made ahead"
+        assert list(batches) == [10, 20, 30, 40, 50]
+    assert begun == list(range(6))
+
+
+def wait_until(is_so, seconds=10):
+    ends = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < ends, "it did not come to that"
+        time.sleep(0.002)
+
+
+def test_prefetching_works_while_the_consumer_does():
+    started = threading.Event()
+
+    def build(number):
+        if number == 1:
+            started.set()
+        return threading.current_thread().name
+
+    batches = packing.prefetched(range(3), build)
+    assert next(batches).startswith("prefetch")
+    assert started.wait(10), "the second batch is only begun when it is asked for"
+    batches.close()
+
+
+def test_an_error_of_building_comes_out_in_its_place_and_ends_it():
+    built = []
+
+    def build(number):
+        if number == 2:
+            raise OSError("the disk is gone")
+        built.append(number)
+        return number
+
+    batches = packing.prefetched(range(10), build)
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
+    assert list(batches) == [] and set(built) <= {0, 1, 3}, "it went on after the error"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_stopping_early_builds_nothing_more_and_leaves_no_thread(depth):
+    built = []
+    batches = packing.prefetched(range(1000), lambda number: built.append(number) or number, depth)
+    assert [next(batches) for _ in range(3)] == [0, 1, 2]
+    batches.close()
+    assert 3 <= len(built) <= 3 + depth
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_pinned_batches_keep_everything(tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("pinned memory is CUDA's")
+    pairs = dataset_of(tmp_path / "made", random_pairs(3))
+    (batch,) = packing.micro_batches_of(pairs, np.arange(3), 10_000, 32, 0, 3840.0)
+    pinned = batch.pinned()
+    assert pinned.input_ids.is_pinned() and torch.equal(pinned.input_ids, batch.input_ids)
+    assert pinned.indices is batch.indices

@@ -55,7 +55,7 @@ def test_project_structure_names_every_script_and_nothing_else():
 
 
 def test_every_command_is_of_a_kind_that_is_run():
-    run_here = ("python train_rm.py", "python chat.py", "python manage_runs.py", "tensorboard ")
+    run_here = ("python train_rm.py", "python chat.py", "python manage_runs.py", "tensorboard ", "torchrun ")
     run_by_ci = ("make demo", "make test", "uv venv", "uv pip install -r requirements.txt")
     for command in commands():
         assert command.startswith(run_here) or command in run_by_ci, command
@@ -91,6 +91,33 @@ def test_training_commands_run_as_written(readers_folder, base, small_dataset):
             small += [] if "--run_name" in flags else ["--run_name", f"run{number}"]
         result = run([ROOT / script, *flags, *small], readers_folder)
         assert result.returncode == 0, (flags, result.stderr)
+
+
+def test_commands_for_several_processes_run_as_written(readers_folder, base, small_dataset):
+    """Each `torchrun …` of the README with fewer processes, on CPUs; the machines of several are all this one."""
+    launches = [shlex.split(command)[1:] for command in commands() if command.startswith("torchrun")]
+    assert len(launches) == 4 and sum("--nnodes" in words for words in launches) == 1
+    small = ["--max_steps", "1", "--eval_num_batches", "1"]
+    training = [ROOT / "train_rm.py", "--model", base, "--dataset", small_dataset, *small, "--run_name", "first"]
+    if not (readers_folder / "checkpoints/rm/first").exists():
+        assert run(training, readers_folder).returncode == 0
+    for number, words in enumerate(launches):
+        machines = int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
+        words[words.index("--nproc_per_node") + 1] = str(2 // machines)
+        words = [word.replace("HOST:29500", f"127.0.0.1:{free_port()}") for word in words]
+        place = words.index("train_rm.py")
+        flags = [*words[place + 1 :], *small]
+        if "--resume_from" not in flags:
+            flags += ["--model", base, "--dataset", small_dataset, "--run_name", f"several{number}"]
+        command = [sys.executable, "-m", "torch.distributed.run", *words[:place], str(ROOT / "train_rm.py"), *flags]
+        agents = [
+            subprocess.Popen(command, cwd=readers_folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for _ in range(machines)
+        ]
+        outputs = [agent.communicate(timeout=300) for agent in agents]
+        assert [agent.returncode for agent in agents] == [0] * machines, (words, outputs)
+        said = "".join(output for output, _ in outputs)
+        assert "processes: 2" in said and ("done: 1 steps" in said or "nothing to do" in said), said
 
 
 def test_managing_commands_run_as_written(readers_folder, base, small_dataset):

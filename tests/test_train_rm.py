@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 import checkpoint
 import data
+import distributed
 import locks
 import models
 import packing
@@ -89,13 +90,28 @@ def test_learning_rate_warms_up_and_decays():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def accumulate(model, pairs, plans):
+    """Forward and backward of a step of one process; the losses, in the order of the plans."""
+    world = distributed.World()
+    turns = world.share(plans, is_training=True)
+    batches = [(turn, packing.build(pairs, turn.plan, model.tokenizer.pad_token_id)) for turn in turns]
+    pairs_in_step = sum(plan.pairs for plan in plans)
+    return train_rm.accumulate_gradients(world, model, batches, pairs_in_step, 0.0, utils.StopRequest())[:, 0]
+
+
+def one_pair_a_row(pairs, part):
+    lengths = pairs.packed_lengths[part]
+    rows = [[position] for position in range(len(part))]
+    computed = len(part) * int(lengths.max())
+    return packing.MicroBatchPlan(part, rows, True, int(lengths.sum()), computed, cost=float(computed))
+
+
 def step_with(base, tokenizer, pairs, indices, cuts, make_optimizer):
     """The losses of one step over `indices`, cut into micro-batches at `cuts`, and the weights after it."""
     model = models.RewardModel.create(base, tokenizer, seed=0).train()
     optimizer = make_optimizer(model.classifier.parameters())
     parts = np.split(np.array(indices), cuts)
-    batches = [packing.pack(pairs, part, [[i] for i in range(len(part))], tokenizer.pad_token_id) for part in parts]
-    losses, _ = train_rm.accumulate_gradients(model, batches, 0.0, lambda: None)
+    losses = accumulate(model, pairs, [one_pair_a_row(pairs, part) for part in parts])
     optimizer.step()
     return losses, model.classifier.state_dict()
 
@@ -139,9 +155,9 @@ def test_first_step_equals_trl(base, tokenizer, pairs, tmp_path):
     trainer.train()
     their_loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
 
-    batches = list(packing.micro_batches_of(pairs, np.arange(8), 512, 32, tokenizer.pad_token_id, 4096))
-    assert len(batches) > 1
-    losses, _ = train_rm.accumulate_gradients(ours, batches, 0.0, lambda: None)
+    plans = packing.plan_step(pairs, np.arange(8), 512, 32, 4096)
+    assert len(plans) > 1
+    losses = accumulate(ours, pairs, plans)
     torch.optim.SGD(ours.classifier.parameters(), lr=0.1).step()
     assert losses.mean().item() == pytest.approx(their_loss, abs=1e-5)
     their_weights = trainer.model.state_dict()
@@ -355,13 +371,13 @@ def poison(monkeypatch, steps):
     original = train_rm.accumulate_gradients
     calls = []
 
-    def poisoned(model, *rest):
-        losses, rewards = original(model, *rest)
+    def poisoned(world, model, *rest):
+        results = original(world, model, *rest)
         calls.append(1)
         if len(calls) in steps:
-            losses[0] = math.nan
+            results[0, 0] = math.nan
             next(model.classifier.parameters()).grad.fill_(math.nan)
-        return losses, rewards
+        return results
 
     monkeypatch.setattr(train_rm, "accumulate_gradients", poisoned)
 
