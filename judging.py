@@ -6,7 +6,8 @@ One model is on the device at a time. Scores are kept as they come, so a judging
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,3 +148,37 @@ def untrained(folder: Path, settings: dict[str, Any]) -> tuple[Contender | None,
         return models.RewardModel.create(base, models.load_tokenizer(str(folder)), seed)
 
     return Contender("untrained model", open_base), ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# At the end of a training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def report_run(run_folder: Path, dataset: str, rows: Iterable[int]) -> None:
+    """Report on a run's newest checkpoint and its best: on `rows` of the test split, those that training evaluates on.
+
+    The training is over and saved, so whatever goes wrong here is said, and is no failure of the run.
+    """
+    newest, best = utils.step_folders(run_folder)[-1:], utils.best_step(run_folder)
+    folders = dict.fromkeys([*newest, *([best] if best else [])])
+    try:
+        data = comparisons.find(dataset, "test", None)
+        data = dataclasses.replace(data, chosen_rows=frozenset((0, int(row)) for row in rows), notes=())
+        for folder in folders:
+            settings = own_settings(folder)
+            own = {name: settings[name] for name in ("max_length", "batch_size", "precision") if name in settings}
+            with utils.StopRequest() as stop:
+                task = Task(
+                    Contender(utils.seen_from_here(str(folder)), functools.partial(models.RewardModel.restore, folder)),
+                    data, utils.seen_from_here(dataset), "test", report_folder(folder),
+                    board_folder(folder, report_folder(folder)), Limits(**own), utils.step_of(folder) or 0,
+                    notes=("the pairs that training evaluates on",),
+                )  # fmt: skip
+                judge(task, stop.check)
+            print(f"report: {task.report_dir / eval_report.PAGE}", flush=True)
+    except (utils.UserError, OSError, RuntimeError) as error:
+        utils.say_if_heard(
+            f"the training is saved, but there is no report of it: {utils.first_line(error)}\n"
+            f"  python eval_rm.py --model {run_folder}   writes one"
+        )

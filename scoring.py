@@ -9,6 +9,7 @@ Letters: N pairs.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -109,6 +110,9 @@ class Scorer:
         described = [fingerprint_of(model), precision, max_length]
         if model.device.type == "cpu":
             model.to(models.pick_device())
+        if model.peft_model is not None and model.autocast_dtype:
+            model.store_frozen_weights(model.autocast_dtype)
+        model.use_attention()
         return cls(model, max_length, batch_size, tokens_per_batch, _hash_of(described))
 
     def rewards(
@@ -143,45 +147,39 @@ class Scorer:
     def _score(self, dataset: TokenPairs, between: Callable[[], None]) -> Iterator[tuple[int, tuple[float, float]]]:
         """Yield (pair, its two rewards) in the order of the micro-batches."""
         left = np.arange(len(dataset))
+        device, pad_id = self.model.device, self.model.tokenizer.pad_token_id
         packs = self.model.packs_up_to(int(dataset.longest_sides().max()))
         costly_width = self.model.costly_width() if packs else None
-        pad_id = self.model.tokenizer.pad_token_id
         while len(left):
+            plans = packing.plan_step(dataset, left, self.tokens_per_batch, self.batch_size, costly_width)
+            built = packing.prefetched(plans, lambda plan: packing.build(dataset, plan, pad_id))
             launched: tuple[np.ndarray, Tensor] | None = None
             done: list[np.ndarray] = []
-            for batch in packing.micro_batches_of(
-                dataset, left, self.tokens_per_batch, self.batch_size, pad_id, costly_width
-            ):
-                between()
-                try:
-                    with torch.inference_mode():
-                        rewards = score_pairs(self.model, batch.to(self.model.device))  # (N, 2)
-                except RuntimeError as error:
-                    self.tokens_per_batch = smaller_budget(batch, self.model.device, error)
-                    break
-                if launched:  # fetched one batch late, so that the device never waits for us
-                    yield from _fetched(*launched)
-                launched = batch.indices, rewards
-                done.append(batch.indices)
+            with contextlib.closing(built):
+                for plan, batch in zip(plans, built, strict=True):
+                    between()
+                    try:
+                        with torch.inference_mode():
+                            rewards = self.model(*batch.to(device).inputs()).view(-1, 2)  # (N, 2)
+                    except RuntimeError as error:
+                        self.tokens_per_batch = smaller_budget(plan, device, error)
+                        break
+                    if launched:  # fetched one batch late, so that the device never waits for us
+                        yield from _fetched(*launched)
+                    launched = plan.indices, rewards
+                    done.append(plan.indices)
             if launched:
                 yield from _fetched(*launched)
             left = np.setdiff1d(left, np.concatenate(done)) if done else left
             if len(left):
-                models.free_memory(self.model.device)  # not in the `except`, where the traceback holds activations
+                models.free_memory(device)  # not in the `except`, where the traceback still holds activations
 
 
-def score_pairs(model: models.RewardModel, batch: packing.PackedBatch | packing.SeparateBatch) -> Tensor:
-    """Rewards (N, 2) of a micro-batch's pairs: chosen, rejected."""
-    if isinstance(batch, packing.PackedBatch):
-        return model.score_packed(batch.input_ids, batch.position_ids, batch.pair_ids, batch.branch_ids, batch.ends)
-    return model.score_rows(batch.input_ids, batch.attention_mask).view(-1, 2)
-
-
-def smaller_budget(tried: packing.PackedBatch | packing.SeparateBatch, device: Any, error: RuntimeError) -> int:
+def smaller_budget(tried: packing.MicroBatchPlan, device: Any, error: RuntimeError) -> int:
     """The token budget to go on with after running out of memory; any other error is raised again."""
     if not utils.is_out_of_memory(error):
         raise error
-    if len(tried.margins) == 1:
+    if tried.pairs == 1:
         raise UserError(
             f"a single pair of {tried.computed_tokens:,} tokens does not fit the memory of {device}",
             next="a smaller --max_length",
@@ -251,7 +249,8 @@ class Tokenised:
 def tokenise(jobs: Sequence[list[Messages]], tokenizer: Any, max_length: int) -> list[Tokenised | str]:
     """Template and tokenise jobs of dialogues; a key of `rows.LEFT_OUT` for those that cannot be scored."""
     results: list[Tokenised | str] = []
-    texts: list[str] = []
+    texts: list[str] = []  # in twos, as `data.encode_pairs` wants them
+    replies: list[str] = []
     spans: list[tuple[int, int]] = []  # (job, dialogues of it)
     for job in jobs:
         try:
@@ -262,15 +261,18 @@ def tokenise(jobs: Sequence[list[Messages]], tokenizer: Any, max_length: int) ->
             results.append("template")
             continue
         spans.append((len(results), len(job)))
-        texts += [*rendered, *(messages[-1]["content"] for messages in job)]
+        texts += rendered + rendered[-1:] * (len(job) % 2)
+        replies += [messages[-1]["content"] for messages in job]
         results.append("template")  # until its ids are there
-    encodings = iter(tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+    backend = tokenizer.backend_tokenizer
+    encoded = iter(data.encode_pairs(texts, backend, data.cut_tokens(tokenizer)))
+    lengths = iter([len(found.ids) for found in backend.encode_batch_fast(replies, add_special_tokens=False)])
     for number, size in spans:
-        ids = [np.array(next(encodings).ids, dtype=np.int32) for _ in range(size)]
-        lengths = [len(next(encodings).ids) for _ in range(size)]
+        ids = [next(encoded) for _ in range(size + size % 2)][:size]
+        reply_lengths = [next(lengths) for _ in range(size)]
         if all(len(sequence) for sequence in ids):
             is_too_long = max(map(len, ids)) > max_length
-            results[number] = "too_long" if is_too_long else Tokenised(ids, lengths)
+            results[number] = "too_long" if is_too_long else Tokenised(ids, reply_lengths)
     return results
 
 
