@@ -336,6 +336,7 @@ def trained_run(tmp_path, base, small_dataset, run_script):
         "--grad_accum", 1, "--run_name", "crumb",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith(f"report: {Path('checkpoints/rm/crumb/reports/step-2/report.html')}\n")
     return tmp_path / "checkpoints/rm/crumb"
 
 
@@ -347,8 +348,10 @@ def test_our_own_checkpoint_knows_its_data_its_base_its_logs_and_its_place(train
     monkeypatch.chdir(tmp_path)
     step = trained_run / "step-2"
     before = {path.name: utils.sha256_of(path) for path in step.iterdir()}
-    for _ in range(2):  # a second report takes the first one's place
-        eval_rm.main(["--model", str(trained_run)])
+    ((at, correct, pairs),) = utils.read_json(trained_run / "run.json")["evaluations"]
+    content = utils.read_json(trained_run / "reports/step-2/report.json")  # which training wrote, of what it evaluated
+    assert (at, correct, pairs) == (2, content["right"], content["n"])
+    eval_rm.main(["--model", str(trained_run)])  # a second report takes the first one's place
     assert {path.name: utils.sha256_of(path) for path in step.iterdir()} == before
     assert catalogue.sound_checkpoint(str(step)) == step
     reports = trained_run / "reports/step-2"
@@ -372,6 +375,33 @@ def test_our_own_checkpoint_knows_its_data_its_base_its_logs_and_its_place(train
     assert not trained_run.exists()
     manage_runs.main(["--undo"])
     assert (reports / "report.html").is_file()
+
+
+def test_a_training_reports_on_its_best_checkpoint_too_or_not_at_all(run_script, base, small_dataset, tmp_path):
+    flags = ["--model", base, "--dataset", small_dataset, "--max_steps", 3, "--batch_size", 8, "--grad_accum", 1,
+             "--eval_steps", 1, "--save_steps", 1, "--eval_num_batches", 1, "--lr", "1e-2"]  # fmt: skip
+    assert run_script("train_rm.py", *flags, "--run_name", "quiet", "--no_report").returncode == 0
+    assert not (tmp_path / "checkpoints/rm/quiet/reports").exists()
+    result = run_script("train_rm.py", *flags, "--run_name", "told")
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "checkpoints/rm/told"
+    wanted = {"step-3", utils.best_step(run).name}
+    assert {path.name for path in (run / "reports").iterdir()} == wanted
+    for step, correct, pairs in utils.read_json(run / "run.json")["evaluations"]:
+        if f"step-{step}" in wanted:
+            content = utils.read_json(run / f"reports/step-{step}/report.json")
+            assert (content["right"], content["n"]) == (correct, pairs)
+
+
+def test_a_report_that_cannot_be_written_is_no_failure_of_the_training(run_script, base, small_dataset, tmp_path):
+    run = tmp_path / "checkpoints/rm/told"
+    flags = ["--model", base, "--dataset", small_dataset, "--max_steps", 1, "--batch_size", 8, "--grad_accum", 1]
+    assert run_script("train_rm.py", *flags, "--run_name", "told", "--no_report").returncode == 0
+    (run / "reports").write_text("in the way")
+    result = run_script("train_rm.py", "--resume_from", run, "--max_steps", 2, "--report")
+    assert result.returncode == 0, result.stderr
+    assert "the training is saved, but there is no report of it" in result.stderr
+    assert (run / "step-2/manifest.json").is_file() and (run / "reports").is_file()
 
 
 def test_a_base_that_is_gone_is_said_and_costs_no_report(trained_run, monkeypatch, tmp_path, base):
@@ -417,7 +447,7 @@ def test_the_page_is_whole_loads_nothing_and_escapes_what_replies_say(judge, con
 @pytest.fixture
 def many_pairs(write_rows, demo_folder):
     rows = lines_of(demo_folder[1] / "train.jsonl")
-    return write_rows([{**row, "n": n} for n in range(4) for row in rows], "many.jsonl")
+    return write_rows(rows[:1200], "many.jsonl")
 
 
 def start(folder, model, dataset, *flags):
@@ -441,23 +471,23 @@ def wait_for_scores(process, folder, lines):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_evaluation_goes_on_where_it_was(number, tmp_path, reward_checkpoint, many_pairs, judge):
     process = start(tmp_path, reward_checkpoint, many_pairs)
-    partial = wait_for_scores(process, tmp_path, 300)
+    partial = wait_for_scores(process, tmp_path, 100)
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     if number != signal.SIGKILL:
         assert "the same command goes on from there" in errors
     with partial.open("ab") as file:
-        file.write(b"[6399, [1.0, 2")  # what a kill in the middle of a line leaves
+        file.write(b"[1199, [1.0, 2")  # what a kill in the middle of a line leaves
     kept = partial.read_bytes().count(b"\n") - 1
-    assert 300 <= kept < 6400
+    assert 100 <= kept < 1200
     process = start(tmp_path, reward_checkpoint, many_pairs)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert f"going on after {kept:,} rows that were scored before" in errors
     resumed = utils.read_json(tmp_path / "out/report.json")
     assert not list((tmp_path / "out").glob(".*")), "the partial file goes when the report is there"
-    assert resumed["n"] + resumed["rows"]["left_out"] == 6400
+    assert resumed["n"] + resumed["rows"]["left_out"] == 1200
     straight = judge(
         reward_checkpoint, "--split", "all", "--no_untrained_baseline", "--tokens_per_batch", 256, dataset=many_pairs
     )
@@ -488,7 +518,7 @@ def test_scores_of_another_model_or_of_other_rows_are_not_taken(
 @pytest.mark.skipif(os.name == "nt", reason="ulimit is a shell's on Unix")
 def test_a_disk_that_takes_no_more_exits_4_and_keeps_what_was_scored(tmp_path, reward_checkpoint, many_pairs):
     command = (
-        f"ulimit -f 40; exec '{sys.executable}' '{ROOT / 'eval_rm.py'}' --model '{reward_checkpoint}' --split all "
+        f"ulimit -f 20; exec '{sys.executable}' '{ROOT / 'eval_rm.py'}' --model '{reward_checkpoint}' --split all "
         f"--dataset '{many_pairs}' --report_dir out --no_untrained_baseline"
     )
     result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=300)
