@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import numpy as np
 import ours
 import theirs
 from common import Goal, Side, median
@@ -49,12 +50,9 @@ def read_arguments() -> Any:
     parser = common.parser(__doc__)
     parser.add_argument("--hidden", type=int, default=256, help="width of the model (default 256)")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model (default 4)")
-    parser.add_argument(
-        "--steps", type=int, default=3, help="timed steps of each side (default 3; 0: look for TRL's best)"
-    )
-    parser.add_argument(
-        "--their_best", type=int, default=0, help="TRL's best batch size, if known (default: look for it)"
-    )
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a side (default 3; 0: only the search)")
+    parser.add_argument("--their_best", type=int, default=0, help="TRL's best batch size, if it is known (0: search)")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=BATCH_SIZES, help="TRL's, to search the best in")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="on both sides")
     parser.add_argument("--sorted", action="store_true", help="give TRL each step's pairs in order of their length")
     arguments = parser.parse_args()
@@ -70,6 +68,7 @@ class Comparison:
 
     def __init__(self, arguments: Any, qwen3: str, dataset: str, work: Path):
         self.arguments, self.dataset, self.work = arguments, dataset, work
+        self.key = common.CLOCKS[arguments.clock]
         self.pairs_per_step = arguments.batch_size * arguments.grad_accum
         self.shape = common.Shape(arguments.hidden, arguments.layers)
         self.base = str(common.write_base(qwen3, work / "base", self.shape))
@@ -79,10 +78,8 @@ class Comparison:
             sys.exit(f"{self.steps} steps of {self.pairs_per_step} pairs are more than the {len(self.pairs)} there are")
         self.indices = ours.pairs_of_steps(len(self.pairs), self.pairs_per_step, self.steps)
         lengths = self.pairs.longest_sides()
-        order = [
-            index for step in self.indices for index in (step[lengths[step].argsort()] if arguments.sorted else step)
-        ]
-        self.ids = str(theirs.write_ids(self.pairs, order, work / "ids.json"))
+        order = [step[lengths[step].argsort()] if arguments.sorted else step for step in self.indices]
+        self.ids = str(theirs.write_ids(self.pairs, np.concatenate(order), work / "ids.json"))
 
     def described(self) -> str:
         a = self.arguments
@@ -90,7 +87,7 @@ class Comparison:
         order = ", sorted by length within a step for TRL" if a.sorted else ""
         return (
             f"{a.layers} layers × {a.hidden}, {self.pairs_per_step} pairs a step{order}, {checkpointing} gradient "
-            f"checkpointing, {a.steps} timed steps of each side in turn after one to warm up"
+            f"checkpointing, {a.steps} timed steps of each side in turn after one to warm up, {a.clock} time"
         )
 
     def ours(self) -> Side:
@@ -108,19 +105,17 @@ class Comparison:
         if self.arguments.their_best:
             return {}
         found, rows = {}, []
-        sizes = [size for size in BATCH_SIZES if size <= self.arguments.batch_size]
+        sizes = [size for size in self.arguments.batch_sizes if size <= self.arguments.batch_size]
         for batch_size in sizes[-2:] if self.arguments.quick else sizes:
             with self.theirs(batch_size) as side:
                 answer = common.in_turn({f"TRL at {batch_size}": side}, 2, do="step")[f"TRL at {batch_size}"][-1]
                 side.end()
-            rate = self.pairs_per_step / answer["seconds"]
+            rate = self.pairs_per_step / answer[self.key]
             found[batch_size] = {"pairs_per_second": rate, "peak_gib": answer["peak_gib"]}
             accumulated = f"{batch_size} × {self.pairs_per_step // batch_size}"
             rows.append([accumulated, f"{rate:.1f}", f"{answer['cpu_seconds']:.1f} s", f"{answer['peak_gib']:.2f} GiB"])
-        print(
-            common.table(("TRL, batch × accumulated", "pairs/s", "processor time", "peak memory"), rows) + "\n",
-            flush=True,
-        )
+        columns = ("TRL, batch × accumulated", "pairs/s", "processor time", "peak memory")
+        print(common.table(columns, rows) + "\n", flush=True)
         return found
 
     def measure(self, best: int) -> dict[str, Any]:
@@ -158,10 +153,10 @@ class Comparison:
         default, pairs = self.arguments.batch_size, self.pairs_per_step
 
         def rate(name: str) -> str:
-            return f"{pairs / median(timed[name]):.1f} pairs/s"
+            return f"{pairs / median(timed[name], self.key):.1f} pairs/s"
 
-        def faster(name: str, key: str = "seconds") -> float:
-            return median(timed[name], key) / median(timed["ours"], key)
+        def faster(name: str) -> float:
+            return median(timed[name], self.key) / median(timed["ours"], self.key)
 
         def peak(name: str) -> float:
             return max(answer["peak_gib"] for answer in timed[name])
@@ -205,7 +200,7 @@ class Comparison:
         peak = common.PEAK_TFLOPS.get(common.machine()["device_name"])
         found, rows = {"matmul_tflops": product, "peak_tflops": peak}, []
         for name, answers in timed.items():
-            achieved = sum(flops) / sum(answer["seconds"] for answer in answers) / 1e12
+            achieved = sum(flops) / sum(answer[self.key] for answer in answers) / 1e12
             found[name] = achieved
             of_peak = f"{achieved / peak:.1%}" if peak else "–"
             rows.append([

@@ -30,9 +30,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256, help="width of the model (default 256)")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model (default 4)")
     parser.add_argument("--rounds", type=int, default=3, help="timed evaluations of each side (default 3)")
-    parser.add_argument(
-        "--batch_sizes", type=int, nargs="+", default=[2, 4, 8, 32], help="TRL's, to choose the best of"
-    )
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[2, 4, 8, 32], help="TRL's, to find its best")
     arguments = parser.parse_args()
     qwen3, dataset = common.inputs()
     with tempfile.TemporaryDirectory() as name:
@@ -46,62 +44,65 @@ def main() -> None:
         base = str(common.write_base(qwen3, work / "base", common.Shape(arguments.hidden, arguments.layers)))
         _, pairs = ours.load_pairs(dataset, base)
         ids = str(theirs.write_ids(pairs, np.arange(len(pairs)), work / "ids.json"))
-        print(f"{arguments.layers} layers × {arguments.hidden}, {len(pairs)} test pairs\n", flush=True)
-        found = try_batch_sizes(arguments.batch_sizes, base, ids, work)
+        print(
+            f"{arguments.layers} layers × {arguments.hidden}, {len(pairs)} test pairs, {arguments.clock} time\n",
+            flush=True,
+        )
+        found = try_batch_sizes(arguments, base, ids, work)
         judged = min((size for size in found if size in JUDGED), key=found.get, default=min(found, key=found.get))
         sides = {
             "ours": ours.side("evaluate", base, dataset, work),
             **{f"TRL at {size}": theirs.side("evaluate", base, ids, work, size)
                for size in dict.fromkeys((judged, min(found, key=found.get)))},
         }  # fmt: skip
-        answers, ends = compare(sides, 1 + arguments.rounds)
-    goals = report(answers, ends, len(pairs), judged)
+        answers = compare(sides, 1 + arguments.rounds)
+    goals = report(answers, len(pairs), judged, common.CLOCKS[arguments.clock])
     common.write_json(arguments.json, {"machine": where, "search": found, "answers": answers, "goals": goals})
     mine, other = answers["ours"][-1], answers[f"TRL at {judged}"][-1]
-    print(
-        f"\nloss {mine['loss']:.5f}, TRL {other['loss']:.5f}; accuracy {mine['accuracy']:.4f}, TRL {other['accuracy']:.4f}"
-    )
+    print(f"\nloss {mine['loss']:.5f}, TRL {other['loss']:.5f}", end="; ")
+    print(f"accuracy {mine['accuracy']:.4f}, TRL {other['accuracy']:.4f}")
     if abs(mine["loss"] - other["loss"]) > LOSS_TOLERANCE:
         sys.exit("the two sides did not compute the same: nothing above counts")
 
 
-def try_batch_sizes(sizes: list[int], base: str, ids: str, work: Path) -> dict[int, float]:
+def try_batch_sizes(arguments: Any, base: str, ids: str, work: Path) -> dict[int, float]:
     """Seconds of TRL's second evaluation at each batch size."""
+    sizes = arguments.batch_sizes
     if len(sizes) == 1:
         return {sizes[0]: 0.0}
     found = {}
     for size in sizes:
-        answers, _ = compare({f"TRL at {size}": theirs.side("evaluate", base, ids, work, size)}, 2)
-        found[size] = answers[f"TRL at {size}"][-1]["seconds"]
+        answers = compare({f"TRL at {size}": theirs.side("evaluate", base, ids, work, size)}, 2)
+        found[size] = answers[f"TRL at {size}"][-1][common.CLOCKS[arguments.clock]]
     rows = [[str(size), f"{seconds:.2f} s"] for size, seconds in found.items()]
     print(common.table(("TRL's batch size", "one evaluation"), rows) + "\n", flush=True)
     return found
 
 
-def compare(sides: dict[str, common.Side], rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def compare(sides: dict[str, common.Side], rounds: int) -> dict[str, Any]:
+    """The answers of `rounds` evaluations of each side in turn."""
     try:
         answers = common.in_turn(sides, rounds, do="evaluate")
-        return answers, {name: side.end() for name, side in sides.items()}
+        for side in sides.values():
+            side.end()
+        return answers
     finally:
         for side in sides.values():
             side.__exit__()
 
 
-def report(answers: dict[str, Any], ends: dict[str, Any], pairs: int, judged: int) -> list[Goal]:
-    timed = {name: found[1:] for name, found in answers.items()}
-    goals = []
-    for name in timed:
-        if name == "ours":
-            continue
+def report(answers: dict[str, Any], pairs: int, judged: int, key: str) -> list[Goal]:
+    """Print and return the comparison; only that with TRL at `judged` counts."""
+    timed, goals = {name: found[1:] for name, found in answers.items()}, []
+    mine, my_peak = median(timed["ours"], key), max(answer["peak_gib"] for answer in timed["ours"])
+    for name in [name for name in timed if name != "ours"]:
+        other, peak = median(timed[name], key), max(answer["peak_gib"] for answer in timed[name])
         wanted = 5 if name == f"TRL at {judged}" else None
-        for key, title in (("seconds", "evaluation against"), ("cpu_seconds", "processor time against")):
-            mine, other = median(timed["ours"], key), median(timed[name], key)
-            shown = [f"{pairs / mine:.1f} pairs/s", f"{pairs / other:.1f} pairs/s"]
-            if key == "cpu_seconds":
-                shown, wanted = [f"{mine:.2f} s", f"{other:.2f} s"], None
-            goals.append(Goal(f"{title} {name}", *shown, other / mine, wanted))
-        peaks = [max(answer["peak_gib"] for answer in timed[side]) for side in ("ours", name)]
-        goals.append(Goal(f"peak memory against {name}", *(f"{p:.2f} GiB" for p in peaks), peaks[0] / peaks[1], None))
+        rates = f"{pairs / mine:.1f} pairs/s", f"{pairs / other:.1f} pairs/s"
+        goals += [
+            Goal(f"evaluation against {name}", *rates, other / mine, wanted),
+            Goal(f"peak memory against {name}", f"{my_peak:.2f} GiB", f"{peak:.2f} GiB", my_peak / peak, None),
+        ]
     print(common.goal_table(goals))
     return goals
 

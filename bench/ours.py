@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -123,62 +122,83 @@ def evaluate(run: Any, channel: common.Channel) -> None:
 
 
 def log_and_save(run: Any, channel: common.Channel) -> None:
-    """Two real steps, then what their logging and saving takes, with the run's own board, bar and files."""
-    import progress
-    import train_rm
-
+    """A few real steps, then what logging and saving take, with the run's own files; answers one message."""
     message = channel.receive()
-    steps, clock = message["steps"], common.Clock(run.model.device)
-    seconds: list[float] = []
-    seen = run.step
-
-    def note_step() -> None:
-        nonlocal seen
-        if run.step > seen:
-            seen = run.step
-            seconds.append(clock.read()["seconds"])
-            clock.start()
-            if run.step == steps:
-                raise Ended
-
-    with contextlib.suppress(Ended):
-        train_rm.train(run, note_step)
-    metrics = {tag: values[-1] for tag, values in logged_scalars(run).items() if not tag.endswith("_by_examples")}
-    board = progress.Board(Path(run.config.log_dir) / f"{run.folder.name}-again")
-    shown = progress.Progress(message["times"], 0)
-    started = time.perf_counter()
-    for step in range(1, message["times"] + 1):
-        board.scalars(metrics, step, 128 * step)
-        shown.step(step, metrics)
-    board.close()  # the file's thread works on while a training computes: its time counts as well
-    log_seconds = (time.perf_counter() - started) / message["times"]
-    shown.close()
-
-    # what comes with an evaluation beside the forward passes, as in train_rm.evaluate_and_show
-    board = progress.Board(Path(run.config.log_dir) / f"{run.folder.name}-evaluations")
-    sample = min(len(run.test_pairs), run.config.eval_num_batches * run.config.batch_size)
-    evaluation = train_rm.evaluate(run, np.arange(min(sample, message["eval_pairs"])), lambda: None)
-    rewards = evaluation.rewards.repeat(-(-sample // evaluation.pairs), 1)[:sample]  # (sample, 2)
-    started = time.perf_counter()
-    for step in range(1, message["times"] + 1):
-        board.histogram("train/rewards", rewards[: run.config.pairs_per_step], step)
-        run.note_evaluation(evaluation.correct, evaluation.pairs)
-        board.scalars({f"eval/{name}": value for name, value in evaluation.metrics.items()}, step, 128 * step)
-        board.histogram("eval/rewards_chosen", rewards[:, 0], step)
-        board.histogram("eval/rewards_rejected", rewards[:, 1], step)
-    board.close()
-    eval_log_seconds = (time.perf_counter() - started) / message["times"]
-
+    clock, key, times = common.Clock(run.model.device), message["key"], message["times"]
+    steps = time_steps(run, clock, message["steps"], key)
+    clock.start()
+    log_steps(run, times)
+    log = clock.read()[key] / times
+    rewards = sample_of_rewards(run, message["eval_pairs"])
+    clock.start()
+    note_evaluations(run, rewards, times)
+    eval_log = clock.read()[key] / times
     saves = []
     for _ in range(message["saves"]):
         run.step += 1  # each checkpoint is a folder of its own
-        started = time.perf_counter()
+        clock.start()
         folder = run.save()
-        saves.append(time.perf_counter() - started)
+        saves.append(clock.read()[key])
     size = sum(file.stat().st_size for file in folder.iterdir())
-    channel.answer(steps=seconds, log=log_seconds, eval_log=eval_log_seconds, saves=saves, checkpoint_bytes=size)
+    channel.answer(steps=steps, log=log, eval_log=eval_log, saves=saves, checkpoint_bytes=size)
     channel.receive()
     channel.answer()
+
+
+def time_steps(run: Any, clock: common.Clock, count: int, key: str) -> list[float]:
+    import train_rm
+
+    times, first = [], run.step
+
+    def note() -> None:
+        if run.step > first + len(times):
+            times.append(clock.read()[key])
+            clock.start()
+            if len(times) == count:
+                raise Ended
+
+    clock.start()
+    with contextlib.suppress(Ended):
+        train_rm.train(run, note)
+    return times
+
+
+def log_steps(run: Any, times: int) -> None:
+    """Write and show a step's metrics; the board is closed, as its file's thread works on while a training computes."""
+    import progress
+
+    metrics = {tag: values[-1] for tag, values in logged_scalars(run).items() if not tag.endswith("_by_examples")}
+    board = progress.Board(Path(run.config.log_dir) / f"{run.folder.name}-steps")
+    shown = progress.Progress(times, 0)
+    for step in range(1, times + 1):
+        board.scalars(metrics, step, run.config.pairs_per_step * step)
+        shown.step(step, metrics)
+    board.close()
+    shown.close()
+
+
+def sample_of_rewards(run: Any, pairs: int) -> Any:
+    """Rewards (N, 2) of as many pairs as the run evaluates, from a few real ones: their number is what takes time."""
+    import train_rm
+
+    wanted = run.config.eval_num_batches * run.config.batch_size
+    rewards = train_rm.evaluate(run, np.arange(min(pairs, len(run.test_pairs))), lambda: None).rewards
+    return rewards.repeat(-(-wanted // len(rewards)), 1)[:wanted]
+
+
+def note_evaluations(run: Any, rewards: Any, times: int) -> None:
+    """All that `train_rm.evaluate_and_show` writes, and the histogram of the step before it."""
+    import progress
+
+    board = progress.Board(Path(run.config.log_dir) / f"{run.folder.name}-evaluations")
+    names = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected")
+    for step in range(1, times + 1):
+        board.histogram("train/rewards", rewards[: run.config.pairs_per_step], step)
+        run.note_evaluation(len(rewards) // 2, len(rewards))
+        board.scalars(dict.fromkeys((f"eval/{name}" for name in names), 0.5), step, step)
+        board.histogram("eval/rewards_chosen", rewards[:, 0], step)
+        board.histogram("eval/rewards_rejected", rewards[:, 1], step)
+    board.close()
 
 
 def logged_scalars(run: Any) -> dict[str, list[float]]:
