@@ -355,8 +355,8 @@ def in_turn(sides: dict[str, Side], rounds: int, **message: Any) -> dict[str, li
     for number in range(rounds):
         for name, side in sides.items():
             answers[name].append(side.ask(**message))
-            seconds = answers[name][-1]["seconds"]
-            print(f"round {number + 1} of {rounds}: {name} {seconds:.2f} s", file=sys.stderr, flush=True)
+            took = ", ".join(f"{answers[name][-1][key]:.2f} s {clock}" for clock, key in CLOCKS.items())
+            print(f"round {number + 1} of {rounds}: {name} {took}", file=sys.stderr, flush=True)
     return answers
 
 
