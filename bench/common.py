@@ -84,6 +84,14 @@ class Shape:
     def intermediate(self) -> int:
         return 3 * self.hidden
 
+    def settings(self) -> dict[str, Any]:
+        """What of a Qwen3 configuration has to do with its size."""
+        return {
+            "hidden_size": self.hidden, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads, "head_dim": self.head_size, "intermediate_size": self.intermediate,
+            "max_window_layers": self.layers,
+        }  # fmt: skip
+
     @property
     def matrix_weights(self) -> int:
         """Weights that every token is multiplied with: all layers' matrices, without embeddings and norms."""
@@ -101,12 +109,8 @@ def write_base(qwen3: str, folder: Path, shape: Shape) -> Path:
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(qwen3)
-    config = json.loads((Path(qwen3) / "config.json").read_text()) | {
-        "hidden_size": shape.hidden, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_size, "intermediate_size": shape.intermediate,
-        "max_window_layers": shape.layers, "num_labels": 1, "pad_token_id": tokenizer.pad_token_id,
-        "torch_dtype": "float32",
-    }  # fmt: skip
+    fixed = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id, "torch_dtype": "float32"}
+    config = json.loads((Path(qwen3) / "config.json").read_text()) | shape.settings() | fixed
     model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(shape.hidden + 1))
     model.save_pretrained(folder)

@@ -230,9 +230,10 @@ def draw(found: dict[str, Any], arguments: Any) -> None:
                 axis.plot([p["size"] for p in some], values, marker=marker, color=color, label=label, linewidth=2)
             axis.set_xscale("log", base=2)
             if key == "seconds":
-                axis.set_yscale("log")
+                axis.set_yscale("log", base=2)
+                axis.yaxis.set_major_formatter("{x:g}")
             else:
-                axis.set_ylim(bottom=0)
+                axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
             axis.set_xticks([point["size"] for point in points], [f"{point['size']:,}" for point in points])
             axis.set_xlabel(SWEEPS[name][0])
             axis.grid(True, color="0.9")
