@@ -10,11 +10,14 @@ import contextlib
 import dataclasses
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import common
 import numpy as np
+
+import utils
 
 
 def device() -> Any:
@@ -68,13 +71,22 @@ class Ended(Exception):
 
 def open_run(flags: list[str]) -> Any:
     """A run as `train_rm.py` with these flags has it when its training begins."""
+    import distributed
     import runs
     from train_config import read_config
 
     config, resumed_from = read_config(flags, "")
-    run = runs.set_up(config, resumed_from)
+    run = runs.set_up(config, resumed_from, distributed.World())
     run.begin_record(resumed_from)
     return run
+
+
+class Watching(utils.StopRequest):
+    """Never asks to stop; what the loop asks it between micro-batches and after each step is passed on."""
+
+    def __init__(self, check: Callable[[], None]):
+        super().__init__()
+        self.check = check
 
 
 def train(run: Any, channel: common.Channel) -> None:
@@ -98,7 +110,7 @@ def train(run: Any, channel: common.Channel) -> None:
         raise SystemExit("asked to end before the first step")
     clock.start()
     try:
-        train_rm.train(run, at_the_end_of_a_step)
+        train_rm.train(run, Watching(at_the_end_of_a_step))
     except Ended:
         scalars = logged_scalars(run)
         channel.answer(loss=scalars["train/loss"], useful=scalars["train/useful_tokens"])
@@ -113,7 +125,7 @@ def evaluate(run: Any, channel: common.Channel) -> None:
     indices, clock = np.arange(len(run.test_pairs)), common.Clock(run.model.device)
     while channel.receive()["do"] != "end":
         clock.start()
-        evaluation = train_rm.evaluate(run, indices, lambda: None)
+        evaluation = train_rm.evaluate(run, indices, utils.StopRequest())
         channel.answer(
             **clock.read(), loss=evaluation.metrics["loss"], accuracy=evaluation.metrics["accuracy"],
             pairs=evaluation.pairs, peak_gib=common.peak_gib(run.model.device),
@@ -159,7 +171,7 @@ def time_steps(run: Any, clock: common.Clock, count: int, key: str) -> list[floa
 
     clock.start()
     with contextlib.suppress(Ended):
-        train_rm.train(run, note)
+        train_rm.train(run, Watching(note))
     return times
 
 
@@ -182,7 +194,7 @@ def sample_of_rewards(run: Any, pairs: int) -> Any:
     import train_rm
 
     wanted = run.config.eval_num_batches * run.config.batch_size
-    rewards = train_rm.evaluate(run, np.arange(min(pairs, len(run.test_pairs))), lambda: None).rewards
+    rewards = train_rm.evaluate(run, np.arange(min(pairs, len(run.test_pairs))), utils.StopRequest()).rewards
     return rewards.repeat(-(-wanted // len(rewards)), 1)[:wanted]
 
 
@@ -219,7 +231,7 @@ def main() -> None:
     run = open_run(settings["flags"])
     channel.answer(peak_gib=common.peak_gib(run.model.device), config=dataclasses.asdict(run.config))
     JOBS[settings["job"]](run, channel)
-    run.lock.release()
+    run.release()
     sys.stderr.flush()
     os._exit(0)  # nothing is left to do, and taking gigabytes apart takes time
 
