@@ -53,10 +53,11 @@ def read_arguments() -> Any:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a side (default 3; 0: only the search)")
     parser.add_argument("--their_best", type=int, default=0, help="TRL's best batch size, if it is known (0: search)")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=BATCH_SIZES, help="TRL's, to search the best in")
+    parser.add_argument("--grad_accum", type=int, default=ours.defaults().grad_accum, help="steps of 32 × this (4)")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="on both sides")
     parser.add_argument("--sorted", action="store_true", help="give TRL each step's pairs in order of their length")
     arguments = parser.parse_args()
-    arguments.batch_size, arguments.grad_accum = ours.defaults().batch_size, ours.defaults().grad_accum
+    arguments.batch_size = ours.defaults().batch_size
     if arguments.quick:
         arguments.layers, arguments.hidden, arguments.steps = 1, 128, 1
         arguments.batch_size, arguments.grad_accum = 4, 2

@@ -41,6 +41,7 @@ PICTURE = common.ROOT / "docs" / "scaling.png"
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="which to measure (all)")
+    parser.add_argument("--largest", type=int, default=2048, help="leave out sizes above (default 2048)")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model (default 4)")
     parser.add_argument("--hidden", type=int, default=256, help="width where it is not what changes (default 256)")
     parser.add_argument("--pairs", type=int, default=32, help="pairs a step where they are not what changes (32)")
@@ -50,10 +51,10 @@ def main() -> None:
     parser.add_argument("--png", type=Path, default=PICTURE, help="where to draw (default docs/scaling.png)")
     arguments = parser.parse_args()
     qwen3, dataset = common.inputs()
-    sizes = {name: SWEEPS[name][1] for name in arguments.sweeps}
+    sizes = {name: tuple(size for size in SWEEPS[name][1] if size <= arguments.largest) for name in arguments.sweeps}
     if arguments.quick:
         arguments.layers, arguments.hidden, arguments.pairs, arguments.steps = 1, 128, 2, 1
-        sizes = {"length": (64, 128), "pairs": (2, 4), "width": (128, 256)}
+        arguments.their_seconds, sizes = 0, {"length": (64, 128), "pairs": (2, 4)}  # TRL once in each
     where, found = common.machine(), kept(arguments.json)
     print(f"{common.describe(where)}\n", flush=True)
     with tempfile.TemporaryDirectory() as name:

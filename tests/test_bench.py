@@ -38,7 +38,7 @@ def numbers(content):
         ("against_trl.py", 3, []),
         ("evaluation.py", 1, []),
         ("overhead.py", 2, []),
-        ("scaling.py", 4, ["--png", "growth.png"]),
+        ("scaling.py", 3, ["--png", "growth.png"]),
     ],
 )
 def test_a_benchmark_runs_to_its_end_and_prints_its_tables(
