@@ -103,6 +103,5 @@ def test_a_machine_without_a_compiler_is_told_so(base, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code.replace("BASE", repr(base))], env=environment, capture_output=True, text=True
     )
-    last = done.stderr.strip()
-    assert done.returncode == 1 and "UserError: torch.compile does not work here" in last, last
-    assert "--compile" in last and "g++" in last
+    assert done.returncode == 1 and "torch.compile does not work here" in done.stderr, done.stderr
+    assert "UserError" in done.stderr and "--compile" in done.stderr and "g++" in done.stderr
