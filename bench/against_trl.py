@@ -197,7 +197,8 @@ class Comparison:
             common.needed_flops(self.shape, int(lengths[step].sum()), common.visible_positions(lengths[step]))
             for step in self.indices[1:]
         ]
-        product = common.matmul_tflops(device, torch.bfloat16, *(((256,), 0.05) if self.arguments.quick else ()))
+        quick = ((256,), 0.05) if self.arguments.quick else ()
+        product = common.matmul_tflops(device, torch.bfloat16, *quick, key=self.key)
         peak = common.PEAK_TFLOPS.get(common.machine()["device_name"])
         found, rows = {"matmul_tflops": product, "peak_tflops": peak}, []
         for name, answers in timed.items():

@@ -222,10 +222,12 @@ def peak_gib(device: Any) -> float:
     return progress.peak_memory_gib(device)
 
 
-def matmul_tflops(device: Any, dtype: Any, sizes: Sequence[int] = (2048, 3072, 4096), seconds: float = 1.0) -> float:
+def matmul_tflops(
+    device: Any, dtype: Any, sizes: Sequence[int] = (2048, 3072, 4096), seconds: float = 1.0, key: str = "seconds"
+) -> float:
     """The fastest matrix product of this machine in TFLOP/s: best of squares and of a layer's own shape.
 
-    Each shape runs for about `seconds` after a warm-up, and its quickest repetition counts.
+    Each shape runs for about `seconds` after a warm-up, and its quickest repetition counts; `key` as in `CLOCKS`.
     """
     import torch
 
@@ -235,14 +237,12 @@ def matmul_tflops(device: Any, dtype: Any, sizes: Sequence[int] = (2048, 3072, 4
         a, b = torch.randn(m, k).to(device, dtype), torch.randn(k, n).to(device, dtype)
         repetitions = 10 if device.type == "cuda" else 1  # a GPU is only busy with several products queued
         a @ b
-        synchronize(device)
-        times, began = [], time.perf_counter()
+        times, clock, began = [], Clock(device), time.perf_counter()
         while len(times) < 3 or time.perf_counter() - began < seconds:
-            started = time.perf_counter()
+            clock.start()
             for _ in range(repetitions):
                 a @ b
-            synchronize(device)
-            times.append((time.perf_counter() - started) / repetitions)
+            times.append(clock.read()[key] / repetitions)
         best = max(best, 2 * m * k * n / min(times) / 1e12)
     return best
 

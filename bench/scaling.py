@@ -85,7 +85,7 @@ class Measuring:
         self.arguments, self.qwen3, self.dataset, self.work = arguments, qwen3, dataset, work
         self.key, self.bases = common.CLOCKS[arguments.clock], {}
         quick = ((256,), 0.05) if arguments.quick else ()
-        self.product = common.matmul_tflops(ours.device(), torch.bfloat16, *quick)
+        self.product = common.matmul_tflops(ours.device(), torch.bfloat16, *quick, key=self.key)
         self.real, _ = ours.load_pairs(dataset, self.base(arguments.hidden))
 
     def base(self, hidden: int) -> str:
