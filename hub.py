@@ -13,6 +13,7 @@ DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 WANTED = {
     "--model": "a local path or a hub id, such as Qwen/Qwen3-0.6B",
     "--dataset": "a local path or a hub id, such as Anthropic/hh-rlhf",
+    "--against": "another reward model: a folder, or a hub id",
     "--reward_model": "the folder of a reward checkpoint, or of its run, such as ./checkpoints/rm/RUN",
 }
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def find_sources(dataset: str) -> tuple[Source, Source]:
             raise UserError("--dataset is of a kind that is not read here", where=path, next=f"wants {_or(SUFFIXES)}")
         return Source(str(path), path, part="train"), Source(str(path), path, part="test")
     if path.is_dir():
-        train, test = _file_in(path, ("train",)), _file_in(path, TEST_NAMES)
+        train, test = file_in(path, ("train",)), file_in(path, TEST_NAMES)
         if train is None:
             found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
             raise UserError("--dataset is a folder without a train file", where=path, found=found, next="wants train.*")
@@ -105,7 +105,8 @@ def _or(words: tuple[str, ...]) -> str:
     return ", ".join(words[:-1]) + " or " + words[-1]
 
 
-def _file_in(folder: Path, stems: tuple[str, ...]) -> Path | None:
+def file_in(folder: Path, stems: tuple[str, ...]) -> Path | None:
+    """The folder's data file of the first of `stems` that has one; UserError if two files have the same stem."""
     for stem in stems:
         found = [folder / f"{stem}{suffix}" for suffix in SUFFIXES if (folder / f"{stem}{suffix}").is_file()]
         if len(found) > 1:
@@ -118,7 +119,8 @@ def _file_in(folder: Path, stems: tuple[str, ...]) -> Path | None:
     return None
 
 
-def _hub_sources(dataset: str) -> tuple[Source, Source]:
+def hub_splits(dataset: str) -> Any:
+    """All splits of a dataset on the hub, or of its local copy: name -> datasets.Dataset."""
     instead = "python train_rm.py --demo   (offline), or --dataset FILE.jsonl"
     local_only = hub.only_local_copy(dataset, "dataset", "--dataset", instead)
     import datasets
@@ -126,11 +128,15 @@ def _hub_sources(dataset: str) -> tuple[Source, Source]:
     if local_only:
         datasets.config.HF_HUB_OFFLINE = True  # otherwise it retries for half a minute before it looks in its cache
     try:
-        splits = datasets.load_dataset(dataset)
+        return datasets.load_dataset(dataset)
     except Exception as error:  # its errors share no base; whatever it is, the dataset did not open
         raise UserError(
             "--dataset cannot be opened", where=dataset, found=f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _hub_sources(dataset: str) -> tuple[Source, Source]:
+    splits = hub_splits(dataset)
     train = next((name for name in splits if name.startswith("train")), None)
     if train is None:
         raise UserError("--dataset has no train split", where=dataset, found=", ".join(splits))
@@ -166,16 +172,22 @@ def _json_lines(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     try:
         with open_file(source.path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark says nothing about the rows
-                if line.strip():
-                    yield number, _parse_json(source.place(number), line)
+            for number, row in parse_json_lines(file, source.place):
+                yield number, row
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(
             "the data file is damaged or cut off", where=f"{source.name}, after line {number}", found=error,
             next="fetch or write the file again",
         ) from error  # fmt: skip
+
+
+def parse_json_lines(lines: Iterable[bytes], place: Callable[[int], str]) -> Iterator[tuple[int, Any]]:
+    """Yield (line number from 1, content) of JSONL; empty lines are skipped. `place` names a line in errors."""
+    for number, line in enumerate(lines, start=1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark says nothing about the rows
+        if line.strip():
+            yield number, _parse_json(place(number), line)
 
 
 def _parse_json(place: str, text: bytes) -> Any:
@@ -240,9 +252,9 @@ _ROLE = {"Human": "user", "Assistant": "assistant"}
 def read_pairs(source: Source) -> Iterator[tuple[int, Pair | str]]:
     """Yield (row number, pair), or (row number, a key of `LEFT_OUT`) for a row whose content is no preference."""
     for number, row in read_rows(source):
-        _check_columns(source, number, row)
+        check_columns(source, number, row)
         pair = parse_pair(row, lambda problem, number=number: _refuse(source, number, problem))
-        if source.part != "all" and (source.part == "test") != _is_held_out(row):
+        if source.part != "all" and (source.part == "test") != is_held_out(row):
             continue
         yield number, pair
 
@@ -254,7 +266,7 @@ def _refuse(source: Source, number: int, problem: str) -> UserError:
     )  # fmt: skip
 
 
-def _check_columns(source: Source, number: int, row: Any) -> None:
+def check_columns(source: Source, number: int, row: Any) -> None:
     if not isinstance(row, dict):
         raise _refuse(source, number, f"it is a {type(row).__name__}, not an object")
     for column in ("chosen", "rejected"):
@@ -264,7 +276,7 @@ def _check_columns(source: Source, number: int, row: Any) -> None:
             raise _refuse(source, number, f"{column!r} is null{guess}" if column in row else found)
 
 
-def _is_held_out(row: dict[str, Any]) -> bool:
+def is_held_out(row: dict[str, Any]) -> bool:
     """By the prompt's hash: rows of one prompt stay together, and a file that grows keeps its split."""
     prompt = row.get("prompt")
     if prompt is None:
@@ -284,22 +296,18 @@ def parse_pair(row: dict[str, Any], refuse: Any) -> Pair | str:
     """
     merged = False
     sides: list[Messages] = []
-    prompt = _prompt_messages(row["prompt"], refuse) if row.get("prompt") is not None else None
+    prompt = prompt_messages(row["prompt"], refuse) if row.get("prompt") is not None else None
     for column in ("chosen", "rejected"):
         messages = _side_messages(row[column], prompt, column, refuse)
         if messages is None:
             return "no_dialogue"
-        joined = _merge_same_speaker(messages)
+        joined = merge_same_speaker(messages)
         merged |= len(joined) != len(messages)
         sides.append(joined)
     chosen, rejected = sides
     for messages in sides:
-        if any(_is_no_text(message["content"]) for message in messages):
-            return "no_text"
-        if messages[-1]["role"] != "assistant":
-            return "wrong_last_speaker"
-        if not messages[-1]["content"].strip():
-            return "no_reply"
+        if fault := fault_of(messages):
+            return fault
     if row.get("vote") in VOTES_FOR_NEITHER:
         return "no_preference"
     if chosen == rejected:
@@ -309,9 +317,18 @@ def parse_pair(row: dict[str, Any], refuse: Any) -> Pair | str:
     return Pair(chosen, rejected, _margin(row.get("margin"), refuse), kind, notes)
 
 
+def fault_of(messages: Messages) -> str | None:
+    """The key of `LEFT_OUT` under which a dialogue belongs; None if it ends in a reply that can be scored."""
+    if any(_is_no_text(message["content"]) for message in messages):
+        return "no_text"
+    if messages[-1]["role"] != "assistant":
+        return "wrong_last_speaker"
+    return None if messages[-1]["content"].strip() else "no_reply"
+
+
 def _side_messages(value: Any, prompt: Messages | None, column: str, refuse: Any) -> Messages | None:
     if isinstance(value, list):
-        messages = _checked_messages(value, column, refuse)
+        messages = checked_messages(value, column, refuse)
         # A list that starts with a reply continues the prompt; any other is the whole dialogue (as in UltraFeedback).
         return prompt + messages if prompt is not None and messages[0]["role"] == "assistant" else messages
     if not isinstance(value, str):
@@ -325,9 +342,9 @@ def _side_messages(value: Any, prompt: Messages | None, column: str, refuse: Any
     return [*prompt, {"role": "assistant", "content": reply}]
 
 
-def _prompt_messages(value: Any, refuse: Any) -> Messages:
+def prompt_messages(value: Any, refuse: Any) -> Messages:
     if isinstance(value, list):
-        return _checked_messages(value, "prompt", refuse)
+        return checked_messages(value, "prompt", refuse)
     if not isinstance(value, str):
         raise refuse(f"'prompt' is a {type(value).__name__}, not text or a list of messages")
     return parse_prompt(value)
@@ -343,7 +360,7 @@ def parse_prompt(text: str) -> Messages:
     return messages
 
 
-def _checked_messages(value: list[Any], column: str, refuse: Any) -> Messages:
+def checked_messages(value: list[Any], column: str, refuse: Any) -> Messages:
     if not value:
         raise refuse(f"{column!r} is an empty list")
     for message in value:
@@ -378,7 +395,7 @@ def _is_no_text(content: str) -> bool:
     return False
 
 
-def _merge_same_speaker(messages: Messages) -> Messages:
+def merge_same_speaker(messages: Messages) -> Messages:
     joined: Messages = []
     for message in messages:
         if joined and joined[-1]["role"] == message["role"]:

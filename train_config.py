@@ -64,6 +64,7 @@ class TrainConfig:
     output_dir: str = flag("./checkpoints/rm", "checkpoints go to OUTPUT_DIR/RUN_NAME/step-N", group="evaluation and output")
     log_dir: str = flag("./logs/rm", "TensorBoard's files go to LOG_DIR/RUN_NAME", group="evaluation and output")
     run_name: str | None = flag(None, "name of the run (default: date and time, as 20240115_143022)", group="evaluation and output")
+    report: bool = flag(True, "write a report on the last and the best checkpoint at the end, as eval_rm.py does; --no_report skips it", group="evaluation and output")
     resume_from: str | None = flag(None, "checkpoint folder, or a run's folder for its newest checkpoint", group="evaluation and output")
 
     config: str | None = flag(None, "JSON file with any of these settings; flags win over it", group="other")

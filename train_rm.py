@@ -35,13 +35,15 @@ if TYPE_CHECKING:
     import batching
     import checkpoint
     import distributed
+    import judging
     import models
     import packing
     import progress
     import runs
 else:  # loaded when first used, so that --help answers at once
-    np, torch, batching, checkpoint, models, packing, progress, runs = map(
-        utils.lazy_import, ("numpy", "torch", "batching", "checkpoint", "models", "packing", "progress", "runs")
+    np, torch, batching, checkpoint, judging, models, packing, progress, runs = map(
+        utils.lazy_import,
+        ("numpy", "torch", "batching", "checkpoint", "judging", "models", "packing", "progress", "runs"),
     )
 
 
@@ -212,10 +214,13 @@ def main(argv: list[str]) -> None:
     with launch.joined() as world:
         with world.first_on_each_machine():
             config, resumed_from = read_config(argv, __doc__.split("\n\n")[0])
-        train_to_the_end(runs.set_up(config, resumed_from, world), resumed_from)
+        rows_to_report_on = train_to_the_end(runs.set_up(config, resumed_from, world), resumed_from)
+    if rows_to_report_on is not None:  # when the run's memory is free again
+        judging.report_run(*rows_to_report_on)
 
 
-def train_to_the_end(run: runs.Run, resumed_from: Path | None) -> None:
+def train_to_the_end(run: runs.Run, resumed_from: Path | None) -> tuple[Path, str, Any] | None:
+    """Train and say how it went; returns what the report is to be on: run, dataset, rows of its test split."""
     config = run.config
     # an evaluation that was interrupted is made up for, but only at a run's very end
     is_at_its_end = evaluation_is_missing(run) and not checkpoint.later_steps(run.folder, run.step)
@@ -223,7 +228,7 @@ def train_to_the_end(run: runs.Run, resumed_from: Path | None) -> None:
         run.mend_record()
         more = "a larger --max_steps, or 0 for none" if config.max_steps else "more --epochs"
         print(f"nothing to do: step {run.step} of {run.plan.total_steps} is done; to go on: {more}")
-        return
+        return None
     run.world.barrier()  # all have looked at the later steps
     if run.world.is_main and (aside := checkpoint.set_aside_later_steps(run.folder, run.step)):
         print(f"the steps after step {run.step} now lie in {aside}")
@@ -236,7 +241,10 @@ def train_to_the_end(run: runs.Run, resumed_from: Path | None) -> None:
             raise runs.end_early(run, launch.explained(cause, run.world), stop)  # noqa: B904
         finally:
             run.release()
-    print(summary(run, last))
+    print(summary(run, last), flush=True)
+    if last is None or not run.world.is_main or not config.report:
+        return None
+    return run.folder, config.dataset, run.test_pairs.rows[evaluated_pairs(run)]
 
 
 def train(run: runs.Run, stop: StopRequest) -> Evaluation | None:
@@ -313,11 +321,16 @@ def evaluation_is_missing(run: runs.Run) -> bool:
     return bool(run.step and is_due and len(run.test_pairs) and run.eval_accuracy is None)
 
 
+def evaluated_pairs(run: runs.Run) -> Any:
+    """Indices (N,) of the test pairs that every evaluation of a run is on."""
+    config = run.config
+    return packing.fixed_sample(len(run.test_pairs), config.eval_num_batches * config.batch_size, config.seed)
+
+
 def evaluate_and_show(run: runs.Run, board: progress.Board, shown: progress.Progress, stop: StopRequest) -> Evaluation:
     """Evaluate after the last completed step, always on the same pairs, and write it where people look."""
-    config, step = run.config, run.step
-    indices = packing.fixed_sample(len(run.test_pairs), config.eval_num_batches * config.batch_size, config.seed)
-    evaluation = evaluate(run, indices, stop)
+    step = run.step
+    evaluation = evaluate(run, evaluated_pairs(run), stop)
     run.eval_accuracy, run.eval_pairs = evaluation.metrics["accuracy"], evaluation.pairs
     run.note_evaluation(evaluation.correct, evaluation.pairs)
     values = {f"eval/{name}": value for name, value in evaluation.metrics.items()}

@@ -332,6 +332,29 @@ def published_folder(final: Path, temporary_name: str | None = None) -> Iterator
         raise
 
 
+@contextlib.contextmanager
+def published_file(final: Path | None) -> Iterator[typing.TextIO]:
+    """Yield a text file under a temporary name beside `final`; on leaving, flush it and rename it over `final`.
+
+    A failure removes it and leaves `final` as it was. Without a `final` what is written goes nowhere.
+    """
+    if final is None:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            yield nowhere
+        return
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".tmp-{final.name}-{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
+        flush_to_disk(temporary)
+        os.replace(temporary, final)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the one that matters is on its way
+            temporary.unlink(missing_ok=True)
+        raise
+
+
 def _file_mode() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -19,7 +19,8 @@ import distributed
 import packing
 import records
 
-FLAGS = ["--batch_size", 8, "--grad_accum", 4, "--precision", "fp32", "--eval_steps", 0, "--eval_num_batches", 1]
+FLAGS = ["--batch_size", 8, "--grad_accum", 4, "--precision", "fp32", "--eval_steps", 0, "--eval_num_batches", 1,
+         "--no_report"]  # fmt: skip
 TEN_STEPS = [*FLAGS, "--max_steps", 10, "--epochs", 5]
 LORA = ["--lora", "--lora_dropout", 0]
 

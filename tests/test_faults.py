@@ -70,7 +70,7 @@ def flags(base, small_dataset):
     """A LoRA run of 4 steps with dropout: save and evaluation after every one."""
     return ["--model", base, "--dataset", small_dataset, "--batch_size", "8", "--grad_accum", "2", "--lora",
             "--lora_dropout", "0.2", "--eval_steps", "1", "--eval_num_batches", "1", "--save_steps", "1",
-            "--lr", "1e-3"]  # fmt: skip
+            "--lr", "1e-3", "--no_report"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ def stop_at_step_3(process, number):
 @pytest.fixture(scope="session")
 def small_flags(base, small_dataset):
     return ["--model", base, "--dataset", small_dataset, "--batch_size", "8", "--grad_accum", "2", "--lora",
-            "--eval_num_batches", "1", "--lr", "1e-3"]  # fmt: skip
+            "--eval_num_batches", "1", "--lr", "1e-3", "--no_report"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from conftest import ROOT
 from test_chat import Server, free_port
 
 from chat import DEMO_RUN, ChatConfig
+from eval_rm import EvalConfig
 from manage_runs import ManageConfig
 from train_config import TrainConfig
 
@@ -39,7 +40,13 @@ def section(title):
 
 
 @pytest.mark.parametrize(
-    "config, title", [(TrainConfig, "Training"), (ManageConfig, "Managing runs"), (ChatConfig, "Chat")]
+    "config, title",
+    [
+        (TrainConfig, "Training"),
+        (ManageConfig, "Managing runs"),
+        (ChatConfig, "Chat"),
+        (EvalConfig, "How good is it?"),
+    ],
 )
 def test_flag_tables_are_the_dataclass(config, title):
     rows = flag_rows(section(title))
@@ -55,7 +62,14 @@ def test_project_structure_names_every_script_and_nothing_else():
 
 
 def test_every_command_is_of_a_kind_that_is_run():
-    run_here = ("python train_rm.py", "python chat.py", "python manage_runs.py", "tensorboard ", "torchrun ")
+    run_here = (
+        "python train_rm.py",
+        "python chat.py",
+        "python eval_rm.py",
+        "python manage_runs.py",
+        "tensorboard ",
+        "torchrun ",
+    )
     run_by_ci = ("make demo", "make test", "uv venv", "uv pip install -r requirements.txt")
     for command in commands():
         assert command.startswith(run_here) or command in run_by_ci, command
@@ -69,6 +83,8 @@ def readers_folder(tmp_path_factory, small_dataset):
     """Where a reader would stand: with a `pairs.jsonl` and a `settings.json` of their own."""
     folder = tmp_path_factory.mktemp("reader")
     (folder / "pairs.jsonl").write_bytes((Path(small_dataset) / "train.jsonl").read_bytes())
+    replies = {"prompt": "What should I know about bread?", "replies": ["A hot oven gives a crisp crust.", "No."]}
+    (folder / "replies.jsonl").write_text(json.dumps(replies) + "\n")
     (folder / "settings.json").write_text(json.dumps({"batch_size": 16, "lora": True}))
     return folder
 
@@ -134,6 +150,22 @@ def test_managing_commands_run_as_written(readers_folder, base, small_dataset):
         assert result.stdout, words
     assert (readers_folder / "checkpoints/rm/first/step-1/optimizer.safetensors").exists()
     assert (readers_folder / "logs/rm/adapter").is_dir()
+
+
+def test_evaluating_commands_run_as_written(readers_folder, base, small_dataset):
+    """Each `python eval_rm.py …` of the README, in order, on runs of one step."""
+    flags = ["--model", base, "--dataset", small_dataset, "--max_steps", "1", "--eval_num_batches", "1"]
+    for name, more in (("first", []), ("adapter", ["--lora"])):
+        if not (readers_folder / "checkpoints/rm" / name).exists():
+            assert run([ROOT / "train_rm.py", *flags, "--run_name", name, *more], readers_folder).returncode == 0
+    evaluating = [shlex.split(command)[1:] for command in commands() if command.startswith("python eval_rm.py")]
+    assert len(evaluating) == 5
+    for script, *words in evaluating:
+        result = run([ROOT / script, *words], readers_folder)
+        assert result.returncode == 0, (words, result.stderr)
+        assert ("reward" in result.stdout) if "--score" in words else ("report.html" in result.stdout), words
+    report = json.loads((readers_folder / "checkpoints/rm/first/reports/step-1/report.json").read_text())
+    assert report["n"] == 16 and len((readers_folder / "scores.jsonl").read_text().splitlines()) == 16
 
 
 def test_python_blocks_load_what_training_wrote(readers_folder, base, small_dataset):

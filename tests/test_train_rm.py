@@ -29,7 +29,7 @@ import runs
 import train_rm
 import utils
 
-TINY = ["--eval_num_batches", "1", "--save_steps", "0", "--eval_steps", "0", "--lr", "1e-3"]
+TINY = ["--no_report", "--eval_num_batches", "1", "--save_steps", "0", "--eval_steps", "0", "--lr", "1e-3"]
 
 
 def loaded(folder, name):
@@ -322,7 +322,8 @@ def test_a_finished_run_says_so_and_goes_on_with_more_epochs(run_script, base, s
 
 def test_resuming_from_an_older_step_sets_later_ones_aside(run_script, base, small_dataset, tmp_path):
     run = tmp_path / "checkpoints/rm/one"
-    flags = ["--model", base, "--dataset", small_dataset, "--batch_size", 8, "--grad_accum", 2, "--eval_num_batches", 1]
+    flags = ["--model", base, "--dataset", small_dataset, "--batch_size", 8, "--grad_accum", 2, "--eval_num_batches", 1,
+             "--no_report"]  # fmt: skip
     assert run_script("train_rm.py", *flags, "--run_name", "one", "--save_steps", 2).returncode == 0
     result = run_script("train_rm.py", "--resume_from", run / "step-2")
     assert result.returncode == 0, result.stderr
@@ -489,7 +490,7 @@ def test_the_newest_and_the_best_checkpoints_are_kept(base, small_dataset, tmp_p
     monkeypatch.setattr(train_rm, "evaluate", with_accuracy)
     train_rm.main(
         ["--model", base, "--dataset", small_dataset, "--batch_size", "8", "--grad_accum", "1", "--eval_steps", "1",
-         "--eval_num_batches", "1", "--save_steps", "1", "--keep_checkpoints", "2", "--run_name", "kept"]
+         "--no_report", "--eval_num_batches", "1", "--save_steps", "1", "--keep_checkpoints", "2", "--run_name", "kept"]
     )  # fmt: skip
     run = tmp_path / "checkpoints/rm/kept"
     assert [path.name for path in utils.step_folders(run)] == ["step-4", "step-7", "step-8"]
@@ -511,7 +512,8 @@ def test_an_adapter_on_another_base_of_the_same_shape_is_refused(run_script, bas
 
 def test_a_resume_with_nothing_to_do_moves_nothing(run_script, base, small_dataset, tmp_path):
     run = tmp_path / "checkpoints/rm/one"
-    flags = ["--model", base, "--dataset", small_dataset, "--batch_size", 8, "--grad_accum", 4, "--eval_num_batches", 1]
+    flags = ["--model", base, "--dataset", small_dataset, "--batch_size", 8, "--grad_accum", 4, "--eval_num_batches", 1,
+             "--no_report"]  # fmt: skip
     assert run_script("train_rm.py", *flags, "--run_name", "one", "--save_steps", 1).returncode == 0
     before = sorted(path.name for path in run.iterdir())
     result = run_script("train_rm.py", "--resume_from", run / "step-1", "--max_steps", 1)

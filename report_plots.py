@@ -1,0 +1,182 @@
+"""The plots of a report, drawn once: as SVG that takes its colours from the page, and as pixels for TensorBoard."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import utils
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_ROWS = 40  # of a breakdown
+MOST_POINTS = 800  # of a scatter plot: SVG keeps every one of them
+
+
+@dataclass(frozen=True)
+class Palette:
+    ink: str
+    muted: str
+    grid: str
+    accent: str
+    second: str
+
+
+ON_WHITE = Palette(ink="#1d2430", muted="#5b6472", grid="#dfe3e8", accent="#2563c9", second="#c2410c")
+# Stand-ins that `svg` replaces by the style sheet's variables, because matplotlib knows no `var(--ink)`.
+STAND_INS = Palette(ink="#010203", muted="#040506", grid="#070809", accent="#0a0b0c", second="#0d0e0f")
+
+Draw = Callable[["Axes", Palette], None]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot by name: how high it is in inches, and what draws it."""
+
+    name: str
+    title: str
+    draw: Draw
+    height: float = 3.0
+
+
+def plots(content: dict[str, Any], margins: np.ndarray, longer_by: np.ndarray) -> list[Plot]:
+    """The plots of a report's content; margins and length differences (N,) are of its pairs."""
+    found = [_intervals("accuracy", "Accuracy, and what rules without a model reach", _rules(content))]
+    for name, title in (("by_subset", "Accuracy by subset"), ("by_turns", "Accuracy by turns of the user"),
+                        ("by_length", "Accuracy by tokens of the longest reply")):  # fmt: skip
+        if len(content[name]) > 1:
+            found.append(_intervals(name, title, content[name]))
+    if len(margins):
+        found += [
+            Plot("margins", "Δr = reward of the better reply − of the worse", lambda a, p: _margins(a, p, margins)),
+            Plot("reliability", "What σ(Δr) claims, and what happened", lambda a, p: _reliability(a, p, content)),
+            Plot("length", "Difference in reward and in length", lambda a, p: _length(a, p, margins, longer_by)),
+        ]
+    return found
+
+
+def _rules(content: dict[str, Any]) -> dict[str, Any]:
+    low, high = content["interval"]
+    model = {"n": content["n"], "accuracy": content["accuracy"], "low": low, "high": high}
+    return {"this model": model, **content["baselines"]}
+
+
+def _intervals(name: str, title: str, shares: dict[str, Any]) -> Plot:
+    kept = [(label, one) for label, one in shares.items() if one["accuracy"] is not None][:MOST_ROWS]
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        rows = np.arange(len(kept))
+        values = np.array([one["accuracy"] for _, one in kept])
+        reach = np.abs(np.array([(one["low"], one["high"]) for _, one in kept]).T - values)  # (2, rows)
+        axes.axvline(0.5, color=palette.muted, linewidth=1, linestyle=(0, (4, 3)))
+        axes.errorbar(values, rows, xerr=reach, fmt="o", color=palette.accent, markersize=6, linewidth=2, capsize=0)
+        for row, (_, one) in zip(rows, kept, strict=True):
+            axes.annotate(
+                f"{one['accuracy']:.1%} of {one['n']:,}", (1.03, row), xycoords=("axes fraction", "data"), va="center",
+                color=palette.muted, fontsize=9,
+            )  # fmt: skip
+        axes.set_yticks(rows, [label[:32] or "(none)" for label, _ in kept])
+        axes.set_ylim(len(kept) - 0.4, -0.6)
+        axes.set_xlim(min(0.4, *(one["low"] for _, one in kept)) - 0.02, 1.02)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.grid(axis="y", visible=False)
+
+    return Plot(name, title, draw, 0.9 + 0.32 * len(kept))
+
+
+def _margins(axes: Axes, palette: Palette, margins: np.ndarray) -> None:
+    low, high = np.quantile(margins, [0.001, 0.999])
+    reach = max(abs(low), abs(high)) or 1.0
+    edges = np.linspace(-reach, reach, 61 if len(margins) > 2000 else 31)  # 0 is one of them
+    shown = np.clip(margins, -reach, reach)
+    axes.hist(shown[shown <= 0], edges, color=palette.second, label="wrong")
+    axes.hist(shown[shown > 0], edges, color=palette.accent, label="right")
+    axes.axvline(0, color=palette.ink, linewidth=1)
+    axes.set_xlabel("Δr")
+    axes.set_ylabel("pairs")
+    axes.legend(frameon=False, labelcolor=palette.ink)
+
+
+def _reliability(axes: Axes, palette: Palette, content: dict[str, Any]) -> None:
+    bins = content["calibration"]["bins"]
+    claimed, happened, counts = (np.array([one[key] for one in bins]) for key in ("claimed", "happened", "count"))
+    ends = np.array([utils.wilson_interval(round(h * n), int(n)) for h, n in zip(happened, counts, strict=True)])
+    axes.plot([0.5, 1], [0.5, 1], color=palette.muted, linewidth=1, linestyle=(0, (4, 3)))
+    axes.errorbar(claimed, happened, yerr=np.abs(ends.T - happened), fmt="none", ecolor=palette.accent, linewidth=1.5)
+    axes.scatter(claimed, happened, s=25 + 200 * counts / counts.max(), color=palette.accent, linewidth=0, zorder=3)
+    axes.set_xlim(0.48, 1.03)
+    axes.set_ylim(min(0.45, ends.min() - 0.03), 1.05)
+    axes.set_xlabel("claimed: σ(|Δr|); larger points have more pairs")
+    axes.set_ylabel("people agree")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:.0%}")
+
+
+def _length(axes: Axes, palette: Palette, margins: np.ndarray, longer_by: np.ndarray) -> None:
+    chosen = np.random.default_rng(0).permutation(len(margins))[:MOST_POINTS]
+    axes.axhline(0, color=palette.grid, linewidth=1)
+    axes.axvline(0, color=palette.grid, linewidth=1)
+    axes.scatter(longer_by[chosen], margins[chosen], s=10, color=palette.accent, alpha=0.45, linewidth=0)
+    axes.set_xlabel("tokens that the better reply is longer by")
+    axes.set_ylabel("Δr")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def svg(plot: Plot) -> str:
+    """A plot as an SVG element to stand in a page: texts are text, colours are the page's variables."""
+    written = io.BytesIO()
+    with _style(STAND_INS, plot):
+        _figure(plot, STAND_INS).savefig(written, format="svg", transparent=True, metadata={"Date": None})
+    text = written.getvalue().decode("utf-8")
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[a-z]+_?\w*">', "<g>", text)  # several plots in one page would repeat these names
+    for name, stand_in in vars(STAND_INS).items():
+        text = text.replace(stand_in, f"var(--{name})")
+    opening = rf'<svg viewBox="\1" role="img" aria-label="{html.escape(plot.title)}">'
+    text = re.sub(r'<svg[^>]*viewBox="([^"]+)"[^>]*>', opening, text, count=1)
+    return re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)  # the page's font
+
+
+def image(plot: Plot) -> np.ndarray:
+    """A plot as (height, width, 3) bytes for TensorBoard."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with _style(ON_WHITE, plot):
+        figure = _figure(plot, ON_WHITE)
+        figure.axes[0].set_title(plot.title, fontsize=11, loc="left")
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _style(palette: Palette, plot: Plot) -> Any:
+    import matplotlib
+
+    return matplotlib.rc_context({
+        "svg.fonttype": "none", "svg.hashsalt": plot.name, "font.size": 10, "text.color": palette.ink,
+        "axes.edgecolor": palette.grid, "axes.labelcolor": palette.muted, "xtick.color": palette.muted,
+        "ytick.color": palette.muted, "ytick.labelcolor": palette.ink, "axes.grid": True, "grid.color": palette.grid,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.axisbelow": True,
+        "xtick.major.size": 0, "ytick.major.size": 0, "figure.facecolor": "white", "axes.facecolor": "none",
+    })  # fmt: skip
+
+
+def _figure(plot: Plot, palette: Palette) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, plot.height), dpi=110, layout="constrained")
+    plot.draw(figure.add_subplot(), palette)
+    return figure
