@@ -12,6 +12,7 @@ import contextlib
 import gc
 import hashlib
 import math
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,31 @@ class RewardModel(nn.Module):
         for module in self.backbone.modules():
             if isinstance(module, nn.Linear) and not any(p.requires_grad for p in module.parameters(recurse=False)):
                 module.to(dtype)
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile the parts of each decoder layer, in place: names of weights stay, one layer's code serves all.
+
+        The parts and not the layers, because under gradient checkpointing a layer is compiled whole or not at all,
+        and our attention is not. Shapes are `dynamic`, or every width would compile anew. Raises UserError where one
+        line cannot be compiled: inductor needs a C++ compiler on a CPU, Triton a C compiler on CUDA.
+        """
+        try:
+            torch.compile(lambda x: x.sin() + 1, backend=backend)(torch.zeros(8, device=self.device))
+        except Exception as error:  # the compilers' and dynamo's errors have no common class
+            raise UserError(
+                "torch.compile does not work here",
+                where=f"{platform.system()}, {self.device}",
+                found=f"{type(error).__name__}: {first_line(error)}",
+                safe="nothing was trained yet, and without compiling everything works",
+                next="leave --compile out, or install a compiler (Debian: apt install g++)",
+            ) from error
+        kinds = self.classifier._no_split_modules or ()
+        layers = [module for module in self.backbone.modules() if type(module).__name__ in kinds]
+        if not layers:
+            raise UserError("this architecture does not say what its layers are, so none can be compiled")
+        for part in (part for layer in layers for part in layer.children()):
+            # not `part.compile()`: all modules' calls are one function, whose compiled forms are limited in number
+            part.forward = torch.compile(part.forward, dynamic=True, backend=backend)
 
     def score_packed(
         self, input_ids: Tensor, position_ids: Tensor, pair_ids: Tensor, branch_ids: Tensor, ends: Tensor

@@ -240,6 +240,8 @@ def open_run(
     if config.lora and model.autocast_dtype and not world.is_sharded:
         model.store_frozen_weights(model.autocast_dtype)  # (FSDP wants one dtype)
     model.use_attention(config.attention)
+    if config.compile:
+        model.compile()
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     module = world.prepare(model, model.packs_up_to(config.max_length))

@@ -296,6 +296,26 @@ def test_rewards_stay_fp32_under_bf16_autocast(base, tokenizer):
     assert not torch.equal(rough, rough.bfloat16().float()), "rewards were rounded to bf16"
 
 
+def test_frozen_weights_kept_in_bf16_change_neither_rewards_nor_gradients(base, tokenizer):
+    pairs, found = random_pairs(12), []
+    for keep in (False, True):
+        model = make_model(base, tokenizer, lora=True).train()
+        model.autocast_dtype = torch.bfloat16
+        fingerprint = model.base_fingerprint()
+        if keep:
+            model.store_frozen_weights(torch.bfloat16)
+            kept = [p for p in model.backbone.parameters() if p.dtype == torch.bfloat16]
+            assert len(kept) > 5 and not any(p.requires_grad for p in kept)
+        assert model.base_fingerprint() == fingerprint
+        rewards = rewards_of(model, packed_batches(pairs))
+        found.append((rewards.detach(), gradients(model, rewards), model.saved_tensors()))
+    assert torch.equal(found[0][0], found[1][0])
+    for name, gradient in found[0][1].items():
+        assert torch.equal(gradient, found[1][1][name]), name
+    for name, tensor in found[0][2].items():
+        assert tensor.dtype == found[1][2][name].dtype and torch.equal(tensor, found[1][2][name]), name
+
+
 def test_a_wrong_lora_target_lists_the_valid_names(base, tokenizer):
     with pytest.raises(UserError, match=r"q_porj, did you mean 'q_proj'\?(.|\n)*down_proj, gate_proj, k_proj"):
         models.RewardModel.create(base, tokenizer, 0, models.LoraSettings(target_modules=("q_porj",)))

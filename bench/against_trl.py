@@ -1,0 +1,219 @@
+"""Training throughput and peak memory against TRL's `RewardTrainer`, side by side on this machine.
+
+    QWEN3_DIR=... HH_RLHF_DIR=... python bench/against_trl.py
+
+Both sides train the same model (Qwen3's architecture and vocabulary, 4 layers of width 256 unless said otherwise) from
+the same weights on the same token ids: the pairs of the project's first steps at its default settings, 128 real
+HH-RLHF pairs a step, cut by nothing. Both: AdamW at the same rate, fp32 weights, bf16 autocast, `sdpa` attention,
+clipping at the same norm, gradient checkpointing off unless --gradient_checkpointing (then on both sides).
+
+TRL runs twice: at the project's default names and numbers (32 pairs × 4 accumulated), and at the batch size that is its
+quickest here, which is looked for first, with accumulation such that a step is as large. The sides are processes of
+their own and work in turn, a step each; the first step warms up, and its losses are compared. A step is timed from end
+to end, with its loading, collating and logging. Ratios are of medians.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import ours
+import theirs
+from common import Goal, Side, median
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+LOSS_TOLERANCE = 0.01  # bf16 has 8 bits: rewards around 1 are off by up to 0.004 on either side
+
+
+def main() -> None:
+    arguments = read_arguments()
+    qwen3, dataset = common.inputs()
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        os.environ.setdefault("RL_WITH_RM_CACHE", str(work / "cache"))
+        compared = Comparison(arguments, qwen3, dataset, work)
+        where = common.machine()
+        print(f"{common.describe(where)}\n\n{compared.described()}\n", flush=True)
+        found = compared.look_for_their_best()
+        best = arguments.their_best or max(found, key=lambda batch_size: found[batch_size]["pairs_per_second"])
+        measured = compared.measure(best) if arguments.steps else {}
+    common.write_json(arguments.json, {"machine": where, "search": found, "best": best, **measured})
+
+
+def read_arguments() -> Any:
+    parser = common.parser(__doc__)
+    parser.add_argument("--hidden", type=int, default=256, help="width of the model (default 256)")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the model (default 4)")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a side (default 3; 0: only the search)")
+    parser.add_argument("--their_best", type=int, default=0, help="TRL's best batch size, if it is known (0: search)")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=BATCH_SIZES, help="TRL's, to search the best in")
+    parser.add_argument("--grad_accum", type=int, default=ours.defaults().grad_accum, help="steps of 32 × this (4)")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="on both sides")
+    parser.add_argument("--sorted", action="store_true", help="give TRL each step's pairs in order of their length")
+    arguments = parser.parse_args()
+    arguments.batch_size = ours.defaults().batch_size
+    if arguments.quick:
+        arguments.layers, arguments.hidden, arguments.steps = 1, 128, 1
+        arguments.batch_size, arguments.grad_accum = 4, 2
+    return arguments
+
+
+class Comparison:
+    """The model and the pairs of one comparison on disk, and the sides that train on them."""
+
+    def __init__(self, arguments: Any, qwen3: str, dataset: str, work: Path):
+        self.arguments, self.dataset, self.work = arguments, dataset, work
+        self.key = common.CLOCKS[arguments.clock]
+        self.pairs_per_step = arguments.batch_size * arguments.grad_accum
+        self.shape = common.Shape(arguments.hidden, arguments.layers)
+        self.base = str(common.write_base(qwen3, work / "base", self.shape))
+        self.pairs, _ = ours.load_pairs(dataset, self.base)
+        self.steps = 1 + max(1, arguments.steps)  # one to warm up
+        if self.steps * self.pairs_per_step > len(self.pairs):
+            sys.exit(f"{self.steps} steps of {self.pairs_per_step} pairs are more than the {len(self.pairs)} there are")
+        self.indices = ours.pairs_of_steps(len(self.pairs), self.pairs_per_step, self.steps)
+        lengths = self.pairs.longest_sides()
+        order = [step[lengths[step].argsort()] if arguments.sorted else step for step in self.indices]
+        self.ids = str(theirs.write_ids(self.pairs, np.concatenate(order), work / "ids.json"))
+
+    def described(self) -> str:
+        a = self.arguments
+        checkpointing = "with" if a.gradient_checkpointing else "without"
+        order = ", sorted by length within a step for TRL" if a.sorted else ""
+        return (
+            f"{a.layers} layers × {a.hidden}, {self.pairs_per_step} pairs a step{order}, {checkpointing} gradient "
+            f"checkpointing, {a.steps} timed steps of each side in turn after one to warm up, {a.clock} time"
+        )
+
+    def ours(self) -> Side:
+        a = self.arguments
+        sizes = ("--batch_size", str(a.batch_size), "--grad_accum", str(a.grad_accum))
+        return ours.side("train", self.base, self.dataset, self.work, a.gradient_checkpointing, *sizes)
+
+    def theirs(self, batch_size: int) -> Side:
+        accumulated = self.pairs_per_step // batch_size
+        checkpointing = self.arguments.gradient_checkpointing
+        return theirs.side("train", self.base, self.ids, self.work, batch_size, accumulated, checkpointing)
+
+    def look_for_their_best(self) -> dict[int, dict[str, float]]:
+        """TRL's pairs a second and peak memory by batch size, each on the same two steps, the second timed."""
+        if self.arguments.their_best:
+            return {}
+        found, rows = {}, []
+        sizes = [size for size in self.arguments.batch_sizes if size <= self.arguments.batch_size]
+        for batch_size in sizes[-2:] if self.arguments.quick else sizes:
+            with self.theirs(batch_size) as side:
+                answer = common.in_turn({f"TRL at {batch_size}": side}, 2, do="step")[f"TRL at {batch_size}"][-1]
+                side.end()
+            rate = self.pairs_per_step / answer[self.key]
+            found[batch_size] = {"pairs_per_second": rate, "peak_gib": answer["peak_gib"]}
+            accumulated = f"{batch_size} × {self.pairs_per_step // batch_size}"
+            rows.append([accumulated, f"{rate:.1f}", f"{answer['cpu_seconds']:.1f} s", f"{answer['peak_gib']:.2f} GiB"])
+        columns = ("TRL, batch × accumulated", "pairs/s", "processor time", "peak memory")
+        print(common.table(columns, rows) + "\n", flush=True)
+        return found
+
+    def measure(self, best: int) -> dict[str, Any]:
+        """Ours, TRL at the defaults and TRL at its best in turn; prints the tables and returns what they hold."""
+        default = self.arguments.batch_size
+        sides = {"ours": self.ours(), "TRL": self.theirs(default)}
+        if best != default:
+            sides["TRL at its best"] = self.theirs(best)
+        try:
+            answers = common.in_turn(sides, self.steps, do="step")
+            ends = {name: side.end() for name, side in sides.items()}
+        finally:
+            for side in sides.values():
+                side.__exit__()
+        timed = {name: found[1:] for name, found in answers.items()}
+        for name in ("TRL", "TRL at its best"):
+            timed.setdefault(name, timed["TRL"])
+            ends.setdefault(name, ends["TRL"])
+        goals = self.goals(timed, ends, best)
+        difference = abs(ends["ours"]["loss"][0] - ends["TRL"]["loss"][0])
+        agrees = difference <= LOSS_TOLERANCE
+        print(common.goal_table(goals))
+        print(
+            f"\nloss of the first step: {ends['ours']['loss'][0]:.5f}, TRL {ends['TRL']['loss'][0]:.5f}: "
+            + (f"agree to bf16's {LOSS_TOLERANCE}" if agrees else f"differ by {difference:.5f}")
+        )
+        arithmetic = self.arithmetic(timed)
+        measured = {"steps": answers, "ends": ends, "goals": goals, "arithmetic": arithmetic}
+        if not agrees:
+            common.write_json(self.arguments.json, measured)
+            sys.exit("the two sides did not compute the same: nothing above counts")
+        return measured
+
+    def goals(self, timed: dict[str, Any], ends: dict[str, Any], best: int) -> list[Goal]:
+        default, pairs = self.arguments.batch_size, self.pairs_per_step
+
+        def rate(name: str) -> str:
+            return f"{pairs / median(timed[name], self.key):.1f} pairs/s"
+
+        def faster(name: str) -> float:
+            return median(timed[name], self.key) / median(timed["ours"], self.key)
+
+        def peak(name: str) -> float:
+            return max(answer["peak_gib"] for answer in timed[name])
+
+        # needed in both: a prompt read once, nothing padded
+        needed = sum(int(self.pairs.packed_lengths[step].sum()) for step in self.indices)
+        useful = {
+            name: needed / (len(self.indices) * pairs) * ends[name]["pairs"] / ends[name]["tokens"]
+            for name in ("TRL", "TRL at its best")
+        }
+        useful["ours"] = sum(ends["ours"]["useful"]) / len(ends["ours"]["useful"])
+        at_default, at_best = f"TRL at {default} × {pairs // default}", f"TRL at its best, {best} × {pairs // best}"
+        return [
+            Goal(f"training against {at_default}", rate("ours"), rate("TRL"), faster("TRL"), 8),
+            Goal(f"training against {at_best}", rate("ours"), rate("TRL at its best"), faster("TRL at its best"), 3.3),
+            Goal(
+                f"peak memory against {at_default}", f"{peak('ours'):.2f} GiB", f"{peak('TRL'):.2f} GiB",
+                peak("ours") / peak("TRL"), 0.25, at_least=False,
+            ),
+            Goal(
+                f"tokens needed of those computed ({at_default})", f"{useful['ours']:.1%}", f"{useful['TRL']:.1%}",
+                useful["ours"], 0.97, form="{:.3f}",
+            ),
+            Goal(
+                f"the same ({at_best})", f"{useful['ours']:.1%}", f"{useful['TRL at its best']:.1%}",
+                useful["ours"], 0.97, form="{:.3f}",
+            ),
+        ]  # fmt: skip
+
+    def arithmetic(self, timed: dict[str, Any]) -> dict[str, Any]:
+        """Prints processor time, memory and useful arithmetic of each side, and returns the latter."""
+        import torch
+
+        device = ours.device()
+        lengths = self.pairs.lengths
+        flops = [
+            common.needed_flops(self.shape, int(lengths[step].sum()), common.visible_positions(lengths[step]))
+            for step in self.indices[1:]
+        ]
+        quick = ((256,), 0.05) if self.arguments.quick else ()
+        product = common.matmul_tflops(device, torch.bfloat16, *quick, key=self.key)
+        peak = common.PEAK_TFLOPS.get(common.machine()["device_name"])
+        found, rows = {"matmul_tflops": product, "peak_tflops": peak}, []
+        for name, answers in timed.items():
+            achieved = sum(flops) / sum(answer[self.key] for answer in answers) / 1e12
+            found[name] = achieved
+            of_peak = f"{achieved / peak:.1%}" if peak else "–"
+            rows.append([
+                name, f"{median(answers):.2f} s", f"{median(answers, 'cpu_seconds'):.2f} s",
+                f"{answers[-1]['peak_gib']:.2f} GiB", f"{1000 * achieved:.1f}", f"{achieved / product:.1%}", of_peak,
+            ])  # fmt: skip
+        columns = ("side", "step", "processor time", "peak memory", "useful GFLOP/s",
+                   f"of this machine's own matrix product, {1000 * product:.0f}", "MFU")  # fmt: skip
+        print("\n" + common.table(columns, rows), flush=True)
+        return found
+
+
+if __name__ == "__main__":
+    main()

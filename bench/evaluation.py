@@ -1,0 +1,111 @@
+"""Evaluation of the whole test split against TRL's `RewardTrainer.evaluate`, side by side on this machine.
+
+    QWEN3_DIR=... HH_RLHF_DIR=... python bench/evaluation.py
+
+Both sides score the same token ids with the same model, in bf16 autocast, and report loss and accuracy. TRL is tried at
+several batch sizes (8 is its own default) and then runs at its quickest in turn with the project, whole evaluations at
+a time; the first of each warms up. Times hold everything from the pairs in memory to the finished figures.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import ours
+import theirs
+from common import Goal, median
+
+JUDGED = (8, 32)  # the goal is against the better of these
+LOSS_TOLERANCE = 0.01  # as in against_trl.py
+
+
+def main() -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("--hidden", type=int, default=256, help="width of the model (default 256)")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the model (default 4)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed evaluations of each side (default 3)")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[2, 4, 8, 32], help="TRL's, to find its best")
+    arguments = parser.parse_args()
+    qwen3, dataset = common.inputs()
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        os.environ.setdefault("RL_WITH_RM_CACHE", str(work / "cache"))
+        if arguments.quick:
+            arguments.layers, arguments.hidden, arguments.rounds, arguments.batch_sizes = 1, 128, 1, [8]
+            dataset = common.first_rows(dataset, work / "few", 16)
+        where = common.machine()
+        print(f"{common.describe(where)}\n", flush=True)
+        base = str(common.write_base(qwen3, work / "base", common.Shape(arguments.hidden, arguments.layers)))
+        _, pairs = ours.load_pairs(dataset, base)
+        ids = str(theirs.write_ids(pairs, np.arange(len(pairs)), work / "ids.json"))
+        print(
+            f"{arguments.layers} layers × {arguments.hidden}, {len(pairs)} test pairs, {arguments.clock} time\n",
+            flush=True,
+        )
+        found = try_batch_sizes(arguments, base, ids, work)
+        judged = min((size for size in found if size in JUDGED), key=found.get, default=min(found, key=found.get))
+        sides = {
+            "ours": ours.side("evaluate", base, dataset, work),
+            **{f"TRL at {size}": theirs.side("evaluate", base, ids, work, size)
+               for size in dict.fromkeys((judged, min(found, key=found.get)))},
+        }  # fmt: skip
+        answers = compare(sides, 1 + arguments.rounds)
+    goals = report(answers, len(pairs), judged, common.CLOCKS[arguments.clock])
+    common.write_json(arguments.json, {"machine": where, "search": found, "answers": answers, "goals": goals})
+    mine, other = answers["ours"][-1], answers[f"TRL at {judged}"][-1]
+    print(f"\nloss {mine['loss']:.5f}, TRL {other['loss']:.5f}", end="; ")
+    print(f"accuracy {mine['accuracy']:.4f}, TRL {other['accuracy']:.4f}")
+    if abs(mine["loss"] - other["loss"]) > LOSS_TOLERANCE:
+        sys.exit("the two sides did not compute the same: nothing above counts")
+
+
+def try_batch_sizes(arguments: Any, base: str, ids: str, work: Path) -> dict[int, float]:
+    """Seconds of TRL's second evaluation at each batch size."""
+    sizes = arguments.batch_sizes
+    if len(sizes) == 1:
+        return {sizes[0]: 0.0}
+    found = {}
+    for size in sizes:
+        answers = compare({f"TRL at {size}": theirs.side("evaluate", base, ids, work, size)}, 2)
+        found[size] = answers[f"TRL at {size}"][-1][common.CLOCKS[arguments.clock]]
+    rows = [[str(size), f"{seconds:.2f} s"] for size, seconds in found.items()]
+    print(common.table(("TRL's batch size", "one evaluation"), rows) + "\n", flush=True)
+    return found
+
+
+def compare(sides: dict[str, common.Side], rounds: int) -> dict[str, Any]:
+    """The answers of `rounds` evaluations of each side in turn."""
+    try:
+        answers = common.in_turn(sides, rounds, do="evaluate")
+        for side in sides.values():
+            side.end()
+        return answers
+    finally:
+        for side in sides.values():
+            side.__exit__()
+
+
+def report(answers: dict[str, Any], pairs: int, judged: int, key: str) -> list[Goal]:
+    """Print and return the comparison; only that with TRL at `judged` counts."""
+    timed, goals = {name: found[1:] for name, found in answers.items()}, []
+    mine, my_peak = median(timed["ours"], key), max(answer["peak_gib"] for answer in timed["ours"])
+    for name in [name for name in timed if name != "ours"]:
+        other, peak = median(timed[name], key), max(answer["peak_gib"] for answer in timed[name])
+        wanted = 5 if name == f"TRL at {judged}" else None
+        rates = f"{pairs / mine:.1f} pairs/s", f"{pairs / other:.1f} pairs/s"
+        goals += [
+            Goal(f"evaluation against {name}", *rates, other / mine, wanted),
+            Goal(f"peak memory against {name}", f"{my_peak:.2f} GiB", f"{peak:.2f} GiB", my_peak / peak, None),
+        ]
+    print(common.goal_table(goals))
+    return goals
+
+
+if __name__ == "__main__":
+    main()

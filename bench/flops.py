@@ -1,0 +1,194 @@
+"""The arithmetic that a training step needs, counted exactly, and the share of the machine's rate that it gets.
+
+    QWEN3_DIR=... HH_RLHF_DIR=... python bench/flops.py [HIDDEN] [--lora] [--attention sdpa] [--pairs 64]
+
+Qwen3's architecture, shrunk to 4 layers of HIDDEN (512 unless said), on real HH-RLHF pairs, bf16 autocast, no gradient
+checkpointing. Each round times a whole step (batches built, forward, backward, clipping, AdamW) and, right before and
+after it, bf16 matrix products of the model's own shapes; the share is needed FLOPs / time / the products' rate. Rounds
+are compared with themselves, because a shared machine's speed changes from minute to minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def visible_keys(lengths: Any) -> int:
+    """How many (query, key) pairs the mask of `[prefix | chosen | rejected]` pairs shows.
+
+    Args:
+        lengths: (N, 3) tokens of prefix, chosen tail and rejected tail, as `PairDataset.lengths` has them.
+
+    A causal sequence of n tokens shows n(n+1)/2: 1 for the first token, n for the last. The prefix is one; each tail is
+    another of its own, whose tokens moreover see the whole prefix: p(p+1)/2 + c(c+1)/2 + cp + r(r+1)/2 + rp.
+    """
+    total = 0
+    for prefix, chosen, rejected in ((int(p), int(c), int(r)) for p, c, r in lengths):
+        total += prefix * (prefix + 1) // 2
+        total += sum(tail * (tail + 1) // 2 + tail * prefix for tail in (chosen, rejected))
+    return total
+
+
+def needed_flops(model: Any, lengths: Any) -> int:
+    """Floating-point operations of matrix products in one forward and backward over pairs of these `lengths` (N, 3).
+
+    A product of (m, k) and (k, n) is 2mkn. Per token and matrix of `w` weights, forward is 2w. Backward is 2w for the
+    gradient of the input, and another 2w for that of the weights where they are trained; neither is computed in a layer
+    before which and in which nothing is trained. Attention is two products, scores and mixing, of 2 · heads · head size
+    for each visible (query, key); each of them needs two in the backward pass. The head reads two tokens a pair.
+
+    Not counted: padding, hidden keys, what gradient checkpointing or a kernel computes again, and everything that is no
+    matrix product (norms, softmax, rotary positions, the embedding, the optimizer).
+    """
+    from torch import nn
+
+    tokens, pairs = int(sum(sum(map(int, row)) for row in lengths)), len(lengths)
+    config = model.classifier.config.get_text_config()
+    total, trained_before = 0, model.classifier.get_input_embeddings().weight.requires_grad
+    trained_layers = []
+    for layer in model.backbone.layers:
+        for name, module in layer.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            weights, is_trained = module.weight.numel(), module.weight.requires_grad
+            # What comes into the first layer needs a gradient only if the embedding is trained; within the layer
+            # everything after q, k and v does, if they are trained or adapted. Of an adapter there, B's input does.
+            needs_input = trained_before or "lora_B" in name or not _reads_layer_input(name)
+            total += 2 * weights * tokens * (1 + is_trained + needs_input)
+        trained_here = any(parameter.requires_grad for parameter in layer.parameters())
+        trained_layers.append(trained_before or trained_here)
+        trained_before = trained_layers[-1]
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 2 * 2 * config.num_attention_heads * head_size * visible_keys(lengths)
+    total += sum(attention * (3 if is_trained else 1) for is_trained in trained_layers)
+    return total + 3 * 2 * config.hidden_size * 2 * pairs  # the head is always trained
+
+
+def _reads_layer_input(name: str) -> bool:
+    """Whether a matrix of a layer is applied to what comes into the layer: queries, keys and values."""
+    return any(part in name for part in ("q_proj", "k_proj", "v_proj"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_small_base(config_folder: str, folder: Path, hidden: int, layers: int = 4) -> None:
+    """Qwen3's architecture with fewer and narrower layers, the real vocabulary, and random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(config_folder)
+    config.hidden_size, config.intermediate_size = hidden, 3 * hidden
+    config.num_hidden_layers = config.max_window_layers = layers
+    config.layer_types = config.layer_types[:layers]
+    config.num_attention_heads, config.num_key_value_heads = hidden // 64, hidden // 128
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(config_folder).save_pretrained(folder)
+
+
+def product_rate(hidden: int, device: Any) -> float:
+    """FLOP/s of bf16 products of (4096, hidden) and (hidden, 3 · hidden), the best of some."""
+    import torch
+
+    inputs = torch.randn(4096, hidden, device=device).bfloat16()
+    weights = torch.randn(3 * hidden, hidden, device=device).bfloat16()
+    seconds = []
+    for _ in range(8):
+        started = now(device)
+        for _ in range(4):
+            inputs @ weights.t()
+        seconds.append(now(device) - started)
+    return 4 * 2 * 4096 * hidden * 3 * hidden / min(seconds)
+
+
+def now(device: Any) -> float:
+    """Seconds: of a GPU by the clock, of a CPU the time it worked for this process alone, per thread."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() if device.type != "cpu" else time.process_time() / torch.get_num_threads()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("hidden", type=int, nargs="?", default=512)
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    config_folder, dataset = os.environ.get("QWEN3_DIR"), os.environ.get("HH_RLHF_DIR")
+    if not config_folder or not dataset:
+        sys.exit("set QWEN3_DIR and HH_RLHF_DIR; see the top of this file")
+    import torch
+
+    import data
+    import distributed
+    import models
+    import packing
+    import train_rm
+    import utils
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_small_base(config_folder, Path(folder), arguments.hidden)
+        tokenizer = models.load_tokenizer(folder)
+        lora = models.LoraSettings() if arguments.lora else None
+        model = models.RewardModel.create(folder, tokenizer, 0, lora).to(models.pick_device()).train()
+    pairs, _ = data.load_pairs(dataset, tokenizer, 2048)
+    model.autocast_dtype = torch.bfloat16
+    if arguments.lora:
+        model.store_frozen_weights(torch.bfloat16)
+    way = model.use_attention(arguments.attention)
+    if arguments.compile:
+        model.compile()
+    trained = [parameter for parameter in model.classifier.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    indices = packing.fixed_sample(len(pairs), arguments.pairs, 0)
+    needed = needed_flops(model, pairs.lengths[indices])
+
+    world, pad_id = distributed.World(), tokenizer.pad_token_id
+
+    def step() -> float:
+        started = now(model.device)
+        turns = world.share(packing.plan_step(pairs, indices, 4096, 32, model.costly_width()), is_training=True)
+        batches = packing.prefetched(turns, lambda turn: (turn, packing.build(pairs, turn.plan, pad_id)))
+        on_device = ((turn, batch.to(model.device)) for turn, batch in batches)
+        train_rm.accumulate_gradients(world, model, on_device, len(indices), 0.0, utils.StopRequest())
+        torch.nn.utils.clip_grad_norm_(trained, math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return now(model.device) - started
+
+    step(), step()  # warms up, and compiles
+    print(f"torch {torch.__version__}, {model.device}, {torch.get_num_threads()} threads, attention {way}")
+    print(f"{arguments.pairs} pairs, {needed / 1e12:.3f} TFLOP needed")
+    shares = []
+    for _ in range(arguments.rounds):
+        before, seconds, after = product_rate(arguments.hidden, model.device), step(), 0.0
+        after = product_rate(arguments.hidden, model.device)
+        shares.append(needed / seconds / ((before + after) / 2))
+        print(
+            f"step {seconds:6.2f} s, needed {needed / seconds / 1e9:6.0f} GFLOP/s, "
+            f"products {before / 1e9:6.0f} and {after / 1e9:6.0f}: {shares[-1]:.3f}",
+            flush=True,
+        )
+    print(f"share of the products' rate: {statistics.median(shares):.3f} (median of {len(shares)})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What does not train: how long `--help` takes, and which share of a run goes into logging and saving.
+
+    QWEN3_DIR=... HH_RLHF_DIR=... python bench/overhead.py
+
+A run at its default settings logs each step, notes an evaluation every 50 and saves every 500. Each of these is timed
+by itself with the run's own code and files, as 500 steps would take hours on a CPU: TensorBoard's writing with its file
+closed at the end, so that its thread's work counts; the histograms and the record of an evaluation, at its real size;
+whole checkpoints, written, read back, hashed and published. A step is timed in the real loop. Then
+
+    share = beside / (step without its log + beside), where beside = log + note / eval_steps + save / save_steps
+
+The evaluations' own forward passes are no overhead in this sense, being asked for; `evaluation.py` times them. A larger
+model takes longer to save, but its steps grow more; a GPU's steps are shorter while a disk stays as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import common
+import ours
+from common import Goal
+
+
+def main() -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("--hidden", type=int, default=256, help="width of the model (default 256)")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the model (default 4)")
+    arguments = parser.parse_args()
+    qwen3, dataset = common.inputs()
+    key, flags = common.CLOCKS[arguments.clock], ()
+    steps, times, saves, starts, eval_pairs = 3, 200, 3, 7, 32
+    if arguments.quick:
+        arguments.layers, arguments.hidden, flags = 1, 128, ("--batch_size", "4", "--grad_accum", "1")
+        steps, times, saves, starts, eval_pairs = 2, 3, 1, 1, 4
+    where = common.machine()
+    print(f"{common.describe(where)}\n", flush=True)
+    help_seconds = [time_help(key) for _ in range(starts)]
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        os.environ.setdefault("RL_WITH_RM_CACHE", str(work / "cache"))
+        base = str(common.write_base(qwen3, work / "base", common.Shape(arguments.hidden, arguments.layers)))
+        with ours.side("log_and_save", base, dataset, work, False, *flags) as side:
+            config = ours.defaults()
+            found = side.ask(do="measure", key=key, steps=steps, times=times, saves=saves, eval_pairs=eval_pairs)
+            side.end()
+    step, save = statistics.median(found["steps"][1:]), statistics.median(found["saves"])
+    log = found["log"]
+    rows = [
+        ["a step", f"{step:.2f} s", "1", f"{step:.4f} s"],
+        ["its log: TensorBoard and the line", f"{1000 * log:.2f} ms", "1", f"{log:.4f} s"],
+        ["noting an evaluation", f"{1000 * found['eval_log']:.1f} ms", f"1/{config.eval_steps}",
+         f"{found['eval_log'] / config.eval_steps:.4f} s"],
+        [f"a checkpoint of {found['checkpoint_bytes'] / 2**20:,.0f} MiB", f"{save:.2f} s", f"1/{config.save_steps}",
+         f"{save / config.save_steps:.4f} s"],
+    ]  # fmt: skip
+    beside = log + found["eval_log"] / config.eval_steps + save / config.save_steps
+    share = beside / (step - log + beside)  # the real loop's step has its log in it already
+    started = statistics.median(help_seconds)
+    goals = [
+        Goal("train_rm.py --help", f"{started:.2f} s", "–", started, 1.0, at_least=False),
+        Goal("share of a run in logging and saving", f"{share:.2%}", "–", share, 0.03, at_least=False, form="{:.4f}"),
+    ]
+    print(common.goal_table(goals))
+    print(f"\n{arguments.layers} layers × {arguments.hidden}, {arguments.clock} time; medians\n")
+    print(common.table(("what", "takes", "times a step", "in a step"), rows))
+    common.write_json(
+        arguments.json, {"machine": where, "help_seconds": help_seconds, **found, "share": share, "goals": goals}
+    )
+
+
+def time_help(key: str) -> float:
+    """Seconds of one `train_rm.py --help`, from its start to its end."""
+    before, started = os.times(), time.perf_counter()
+    subprocess.run([sys.executable, str(common.ROOT / "train_rm.py"), "--help"], check=True, stdout=subprocess.DEVNULL)
+    passed, after = time.perf_counter() - started, os.times()
+    if key == "seconds":
+        return passed
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""How time and memory grow with the length of the sequences, the pairs in a step and the width of the model.
+
+    QWEN3_DIR=... HH_RLHF_DIR=... python bench/scaling.py
+
+Around 4 layers × 256 and 32 pairs a step, one thing changes at a time. Pairs of a given length are made by cutting and
+joining real HH-RLHF dialogues: both sides come to about that many tokens, with as much of them in the shared prompt as
+in the real pairs. The other two sweeps take real pairs. TRL runs the same ids at the batch size given, until a step of
+it would take longer than --their_seconds (its last step, times the growth of its padded tokens and of the weights).
+
+Whether time grows no faster than the useful work (`common.needed_flops`) is computed and printed: from the smallest to
+the largest size, the growth of a step's time over the growth of its work is at most 1. Draws docs/scaling.png, with the
+useful work as a line from the first point on. Sweeps may be measured one by one: what --json FILE holds of the others
+is kept and drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import ours
+import theirs
+from common import Goal, Shape, median
+
+SWEEPS = {
+    "length": ("tokens a side", (128, 256, 512, 1024, 2048)),
+    "pairs": ("pairs in a step", (32, 64, 128, 256, 512)),
+    "width": ("width of the model", (128, 256, 512, 1024)),
+}
+LEAST_TEMPLATE = 24  # tokens of the chat template around a prompt and a reply
+PICTURE = common.ROOT / "docs" / "scaling.png"
+
+
+def main() -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="which to measure (all)")
+    parser.add_argument("--largest", type=int, default=2048, help="leave out sizes above (default 2048)")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the model (default 4)")
+    parser.add_argument("--hidden", type=int, default=256, help="width where it is not what changes (default 256)")
+    parser.add_argument("--pairs", type=int, default=32, help="pairs a step where they are not what changes (32)")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps, after one to warm up (default 2)")
+    parser.add_argument("--their_batch", type=int, default=4, help="TRL's batch size (default 4; 0: without TRL)")
+    parser.add_argument("--their_seconds", type=float, default=20, help="skip longer steps of TRL (default 20)")
+    parser.add_argument("--png", type=Path, default=PICTURE, help="where to draw (default docs/scaling.png)")
+    arguments = parser.parse_args()
+    qwen3, dataset = common.inputs()
+    sizes = {name: tuple(size for size in SWEEPS[name][1] if size <= arguments.largest) for name in arguments.sweeps}
+    if arguments.quick:
+        arguments.layers, arguments.hidden, arguments.pairs, arguments.steps = 1, 128, 2, 1
+        arguments.their_seconds, sizes = 0, {"length": (64, 128), "pairs": (2, 4)}  # TRL once in each
+    where, found = common.machine(), kept(arguments.json)
+    print(f"{common.describe(where)}\n", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        os.environ.setdefault("RL_WITH_RM_CACHE", str(work / "cache"))
+        measuring = Measuring(arguments, qwen3, dataset, work)
+        for sweep in sizes:
+            found[sweep] = {"machine": where, "points": measuring.sweep(sweep, sizes[sweep])}
+            print(points_table(sweep, found[sweep]["points"], measuring.product) + "\n", flush=True)
+    goals = [growth(sweep, found[sweep]["points"]) for sweep in found]
+    print(common.table(("goal", "time grew", "useful work grew", "ratio", "wanted", "met"), [g.row() for g in goals]))
+    common.write_json(arguments.json, found)
+    draw(found, arguments)
+    print(f"\ndrawn: {arguments.png}")
+
+
+def kept(path: Path | None) -> dict[str, Any]:
+    """The sweeps of an earlier measurement."""
+    return json.loads(path.read_text()) if path is not None and path.exists() else {}
+
+
+class Measuring:
+    """Runs points: each is a model, pairs and a step size, on fresh processes."""
+
+    def __init__(self, arguments: Any, qwen3: str, dataset: str, work: Path):
+        import torch
+
+        self.arguments, self.qwen3, self.dataset, self.work = arguments, qwen3, dataset, work
+        self.key, self.bases = common.CLOCKS[arguments.clock], {}
+        quick = ((256,), 0.05) if arguments.quick else ()
+        self.product = common.matmul_tflops(ours.device(), torch.bfloat16, *quick, key=self.key)
+        self.real, _ = ours.load_pairs(dataset, self.base(arguments.hidden))
+
+    def base(self, hidden: int) -> str:
+        if hidden not in self.bases:
+            shape = Shape(hidden, self.arguments.layers)
+            self.bases[hidden] = str(common.write_base(self.qwen3, self.work / f"base-{hidden}", shape))
+        return self.bases[hidden]
+
+    def sweep(self, sweep: str, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+        points: list[dict[str, Any]] = []
+        for size in sizes:
+            hidden = size if sweep == "width" else self.arguments.hidden
+            pairs = size if sweep == "pairs" else self.arguments.pairs
+            dataset = self.dataset
+            if sweep == "length":
+                rows = pairs * (1 + self.arguments.steps)
+                dataset = pairs_of_length(self.real, self.base(hidden), size, rows, self.work / f"length-{size}")
+            points.append({"size": size, **self.point(hidden, pairs, dataset, points[-1] if points else None)})
+            print(f"{sweep} {size}: {points[-1]['ours']}", file=sys.stderr, flush=True)
+        return points
+
+    def point(self, hidden: int, pairs: int, dataset: str, before: dict[str, Any] | None) -> dict[str, Any]:
+        a, base = self.arguments, self.base(hidden)
+        known, _ = ours.load_pairs(dataset, base)
+        steps = 1 + max(1, min(a.steps, len(known) // pairs - 1))
+        if steps * pairs > len(known):
+            sys.exit(f"a step to warm up and one to time, of {pairs} pairs, are more than the {len(known)} there are")
+        indices = ours.pairs_of_steps(len(known), pairs, steps)
+        shape, timed = Shape(hidden, a.layers), [known.lengths[step] for step in indices[1:]]
+        batch_size = min(pairs, ours.defaults().batch_size)
+        sizes = ("--batch_size", str(batch_size), "--grad_accum", str(pairs // batch_size))
+        flops = sum(common.needed_flops(shape, int(n.sum()), common.visible_positions(n)) for n in timed) / len(timed)
+        point = {
+            "pairs": pairs, "needed_tokens": sum(int(n.sum()) for n in timed) / len(timed), "flops": flops,
+            "padded": 2 * sum(int(known.longest_sides()[step].sum()) for step in indices[1:]) * shape.matrix_weights,
+            "ours": self.run(ours.side("train", base, dataset, self.work, False, *sizes), steps),
+        }  # fmt: skip
+        if a.their_batch and (before is None or "TRL" in before):
+            if before is not None:
+                steps_before = max(1, min(a.steps, len(known) // before["pairs"] - 1))
+                grown = (point["padded"] / (steps - 1)) / (before["padded"] / steps_before)
+                if before["TRL"]["seconds"] * grown > a.their_seconds:
+                    return point
+            size = min(a.their_batch, pairs)
+            ids = str(theirs.write_ids(known, np.concatenate(indices), self.work / "ids.json"))
+            point["TRL"] = self.run(theirs.side("train", base, ids, self.work, size, pairs // size), steps)
+        return point
+
+    def run(self, side: common.Side, steps: int) -> dict[str, float]:
+        with side:
+            answers = [side.ask(do="step") for _ in range(steps)][1:]
+            side.end()
+        return {"seconds": median(answers, self.key), "peak_gib": max(answer["peak_gib"] for answer in answers)}
+
+
+def pairs_of_length(real: Any, base: str, length: int, count: int, folder: Path) -> str:
+    """`count` pairs whose sides come to about `length` tokens, cut and joined from real ones; a folder of files."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    shared = real.lengths[:, 0].sum() / real.longest_sides().sum()  # of a side, in its prompt
+    prompt = int(shared * (length - LEAST_TEMPLATE))
+    reply = length - LEAST_TEMPLATE - prompt
+    texts = [stream(real, side, tokenizer) for side in (0, 0, 1)]  # prompts, chosen and rejected replies
+
+    def row() -> dict[str, Any]:
+        asked, chosen, rejected = (
+            tokenizer.decode([next(text) for _ in range(tokens)]).strip()
+            for text, tokens in zip(texts, (prompt, reply, reply), strict=True)
+        )
+        user = {"role": "user", "content": asked}
+        return {
+            name: [user, {"role": "assistant", "content": said}]
+            for name, said in (("chosen", chosen), ("rejected", "Or: " + rejected))  # never the same reply twice
+        }
+
+    folder.mkdir()
+    for name, rows in (("train", count), ("test", 1)):
+        lines = [json.dumps(row()) + "\n" for _ in range(rows)]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return str(folder)
+
+
+def stream(real: Any, side: int, tokenizer: Any) -> Iterator[int]:
+    """The token ids of one side of the real pairs, end to end and over again, without the template's own tokens."""
+    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    while True:
+        for index in range(len(real)):
+            yield from (token for token in real.sequences(index)[side].tolist() if token not in special)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is shown
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def points_table(sweep: str, points: list[dict[str, Any]], product: float) -> str:
+    rows = []
+    for point in points:
+        seconds, theirs_ = point["ours"]["seconds"], point.get("TRL")
+        achieved = point["flops"] / seconds / 1e12
+        rows.append([
+            f"{point['size']:,}", f"{point['pairs'] / seconds:.2f}", f"{point['needed_tokens'] / seconds:,.0f}",
+            f"{seconds:.2f} s", f"{point['ours']['peak_gib']:.2f} GiB", f"{1000 * achieved:.1f}",
+            f"{achieved / product:.1%}", f"{point['pairs'] / theirs_['seconds']:.2f}" if theirs_ else "skipped",
+            f"{theirs_['peak_gib']:.2f} GiB" if theirs_ else "skipped",
+        ])  # fmt: skip
+    columns = (SWEEPS[sweep][0], "pairs/s", "needed tokens/s", "step", "peak memory", "useful GFLOP/s",
+               f"of a matrix product's {1000 * product:.0f}", "TRL, pairs/s", "TRL, peak memory")  # fmt: skip
+    return common.table(columns, rows)
+
+
+def growth(sweep: str, points: list[dict[str, Any]]) -> Goal:
+    """From the first to the last size: how much longer a step takes, against how much more useful work is in it."""
+    first, last = points[0], points[-1]
+    time, work = last["ours"]["seconds"] / first["ours"]["seconds"], last["flops"] / first["flops"]
+    name = f"{SWEEPS[sweep][0]}, {first['size']:,} to {last['size']:,}"
+    return Goal(name, f"{time:.1f} ×", f"{work:.1f} ×", time / work, 1.0, at_least=False)
+
+
+def draw(found: dict[str, Any], arguments: Any) -> None:
+    """Time of a step above, peak memory below, a column for each sweep; both axes in powers of two."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    names = [name for name in SWEEPS if name in found]
+    figure, axes = pyplot.subplots(2, len(names), figsize=(4.2 * len(names), 6.6), squeeze=False, facecolor="white")
+    for column, name in enumerate(names):
+        points = found[name]["points"]
+        for row, (key, title) in enumerate((("seconds", "seconds a step"), ("peak_gib", "peak memory, GiB"))):
+            axis = axes[row, column]
+            if key == "seconds":
+                first = points[0]
+                work = [first["ours"]["seconds"] * point["flops"] / first["flops"] for point in points]
+                sizes = [point["size"] for point in points]
+                axis.plot(sizes, work, "--", color="0.55", label="growth of the useful work")
+            for side, color, marker in (("ours", "#0b6e4f", "o"), ("TRL", "#c8553d", "s")):
+                some = [point for point in points if side in point]
+                values = [point[side][key] for point in some]
+                label = {"ours": "rl-with-rm", "TRL": f"TRL, batches of {arguments.their_batch}"}[side]
+                axis.plot([p["size"] for p in some], values, marker=marker, color=color, label=label, linewidth=2)
+            axis.set_xscale("log", base=2)
+            if key == "seconds":
+                axis.set_yscale("log", base=2)
+                axis.yaxis.set_major_formatter("{x:g}")
+            else:
+                axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
+            axis.set_xticks([point["size"] for point in points], [f"{point['size']:,}" for point in points])
+            axis.set_xlabel(SWEEPS[name][0])
+            axis.grid(True, color="0.9")
+            axis.spines[["top", "right"]].set_visible(False)
+            if column == 0:
+                axis.set_ylabel(title)
+    axes[0, 0].legend(frameon=False, fontsize=9)
+    where = found[names[0]]["machine"]
+    figure.suptitle(
+        f"{where['device_name']}, {where['threads']} torch threads, {arguments.layers} layers, bf16, "
+        f"torch {where['versions']['torch']}, commit {where['commit']}", fontsize=9, color="0.35",
+    )  # fmt: skip
+    figure.tight_layout()
+    figure.savefig(arguments.png, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
