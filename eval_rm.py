@@ -125,6 +125,11 @@ def plan(config: EvalConfig) -> judging.Task:
     )
 
 
+def shown(name: str, folder: Path) -> str:
+    """A model as the report calls it: its folder, a run's newest step included; a hub id as it was given."""
+    return utils.seen_from_here(str(folder)) if Path(name).expanduser().exists() else name
+
+
 def limits(config: EvalConfig, settings: dict[str, Any]) -> judging.Limits:
     stored = settings.get("max_length")
     max_length = config.max_length or (stored if isinstance(stored, int) and stored > 0 else judging.Limits.max_length)

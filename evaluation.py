@@ -25,7 +25,7 @@ import reward_bench
 import scoring
 import utils
 from comparisons import Comparison, Data, Row
-from data import Counts
+from data import MOST_LEFT_OUT, Counts
 from score_log import ScoreLog
 
 MOST_READ = 10  # pairs worth reading, of each sort
@@ -111,7 +111,7 @@ def score(
     log.flush()
     seconds = time.monotonic() - started
     scored = len(log) - done
-    if scored:
+    if seconds > SAY_EVERY_SECONDS:
         print(f"{what}: {scored:,} rows in {utils.format_duration(seconds)}, {scored / max(seconds, 1e-9):,.1f} rows/s",
               file=sys.stderr, flush=True)  # fmt: skip
     return _table(log, seen, scorer.fingerprint), log
@@ -217,6 +217,9 @@ def findings(content: dict[str, Any]) -> list[str]:
         return ["No pair was scored."]
     if content["ties"] == n:
         return ["Every pair is a tie: the model gives all replies the same reward, and has learned nothing."]
+    rows = content["rows"]
+    if rows["left_out"] > MOST_LEFT_OUT * rows["read"]:
+        found.append(f"{rows['left_out'] / rows['read']:.0%} of the rows were left out: this is of the others only.")
     if content["ties"] > 0.01 * n:
         found.append(f"{content['ties'] / n:.1%} of the pairs are ties: the model gives both replies the same reward.")
     low, high = content["interval"]

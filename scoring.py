@@ -98,7 +98,9 @@ class Scorer:
     fingerprint: str  # of weights, tokenizer and arithmetic
 
     @classmethod
-    def of(cls, model: models.RewardModel, max_length: int, batch_size: int, tokens_per_batch: int, precision: str):
+    def of(
+        cls, model: models.RewardModel, max_length: int, batch_size: int, tokens_per_batch: int, precision: str
+    ) -> Scorer:
         """Put a model on the device for scoring."""
         model.autocast_dtype = torch.bfloat16 if precision == "bf16" else None
         model.eval()

@@ -39,7 +39,7 @@ def one_step(base: Path, dataset: str, work: Path, name: str, flags: list[str]) 
     command = [
         sys.executable, str(ROOT / "train_rm.py"), "--model", str(base), "--dataset", dataset, "--max_steps", "1",
         "--eval_num_batches", "1", "--output_dir", str(work / "out"), "--log_dir", str(work / "logs"),
-        "--run_name", name, *flags,
+        "--run_name", name, "--no_report", *flags,
     ]  # fmt: skip
     subprocess.run(command, check=True, stdout=sys.stderr)
     events = EventAccumulator(str(work / "logs" / name)).Reload()

@@ -538,3 +538,16 @@ except SystemExit as end:
 """)
     assert "--batch_size" in result.stdout and result.stderr == ""
     assert result.stdout.splitlines()[-1] == "end 0 []"
+
+
+def test_a_published_file_is_all_or_nothing(tmp_path):
+    final = tmp_path / "new" / "report.json"
+    with utils.published_file(final) as file:
+        file.write("first\n")
+        assert not final.exists()
+    with pytest.raises(ZeroDivisionError), utils.published_file(final) as file:
+        file.write("second, half of it")
+        raise ZeroDivisionError
+    assert final.read_bytes() == b"first\n" and list(final.parent.iterdir()) == [final]
+    with utils.published_file(None) as file:
+        file.write("goes nowhere")
