@@ -231,6 +231,8 @@ def step_lines(run: RunInfo, runs: list[RunInfo], roots: Roots) -> list[str]:
         marks = ["best"] * (step is best) + ["last"] * (step is last)
         if others := sources.get(step.folder.name):
             marks.append(f"{', '.join(map(printable, others))} went on from here")
+        if (run.folder / "reports" / step.folder.name / "report.html").is_file():
+            marks.append(f"reports/{step.folder.name}/report.html")
         optimizer = utils.format_bytes(step.optimizer_bytes) if step.optimizer_bytes else "removed"
         row = [f"  {step.folder.name}", utils.format_bytes(step.bytes), optimizer, accuracy_text(step.accuracy())]
         rows.append([*row, ", ".join(marks)])
@@ -287,8 +289,7 @@ def command_lines(run: RunInfo) -> list[str]:
         lines.append(f"  python train_rm.py --resume_from {quoted(source)}{more}")
     if chosen := best or last:
         lines.append(f"  python chat.py --model {quoted(chosen.folder)}")
-        if (Path(__file__).parent / "eval_rm.py").exists():
-            lines.append(f"  python eval_rm.py --model {quoted(chosen.folder)}")
+        lines.append(f"  python eval_rm.py --model {quoted(chosen.folder)}")
     if run.log_folder:
         lines.append(f"  tensorboard --logdir {quoted(run.log_folder)}")
     return lines

@@ -367,7 +367,8 @@ def test_our_own_checkpoint_knows_its_data_its_base_its_logs_and_its_place(train
 
     capsys.readouterr()
     manage_runs.main(["--show", "crumb"])  # and manage_runs.py takes the reports for a part of the run
-    assert "left alone" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "left alone" not in shown and "reports/step-2/report.html" in shown
     manage_runs.main(["--delete", "crumb/step-2", "--yes"])
     assert reports.is_dir()
     manage_runs.main(["--undo"])

@@ -443,7 +443,7 @@ def test_one_run_shows_settings_steps_curve_and_commands(manage, work):
     assert "step-2" in text and "branch went on from here" in text and "best" in text
     assert "loss by step" in text and "┤" in text
     assert f"--resume_from {Path('checkpoints/rm/first')}" in text and "tensorboard --logdir" in text
-    assert ("eval_rm.py" in text) == (ROOT / "eval_rm.py").exists()
+    assert "eval_rm.py" in text
     against = manage("--show", "first", "--against", "stopped").stdout
     assert "epochs" in against and "500" in against and "lr_schedule" not in against
 
