@@ -81,6 +81,7 @@ def peak_of(run: Run, budget: int) -> int:
     batch = packing.build(run.train_pairs, plan, run.model.tokenizer.pad_token_id).to(device)
     with watched_memory(device) as peak, run.world.adding_up(run.module, distributed.Turn(plan, 0, is_last=True)):
         run.module(*batch.inputs()).sum().backward()
+        run.model.dense_embedding_gradient()
     run.optimizer.zero_grad(set_to_none=True)
     return peak[0]
 

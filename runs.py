@@ -239,6 +239,8 @@ def open_run(
     model.to(models.pick_device() if world.is_alone else world.accelerator.device).train()
     if config.lora and model.autocast_dtype and not world.is_sharded:
         model.store_frozen_weights(model.autocast_dtype)  # (FSDP wants one dtype)
+    if world.is_alone:
+        model.use_sparse_embedding_gradients()
     model.use_attention(config.attention)
     if config.compile:
         model.compile()

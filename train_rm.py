@@ -118,6 +118,7 @@ def gradients_of_step(
                 world, run.module, micro_batches, len(indices), run.config.center_rewards, stop
             )
             results = world.combine(results, stop)
+            run.model.dense_embedding_gradient()
             return plans, results[:, 0], results[:, 1:]
         except RuntimeError as error:
             batching.halve_token_budget(run, plans, error)

@@ -415,3 +415,27 @@ def test_token_rewards_with_qwens_own_template(real_tokenizer_folder, tmp_path):
         texts, rewards = model.token_rewards(dialogue)
         assert "".join(texts).removesuffix("<|im_end|>\n").strip() == reply.strip()
         assert rewards[-1] == pytest.approx(model.score_dialogues([dialogue])[0], abs=1e-5)
+
+
+def test_a_sparse_embedding_gradient_ends_as_the_dense_one(base, tokenizer):
+    gradients = []
+    for is_sparse in (False, True):
+        model = models.RewardModel.create(base, tokenizer, seed=0).train()
+        weight = model.classifier.get_input_embeddings().weight
+        if is_sparse:
+            model.use_sparse_embedding_gradients()
+        for seed in (0, 1):  # two micro-batches, with tokens in common
+            ids = torch.randint(5, 60, (3, 20), generator=torch.Generator().manual_seed(seed))
+            model.score_rows(ids, torch.ones_like(ids)).sum().backward()
+        assert weight.grad.is_sparse == is_sparse
+        model.dense_embedding_gradient()
+        gradients.append(weight.grad)
+    assert not gradients[1].is_sparse and gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
+
+
+def test_a_frozen_embedding_stays_as_it_is(base, tokenizer):
+    model = models.RewardModel.create(base, tokenizer, 0, models.LoraSettings())
+    model.use_sparse_embedding_gradients()
+    assert not model.classifier.get_input_embeddings().sparse
+    model.dense_embedding_gradient()
