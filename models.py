@@ -9,10 +9,12 @@ Letters: B rows, T tokens per row, N pairs, D hidden size.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import hashlib
 import math
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,16 @@ def pick_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def trim_heap() -> None:
+    """Give the C library's freed memory back to the system, where it keeps it: glibc, on Linux."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
+
+
 def free_memory(device: torch.device) -> None:
     """Give cached blocks back, so that a smaller batch finds room in one piece."""
     gc.collect()
+    trim_heap()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if device.type == "mps":
@@ -190,7 +199,7 @@ class RewardModel(nn.Module):
         """Have the embedding's gradient list the tokens that were there, until `dense_embedding_gradient` ends a step.
 
         A dense one of Qwen3's 151,936 rows would be filled with zeros and added up in every micro-batch, in which a few
-        thousand rows are met: a fifth of a small model's step on a CPU. DDP and FSDP add up dense ones only.
+        thousand rows are met. DDP and FSDP add up dense ones only.
         """
         embeddings = self.classifier.get_input_embeddings()
         if type(embeddings) is nn.Embedding and embeddings.weight.requires_grad and embeddings.max_norm is None:
@@ -201,6 +210,8 @@ class RewardModel(nn.Module):
         """Turn a sparse gradient of the embedding into the one that clipping and AdamW want."""
         weight = self.classifier.get_input_embeddings().weight
         if weight.grad is not None and weight.grad.is_sparse:
+            if weight.device.type == "cpu":
+                trim_heap()  # the activations are gone, and their room would stay held while this takes its own
             # coalescing sorts, so the order of summation, and with it the last bit, is always the same
             weight.grad = weight.grad.coalesce().to_dense()
 
