@@ -40,7 +40,7 @@ PICTURE = common.ROOT / "docs" / "scaling.png"
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="which to measure (all)")
+    parser.add_argument("--sweeps", nargs="*", choices=SWEEPS, default=list(SWEEPS), help="which to measure (all)")
     parser.add_argument("--largest", type=int, default=2048, help="leave out sizes above (default 2048)")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model (default 4)")
     parser.add_argument("--hidden", type=int, default=256, help="width where it is not what changes (default 256)")
@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--png", type=Path, default=PICTURE, help="where to draw (default docs/scaling.png)")
     arguments = parser.parse_args()
     qwen3, dataset = common.inputs()
+    if arguments.quick and arguments.png == PICTURE:
+        parser.error("--quick would draw over the real picture: name another with --png")
     sizes = {name: tuple(size for size in SWEEPS[name][1] if size <= arguments.largest) for name in arguments.sweeps}
     if arguments.quick:
         arguments.layers, arguments.hidden, arguments.pairs, arguments.steps = 1, 128, 2, 1
@@ -60,15 +62,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         os.environ.setdefault("RL_WITH_RM_CACHE", str(work / "cache"))
-        measuring = Measuring(arguments, qwen3, dataset, work)
+        measuring = Measuring(arguments, qwen3, dataset, work) if sizes else None
         for sweep in sizes:
-            found[sweep] = {"machine": where, "points": measuring.sweep(sweep, sizes[sweep])}
-            print(points_table(sweep, found[sweep]["points"], measuring.product) + "\n", flush=True)
+            points = measuring.sweep(sweep, sizes[sweep])
+            found[sweep] = {"machine": where, "setting": setting(sweep, arguments), "points": points}
+            print(points_table(sweep, points, measuring.product) + "\n", flush=True)
+    if not found:
+        parser.error("nothing measured and nothing in --json FILE to draw")
     goals = [growth(sweep, found[sweep]["points"]) for sweep in found]
     print(common.table(("goal", "time grew", "useful work grew", "ratio", "wanted", "met"), [g.row() for g in goals]))
     common.write_json(arguments.json, found)
     draw(found, arguments)
     print(f"\ndrawn: {arguments.png}")
+
+
+def setting(sweep: str, arguments: Any) -> str:
+    """What stays the same in a sweep, and which time is meant."""
+    fixed = {
+        "length": f"{arguments.pairs} pairs a step, width {arguments.hidden}",
+        "pairs": f"real pairs, width {arguments.hidden}",
+        "width": f"{arguments.pairs} real pairs a step",
+    }
+    return f"{fixed[sweep]}, {arguments.clock} time"
 
 
 def kept(path: Path | None) -> dict[str, Any]:
@@ -237,6 +252,8 @@ def draw(found: dict[str, Any], arguments: Any) -> None:
                 axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
             axis.set_xticks([point["size"] for point in points], [f"{point['size']:,}" for point in points])
             axis.set_xlabel(SWEEPS[name][0])
+            if row == 0:
+                axis.set_title(found[name]["setting"], fontsize=9)
             axis.grid(True, color="0.9")
             axis.spines[["top", "right"]].set_visible(False)
             if column == 0:
