@@ -42,7 +42,7 @@ def test_compiled_rewards_and_gradients_are_the_same(base, tokenizer, tmp_path, 
     pairs = random_pairs(12)
     model = make_model(base, tokenizer, lora).train()
     model.save(tmp_path / "before")
-    names = list(model.saved_tensors())
+    names = list(model.names_in_file(model.state()))
     wanted_rewards = rewards_of(model, packed_batches(pairs))
     wanted = gradients(model, wanted_rewards)
     assert model.use_attention(way) == way
@@ -56,7 +56,7 @@ def test_compiled_rewards_and_gradients_are_the_same(base, tokenizer, tmp_path, 
     for name, gradient in gradients(model, rewards).items():
         assert (gradient - wanted[name]).norm() <= 1e-5 * wanted[name].norm() + 1e-9, name
     model.save(tmp_path / "after")
-    assert list(model.saved_tensors()) == names and not any("_orig_mod" in name for name in names)
+    assert list(model.names_in_file(model.state())) == names and not any("_orig_mod" in name for name in names)
     for path in (tmp_path / "before").iterdir():
         assert path.read_bytes() == (tmp_path / "after" / path.name).read_bytes(), path.name
 
