@@ -23,7 +23,9 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the 
 QUESTION = "What should I know about bread?"
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><b>bold</b> & </textarea> if a < b:\n    c &lt; d"
 # Gradio's own words when a page is left while it is asking something
-ON_LEAVING = r"^AbortError: (signal is|BodyStreamBuffer was) aborted|^Unexpected error Connection errored out|^Failed to fetch"
+ON_LEAVING = (
+    r"^AbortError: (signal is|BodyStreamBuffer was) aborted|^Unexpected error Connection errored out|^Failed to fetch"
+)
 PHONE = {"width": 390, "height": 844}
 
 
