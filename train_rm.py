@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -396,4 +395,4 @@ def summary(run: runs.Run, evaluation: Evaluation | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(utils.run_script(main))
+    launch.leave(utils.run_script(main))

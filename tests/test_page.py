@@ -89,6 +89,8 @@ def rewards(page):
 
 def send(page, text, length=24):
     set_slider(page, "Max new tokens", length)
+    if length > 1000:  # drawn at random, the end would come sooner or later
+        set_slider(page, "Temperature", 0)
     message_box(page).fill(text)
     message_box(page).press("Enter")
 
@@ -105,8 +107,26 @@ def set_slider(page, label, value):
     box = page.get_by_label(f"number input for {label}")
     if not box.is_visible():
         page.get_by_role("button", name="How to reply").click()
-    box.fill(str(value))
-    box.press("Tab")
+
+    def fill():
+        box.fill(str(value))
+        box.press("Tab")
+        expect(box).to_have_value(str(value), timeout=2_000)
+
+    try:
+        fill()
+    except AssertionError:  # Gradio was still putting the opened accordion together, with the values it began with
+        fill()
+
+
+def wait_until_kept(page, count):
+    """Until the browser keeps `count` replies, all conversations together: a reply is kept just after it is shown."""
+    page.wait_for_function(
+        """count => Object.keys(localStorage).filter(key => key.startsWith("rl-with-rm/conversation/"))
+        .flatMap(key => JSON.parse(localStorage.getItem(key)).conversation.messages)
+        .filter(message => message.role === "assistant").length === count""",
+        arg=count,
+    )
 
 
 def picture(page, name, **options):
@@ -225,6 +245,7 @@ def test_conversations_are_kept_in_the_browser_and_found_again(open_page):
     page.locator("#new-chat").click()
     expect(replies(page)).to_have_count(0)
     ask(page, "The second talk")
+    wait_until_kept(page, 2)
     page.reload()
     expect(page.locator("#chat .user.message")).to_have_text(re.compile("The second talk"), timeout=10_000)
     expect(rewards(page)).to_have_count(1)
