@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import publishing
 import records
 import utils
 from distributed import World
@@ -112,7 +113,7 @@ def save(
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
         refuse_full_disk(run_folder, model)
-        with utils.published_folder(final) as folder:
+        with publishing.published_folder(final) as folder:
             model.save(folder, state.model)
             save_file(state.optimizer, folder / OPTIMIZER)
             save_file(states, folder / RANDOM_STATE)

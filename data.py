@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+import publishing
 import utils
 from rows import LEFT_OUT, NOTED, Pair, Source, find_sources, read_pairs
 
@@ -154,7 +155,7 @@ def _cached(source: Source, tokenizer: Any, tokenizer_print: str) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         _remove_dead_entries()
         try:
-            with utils.published_folder(folder, f".tmp-{key}-{os.getpid()}") as temporary:
+            with publishing.published_folder(folder, f".tmp-{key}-{os.getpid()}") as temporary:
                 _tokenise(source, tokenizer, temporary)
         except FileExistsError as error:
             if (folder / "report.json").exists():

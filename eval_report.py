@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import publishing
 import report_figures as figures
 import report_page
 import report_plots
-import utils
 from evaluation import Table
 
 JSON, PAGE = "report.json", "report.html"
@@ -21,9 +21,9 @@ def write(folder: Path, content: dict[str, Any], table: Table) -> None:
     """report.json and report.html, each all or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     plots = _plots(content, table)
-    with utils.published_file(folder / JSON) as file:
+    with publishing.published_file(folder / JSON) as file:
         file.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    with utils.published_file(folder / PAGE) as file:
+    with publishing.published_file(folder / PAGE) as file:
         file.write(report_page.page(content, [(plot, report_plots.svg(plot)) for plot in plots]))
 
 

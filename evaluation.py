@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 import pair_statistics as statistics
+import publishing
 import reward_bench
 import scoring
 import utils
@@ -308,7 +309,7 @@ def readings(
     chances = statistics.label_probability(table.margins)
     positions = {position for found in wanted.values() for position in found}
     texts: dict[int, dict[str, Any]] = {}
-    with utils.published_file(out) as file:
+    with publishing.published_file(out) as file:
         for row in data.read() if positions or out else ():
             if not out and row.position not in positions:
                 continue

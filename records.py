@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import publishing
 import utils
 
 RUN, MANIFEST, OPTIMIZER = "run.json", "manifest.json", "optimizer.safetensors"
@@ -204,7 +205,7 @@ def replace_text(path: Path, text: str) -> None:
             file = half.open("x", encoding="utf-8")
         with file:
             file.write(text)
-        utils.flush_to_disk(half)
+        publishing.flush_to_disk(half)
         os.replace(half, path)
     except OSError:
         with contextlib.suppress(OSError):  # the one that matters is on its way

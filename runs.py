@@ -25,6 +25,7 @@ import locks
 import models
 import packing
 import probe
+import publishing
 import records
 import utils
 from train_config import AUTO, NOT_STORED, TrainConfig
@@ -165,7 +166,7 @@ def set_up(config: TrainConfig, resumed_from: Path | None, world: distributed.Wo
     try:
         refuse_strays(folder)
         make_folder(log_folder, "--log_dir")
-        utils.remove_dead_saves(folder)
+        publishing.remove_dead_saves(folder)
         records.temporary(folder / records.RUN).unlink(missing_ok=True)
         return open_run(config, folder, lock, resumed_from, world)
     except BaseException:

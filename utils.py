@@ -1,4 +1,4 @@
-"""What every script shares and no library gives: errors and exit codes, stopping, run folders, publishing, text.
+"""What every script shares and no library gives: errors and exit codes, stopping, run folders, text.
 
 Standard library only, so that `--help` and listing runs stay instant. Nothing here knows torch, models or losses.
 """
@@ -15,13 +15,12 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
 import traceback
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -297,87 +296,6 @@ def best_step(run_folder: Path) -> Path | None:
         if isinstance(accuracy, float) and math.isfinite(accuracy):
             scored.append((accuracy, step_of(path) or 0, path))
     return max(scored)[2] if scored else None
-
-
-@contextlib.contextmanager
-def published_folder(final: Path, temporary_name: str | None = None) -> Iterator[Path]:
-    """Yield a temporary folder beside `final`; on leaving, flush and rename it, so that `final` is all or nothing.
-
-    Raises FileExistsError if `final` is there: what is published is never written into. A failure removes the
-    temporary folder; a kill leaves it, and `remove_dead_saves` clears it later. Where several processes may publish the
-    same thing, each wants a `temporary_name` of its own; the first one wins, the others get FileExistsError.
-    """
-    if final.exists():
-        raise FileExistsError(errno.EEXIST, "already published", str(final))
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(temporary_name or f".tmp-{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                path.chmod(_file_mode())  # safetensors writes 0600, and a group shares its checkpoints
-                flush_to_disk(path)
-        flush_to_disk(temporary)
-        try:
-            temporary.rename(final)
-        except OSError as error:
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-                raise FileExistsError(errno.EEXIST, "already published", str(final)) from error
-            raise
-        flush_to_disk(final.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-@contextlib.contextmanager
-def published_file(final: Path | None) -> Iterator[typing.TextIO]:
-    """Yield a text file under a temporary name beside `final`; on leaving, flush it and rename it over `final`.
-
-    A failure removes it and leaves `final` as it was. Without a `final` what is written goes nowhere.
-    """
-    if final is None:
-        with open(os.devnull, "w", encoding="utf-8") as nowhere:
-            yield nowhere
-        return
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".tmp-{final.name}-{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
-        flush_to_disk(temporary)
-        os.replace(temporary, final)
-    except BaseException:
-        with contextlib.suppress(OSError):  # the one that matters is on its way
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-def _file_mode() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
-def remove_dead_saves(folder: Path) -> list[Path]:
-    """Delete the temporary folders that killed saves left in `folder`; returns what was removed."""
-    dead = [path for path in folder.glob(".tmp-*") if path.is_dir() and not path.is_symlink()]
-    for path in dead:
-        shutil.rmtree(path, ignore_errors=True)
-    return dead
-
-
-def flush_to_disk(path: Path) -> None:
-    """fsync a file, or a folder where the platform can (Windows cannot open one)."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import locks
+import publishing
 import utils
 from rows import Messages
 
@@ -57,7 +58,7 @@ def append(path: Path, row: dict[str, Any]) -> int:
             try:
                 if file.write(line) != len(line):  # unbuffered, so that nothing is left to be written after a failure
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-                utils.flush_to_disk(path)
+                publishing.flush_to_disk(path)
             except OSError:
                 file.truncate(size)
                 raise
