@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import needed_arithmetic
 import numpy as np
 import ours
 import theirs
@@ -193,10 +194,8 @@ class Comparison:
 
         device = ours.device()
         lengths = self.pairs.lengths
-        flops = [
-            common.needed_flops(self.shape, int(lengths[step].sum()), common.visible_positions(lengths[step]))
-            for step in self.indices[1:]
-        ]
+        model = needed_arithmetic.skeleton(self.base)
+        flops = [needed_arithmetic.needed_flops(model, lengths[step]) for step in self.indices[1:]]
         quick = ((256,), 0.05) if self.arguments.quick else ()
         product = common.matmul_tflops(device, torch.bfloat16, *quick, key=self.key)
         peak = common.PEAK_TFLOPS.get(common.machine()["device_name"])

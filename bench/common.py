@@ -248,33 +248,6 @@ def matmul_tflops(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Useful arithmetic
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def visible_positions(lengths: Any) -> int:
-    """How many (query, key) positions may look at each other in pairs of (prefix, chosen, rejected) tokens (N, 3).
-
-    The prefix is causal in itself; each tail sees the prefix and, causally, itself.
-    """
-    prefix, chosen, rejected = lengths.T.astype("int64")
-    causal = [part * (part + 1) // 2 for part in (prefix, chosen, rejected)]
-    return int((sum(causal) + prefix * (chosen + rejected)).sum())
-
-
-def needed_flops(shape: Shape, tokens: int, visible: int, is_training: bool = True) -> float:
-    """The arithmetic that no exact way can do without, multiply and add as two.
-
-    Forward: 2 for each matrix weight and token, and for each visible (query, key), layer and head 2 · head size for the
-    score and as much for the mixing. The backward pass is twice that: once for the weights (or the other factor), once
-    for the input. Left out, being below a percent: norms, rotations, softmax, the head, the optimizer. Not counted, as
-    no result needs it: padding, a prefix read twice, masked positions, recomputation in gradient checkpointing.
-    """
-    attention = 4 * shape.layers * shape.heads * shape.head_size * visible
-    return (3 if is_training else 1) * (2.0 * shape.matrix_weights * tokens + attention)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Children that work in turn
 # ---------------------------------------------------------------------------------------------------------------------
 

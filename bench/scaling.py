@@ -7,10 +7,10 @@ joining real HH-RLHF dialogues: both sides come to about that many tokens, with 
 in the real pairs. The other two sweeps take real pairs. TRL runs the same ids at the batch size given, until a step of
 it would take longer than --their_seconds (its last step, times the growth of its padded tokens and of the weights).
 
-Whether time grows no faster than the useful work (`common.needed_flops`) is computed and printed: from the smallest to
-the largest size, the growth of a step's time over the growth of its work is at most 1. Draws docs/scaling.png, with the
-useful work as a line from the first point on. Sweeps may be measured one by one: what --json FILE holds of the others
-is kept and drawn.
+Whether time grows no faster than the useful work (`needed_arithmetic.needed_flops`) is computed and printed: from the
+smallest to the largest size, the growth of a step's time over the growth of its work is at most 1. Draws
+docs/scaling.png, with the useful work as a line from the first point on. Sweeps may be measured one by one: what
+--json FILE holds of the others is kept and drawn.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import needed_arithmetic
 import numpy as np
 import ours
 import theirs
@@ -132,7 +133,7 @@ class Measuring:
         shape, timed = Shape(hidden, a.layers), [known.lengths[step] for step in indices[1:]]
         batch_size = min(pairs, ours.defaults().batch_size)
         sizes = ("--batch_size", str(batch_size), "--grad_accum", str(pairs // batch_size))
-        flops = sum(common.needed_flops(shape, int(n.sum()), common.visible_positions(n)) for n in timed) / len(timed)
+        flops = needed_arithmetic.needed_flops(needed_arithmetic.skeleton(base), np.concatenate(timed)) / len(timed)
         point = {
             "pairs": pairs, "needed_tokens": sum(int(n.sum()) for n in timed) / len(timed), "flops": flops,
             "padded": 2 * sum(int(known.longest_sides()[step].sum()) for step in indices[1:]) * shape.matrix_weights,

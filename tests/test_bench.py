@@ -18,8 +18,6 @@ sys.path.insert(0, str(ROOT / "bench"))
 import common
 import scaling
 
-import attention
-
 TABLE = re.compile(r"\|[^\n]*\|\n\| --- [^\n]*\|\n(?:\|[^\n]*\|\n)+")
 
 
@@ -74,33 +72,6 @@ def test_without_its_inputs_a_benchmark_says_which(script, missing, tmp_path):
     command = [sys.executable, str(ROOT / "bench" / script), "--quick"]
     result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1 and result.stderr.startswith(f"set {missing} to a folder with ")
-
-
-@pytest.mark.parametrize("tokens", [1, 37])
-@pytest.mark.parametrize("is_training", [False, True])
-def test_needed_flops_are_what_torch_counts_for_a_sequence_that_sees_all(tokens, is_training):
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-    from transformers import AutoConfig, AutoModel
-
-    shape = common.Shape(128, 2)
-    model = AutoModel.from_config(AutoConfig.for_model("qwen3", vocab_size=50, **shape.settings()))
-    counter = FlopCounterMode(display=False)
-    # torch's own count of the fused kernels' backward holds a recomputation that no result needs
-    with sdpa_kernel(SDPBackend.MATH), counter, torch.set_grad_enabled(is_training):
-        hidden = model(torch.arange(tokens)[None] % 50, use_cache=False).last_hidden_state
-        if is_training:
-            hidden.sum().backward()
-    # torch counts masked positions as well: all keys, for every query
-    assert counter.get_total_flops() == common.needed_flops(shape, tokens, tokens * tokens, is_training)
-
-
-def test_visible_positions_are_those_of_the_models_own_mask():
-    lengths = np.array([[5, 3, 2], [0, 4, 1], [7, 1, 1]])
-    pair_ids = np.repeat(np.arange(3), lengths.sum(axis=1))
-    branch_ids = np.concatenate([np.repeat([0, 1, 2], row) for row in lengths])
-    mask = attention.pair_attention_mask(torch.tensor(pair_ids)[None], torch.tensor(branch_ids)[None])
-    assert common.visible_positions(lengths) == int(mask.sum())
 
 
 def test_matrix_weights_are_a_models_own():

@@ -1,4 +1,4 @@
-"""bench/flops.py: needed arithmetic by hand, and as torch counts it."""
+"""bench/needed_arithmetic.py: needed arithmetic by hand, and as torch counts it."""
 
 import sys
 from pathlib import Path
@@ -15,14 +15,14 @@ import train_rm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
-import flops
+import needed_arithmetic
 
 
 @pytest.mark.parametrize("lengths", [(0, 1, 1), (3, 1, 2), (40, 20, 7)])
-def test_visible_keys_are_those_of_the_mask(lengths):
+def test_visible_positions_are_those_of_the_mask(lengths):
     branch_ids = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
     mask = attention.pair_attention_mask(torch.zeros_like(branch_ids), branch_ids)
-    assert flops.visible_keys([lengths, lengths]) == 2 * mask.sum().item()
+    assert needed_arithmetic.visible_positions(np.array([lengths, lengths])) == 2 * mask.sum().item()
 
 
 def test_needed_arithmetic_of_one_pair_by_hand(base, tokenizer):
@@ -34,7 +34,7 @@ def test_needed_arithmetic_of_one_pair_by_hand(base, tokenizer):
     # prefix 3, tails 1 and 2: 6 tokens; visible 1+2+3, 4, 4+5 = 19
     per_layer = 3 * (2 * 6 * matrices + 4 * heads * 19)
     by_hand = config.num_hidden_layers * per_layer + 3 * 2 * 2 * 128
-    assert flops.needed_flops(model, [(3, 1, 2)]) == by_hand
+    assert needed_arithmetic.needed_flops(model, np.array([(3, 1, 2)])) == by_hand
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -49,7 +49,13 @@ def test_needed_arithmetic_is_what_torch_counts_less_what_is_hidden(base, tokeni
         rewards = train_rm.score(model, batch)
         rewards.sum().backward()
     config = model.classifier.config
-    hidden = 41**2 - flops.visible_keys(pairs.lengths)
+    hidden = 41**2 - needed_arithmetic.visible_positions(pairs.lengths)
     heads = config.num_attention_heads * config.head_dim
     computed_though_hidden = config.num_hidden_layers * 3 * 4 * heads * hidden
-    assert counter.get_total_flops() - computed_though_hidden == flops.needed_flops(model, pairs.lengths)
+    assert counter.get_total_flops() - computed_though_hidden == needed_arithmetic.needed_flops(model, pairs.lengths)
+
+
+def test_a_skeleton_has_the_arithmetic_of_the_model_it_stands_for(base, tokenizer):
+    lengths = np.array([(3, 1, 2), (40, 20, 7)])
+    wanted = needed_arithmetic.needed_flops(make_model(base, tokenizer), lengths)
+    assert needed_arithmetic.needed_flops(needed_arithmetic.skeleton(base), lengths) == wanted
