@@ -9,8 +9,9 @@ whole checkpoints, written, read back, hashed and published. A step is timed in 
 
     share = beside / (step without its log + beside), where beside = log + note / eval_steps + save / save_steps
 
-The evaluations' own forward passes are no overhead in this sense, being asked for; `evaluation.py` times them. A larger
-model takes longer to save, but its steps grow more; a GPU's steps are shorter while a disk stays as it is.
+The evaluations' own forward passes are no overhead in this sense, being asked for; `evaluation_against_trl.py` times
+them. A larger model takes longer to save, but its steps grow more; a GPU's steps are shorter while a disk stays as it
+is.
 """
 
 from __future__ import annotations

@@ -8,15 +8,12 @@ import re
 import subprocess
 import sys
 
+import common
 import numpy as np
 import pytest
+import scaling
 import torch
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "bench"))
-
-import common
-import scaling
 
 TABLE = re.compile(r"\|[^\n]*\|\n\| --- [^\n]*\|\n(?:\|[^\n]*\|\n)+")
 
@@ -34,7 +31,7 @@ def numbers(content):
     "script, tables, flags",
     [
         ("against_trl.py", 2, ["--their_best", 2, "--gradient_checkpointing", "--sorted"]),
-        ("evaluation.py", 1, []),
+        ("evaluation_against_trl.py", 1, []),
         ("overhead.py", 2, []),
         ("scaling.py", 3, ["--png", "growth.png"]),
     ],
@@ -62,8 +59,13 @@ def test_a_benchmark_runs_to_its_end_and_prints_its_tables(
         assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_no_benchmark_hides_a_module_of_the_project():
+    modules, benchmarks = ({path.name for path in folder.glob("*.py")} for folder in (ROOT, ROOT / "bench"))
+    assert "train_rm.py" in modules and "scaling.py" in benchmarks and not modules & benchmarks
+
+
 @pytest.mark.parametrize("missing", ["QWEN3_DIR", "HH_RLHF_DIR"])
-@pytest.mark.parametrize("script", ["against_trl.py", "evaluation.py", "overhead.py", "scaling.py"])
+@pytest.mark.parametrize("script", ["against_trl.py", "evaluation_against_trl.py", "overhead.py", "scaling.py"])
 def test_without_its_inputs_a_benchmark_says_which(script, missing, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "train.jsonl.gz").write_bytes(b"")

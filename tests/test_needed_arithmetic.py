@@ -1,8 +1,6 @@
 """bench/needed_arithmetic.py: needed arithmetic by hand, and as torch counts it."""
 
-import sys
-from pathlib import Path
-
+import needed_arithmetic
 import numpy as np
 import pytest
 import torch
@@ -12,10 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import attention
 import packing
 import train_rm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-
-import needed_arithmetic
 
 
 @pytest.mark.parametrize("lengths", [(0, 1, 1), (3, 1, 2), (40, 20, 7)])

@@ -16,7 +16,7 @@ from test_chat import Server, free_port
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 expect = sync_api.expect
-expect.set_options(timeout=20_000)  # a busy machine is slow, and no fault
+expect.set_options(timeout=60_000)  # a busy machine is slow, and no fault
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page is not tried in a browser")
 
@@ -88,6 +88,7 @@ def rewards(page):
 
 
 def send(page, text, length=24):
+    expect(page.locator("#message button.submit-button")).to_be_visible()  # an earlier reply has ended
     set_slider(page, "Max new tokens", length)
     if length > 1000:  # drawn at random, the end would come sooner or later
         set_slider(page, "Temperature", 0)
@@ -98,7 +99,7 @@ def send(page, text, length=24):
 def ask(page, text, count=1, length=24):
     """Send a message and wait until the chat's `count`th reply has its reward."""
     send(page, text, length)
-    expect(rewards(page)).to_have_count(count, timeout=30_000)
+    expect(rewards(page)).to_have_count(count)
     expect(page.locator("#message button.submit-button, #message button.stop-button")).to_have_count(1)
     expect(page.locator("#message button.submit-button")).to_be_visible()
 
@@ -151,11 +152,11 @@ def test_a_reply_streams_in_and_gets_its_reward(open_page):
     send(page, QUESTION, length=1500)
     started = time.perf_counter()
     written = page.locator("#chat .bot .md")
-    expect(written).to_have_count(1, timeout=10_000)
+    expect(written).to_have_count(1)
     lengths = []
-    while time.perf_counter() - started < 1.5:
+    while len(set(lengths)) < 4 and time.perf_counter() - started < 30:
         lengths.append(len(written.inner_text()))
-    assert len(set(lengths)) > 3 and lengths == sorted(lengths)
+    assert len(set(lengths)) == 4 and lengths == sorted(lengths)
     page.locator("#message button.stop-button").click()
     expect(rewards(page)).to_have_text(re.compile(r"^reward [+-]\d+\.\d{3}$"), timeout=5_000)
 
@@ -163,7 +164,7 @@ def test_a_reply_streams_in_and_gets_its_reward(open_page):
 def test_stop_ends_the_writing_within_a_second_and_the_next_message_is_answered(open_page):
     page = open_page()
     send(page, QUESTION, length=1900)
-    expect(replies(page)).to_have_count(1, timeout=10_000)
+    expect(replies(page)).to_have_count(1)
     page.locator("#message button.stop-button").click()
     page.wait_for_timeout(1000)
     stopped_at = replies(page).first.inner_text()
@@ -176,13 +177,13 @@ def test_stop_ends_the_writing_within_a_second_and_the_next_message_is_answered(
 def test_who_has_to_wait_sees_the_place_in_the_queue_and_is_served(open_page):
     first, second, third = (open_page() for _ in range(3))
     send(first, QUESTION, length=1900)
-    expect(replies(first)).to_have_count(1, timeout=10_000)
+    expect(replies(first)).to_have_count(1)
     send(second, QUESTION)
     send(third, QUESTION)
-    expect(third.locator("#chat")).to_contain_text(re.compile(r"queue: \d/\d"), timeout=10_000)
+    expect(third.locator("#chat")).to_contain_text(re.compile(r"queue: \d/\d"))
     first.locator("#message button.stop-button").click()
     for waiting in (second, third):
-        expect(rewards(waiting)).to_have_count(1, timeout=20_000)
+        expect(rewards(waiting)).to_have_count(1)
 
 
 def test_what_was_written_is_shown_letter_by_letter_and_runs_nowhere(open_page):
@@ -207,7 +208,7 @@ def test_a_message_can_be_edited_as_it_was_written(open_page):
     box.fill("Is <i>rye</i> bread?")
     page.get_by_label("Submit", exact=True).first.click()
     expect(page.locator("#chat .user.message")).to_contain_text("Is <i>rye</i> bread?")
-    expect(rewards(page)).to_have_count(1, timeout=20_000)
+    expect(rewards(page)).to_have_count(1)
     expect(page.locator("#chat .user.message")).to_have_count(1)
 
 
@@ -216,8 +217,8 @@ def test_retry_writes_another_reply_and_undo_gives_the_message_back(open_page):
     ask(page, QUESTION)
     first = replies(page).first.inner_text()
     page.get_by_label("Retry").last.click()
-    expect(replies(page).first).not_to_have_text(first, timeout=20_000)
-    expect(rewards(page)).to_have_count(1, timeout=20_000)
+    expect(replies(page).first).not_to_have_text(first)
+    expect(rewards(page)).to_have_count(1)
     page.get_by_label("Undo").last.click()
     expect(replies(page)).to_have_count(0)
     expect(message_box(page)).to_have_value(QUESTION)
@@ -247,7 +248,7 @@ def test_conversations_are_kept_in_the_browser_and_found_again(open_page):
     ask(page, "The second talk")
     wait_until_kept(page, 2)
     page.reload()
-    expect(page.locator("#chat .user.message")).to_have_text(re.compile("The second talk"), timeout=10_000)
+    expect(page.locator("#chat .user.message")).to_have_text(re.compile("The second talk"))
     expect(rewards(page)).to_have_count(1)
     page.get_by_label("Toggle Sidebar").click()
     page.get_by_role("radio", name="The first talk").click()
@@ -256,21 +257,21 @@ def test_conversations_are_kept_in_the_browser_and_found_again(open_page):
     page.get_by_role("button", name="Delete this chat").click()
     expect(page.get_by_role("radio")).to_have_count(1)
     page.reload()
-    expect(page.locator("#chat .user.message")).to_have_text(re.compile("The second talk"), timeout=10_000)
+    expect(page.locator("#chat .user.message")).to_have_text(re.compile("The second talk"))
 
 
 def test_a_new_chat_in_the_middle_of_a_reply_stays_new_and_what_was_written_is_kept(open_page):
     page = open_page()
     page.get_by_label("Toggle Sidebar").click()
     send(page, QUESTION, length=1900)
-    expect(replies(page)).to_have_count(1, timeout=10_000)
+    expect(replies(page)).to_have_count(1)
     page.wait_for_timeout(500)
     page.locator("#new-chat").click()
     expect(replies(page)).to_have_count(0)
     page.wait_for_timeout(1500)
     expect(replies(page)).to_have_count(0)
     page.get_by_role("radio", name=QUESTION).click()
-    expect(rewards(page)).to_have_count(1, timeout=10_000)
+    expect(rewards(page)).to_have_count(1)
     assert len(replies(page).first.inner_text()) > 20
 
 
@@ -278,22 +279,22 @@ def test_a_page_that_is_reloaded_in_the_middle_of_a_reply_keeps_the_question_and
     page = open_page()
     send(page, QUESTION, length=1900)
     page.wait_for_function("Object.keys(localStorage).some(key => key.startsWith('rl-with-rm/'))")
-    expect(replies(page)).to_have_count(1, timeout=10_000)
+    expect(replies(page)).to_have_count(1)
     page.reload()
-    expect(page.locator("#chat .user.message")).to_have_text(re.compile(QUESTION[:20]), timeout=10_000)
+    expect(page.locator("#chat .user.message")).to_have_text(re.compile(QUESTION[:20]))
     ask(page, "And now?", length=8)
 
 
 def test_what_is_sent_while_a_reply_is_written_stays_in_the_box(open_page):
     page = open_page()
     send(page, QUESTION, length=1900)
-    expect(page.locator("#chat .bot .md")).to_have_count(1, timeout=10_000)
+    expect(page.locator("#chat .bot .md")).to_have_count(1)
     message_box(page).fill("Second while busy")
     message_box(page).press("Enter")
     expect(page.locator(".toast-body")).to_contain_text("a reply is being written")
     expect(message_box(page)).to_have_value("Second while busy")
     page.locator("#message button.stop-button").click()
-    expect(rewards(page)).to_have_count(1, timeout=10_000)
+    expect(rewards(page)).to_have_count(1)
     expect(page.locator("#chat .user.message")).to_have_count(1)
 
 
@@ -319,7 +320,7 @@ def test_junk_in_the_browsers_storage_hides_no_conversation(open_page, junk):
     ask(page, "A good talk")
     page.evaluate("junk => localStorage.setItem('rl-with-rm/conversation/junk', junk)", junk)
     page.reload()
-    expect(page.locator("#chat .user.message")).to_have_text(re.compile("A good talk"), timeout=10_000)
+    expect(page.locator("#chat .user.message")).to_have_text(re.compile("A good talk"))
 
 
 def test_two_tabs_that_go_on_with_one_conversation_make_two_of_it(open_page):
@@ -327,7 +328,7 @@ def test_two_tabs_that_go_on_with_one_conversation_make_two_of_it(open_page):
     ask(one, "The start")
     other = one.context.new_page()
     other.goto(one.url)
-    expect(other.locator("#chat .user.message")).to_have_count(1, timeout=10_000)
+    expect(other.locator("#chat .user.message")).to_have_count(1)
     ask(other, "From the other tab", count=2)
     ask(one, "From this tab", count=2)
     one.get_by_label("Toggle Sidebar").click()
@@ -384,9 +385,9 @@ def test_two_replies_are_compared_and_voted_on(open_page, server):
     page = open_page()
     fill_comparison(page)
     page.locator("#compare").click()
-    expect(page.locator("#verdict")).to_contain_text(re.compile(r"P\(A preferred\) = 0\.\d+"), timeout=10_000)
+    expect(page.locator("#verdict")).to_contain_text(re.compile(r"P\(A preferred\) = 0\.\d+"))
     expect(page.locator("#growth canvas, #growth svg").first).to_be_visible()
-    assert page.locator(".textspan, .textfield span").count() > 10
+    expect(page.locator(".textspan, .textfield span").nth(10)).to_be_visible()
     before = server.votes_file.read_text().count("\n") if server.votes_file.exists() else 0
     page.locator("#vote-b").click()
     expect(page.locator("#saved")).to_contain_text(f"row {before + 1} of")
@@ -408,7 +409,7 @@ def test_a_pair_of_the_demos_is_compared_token_by_token(open_page, demo_folder):
     page.locator("#reply-A textarea").fill(chosen)
     page.locator("#reply-B textarea").fill(pair["rejected"].rpartition("\n\nAssistant: ")[2])
     page.locator("#compare").click()
-    expect(page.locator("#verdict")).to_contain_text("P(A preferred)", timeout=10_000)
+    expect(page.locator("#verdict")).to_contain_text("P(A preferred)")
     expect(page.locator("#growth canvas, #growth svg").first).to_be_visible()
     shown = "".join(page.locator(".textfield").first.inner_text().split())
     assert shown == "".join(chosen.split()) + "<|im_end|>"
@@ -418,7 +419,7 @@ def test_a_pair_of_the_demos_is_compared_token_by_token(open_page, demo_folder):
 def test_the_model_writes_both_replies_and_they_are_compared(open_page):
     page = open_page()
     write_both(page, length=24)
-    expect(page.locator("#verdict")).to_contain_text("P(A preferred)", timeout=20_000)
+    expect(page.locator("#verdict")).to_contain_text("P(A preferred)")
     texts = [page.locator(f"#reply-{letter} textarea").input_value() for letter in "AB"]
     assert all(texts) and texts[0] != texts[1]
 
@@ -427,7 +428,7 @@ def test_a_verdict_does_not_outlive_the_texts_it_is_about(open_page):
     page = open_page()
     fill_comparison(page)
     page.locator("#compare").click()
-    expect(page.locator("#verdict")).to_contain_text("P(A preferred)", timeout=10_000)
+    expect(page.locator("#verdict")).to_contain_text("P(A preferred)")
     page.locator("#reply-A textarea").press("End")
     page.locator("#reply-A textarea").type("!")
     expect(page.locator("#verdict")).not_to_contain_text("P(A preferred)")
@@ -439,7 +440,7 @@ def test_half_written_replies_cannot_be_voted_on(open_page):
     write_both(page, length=1900)
     expect(page.locator("#stop-writing")).to_be_visible()
     expect(page.locator("#vote-a")).to_be_disabled()
-    expect(page.locator("#reply-A textarea")).not_to_have_value("", timeout=10_000)
+    expect(page.locator("#reply-A textarea")).not_to_have_value("")
     page.locator("#stop-writing").click()
     expect(page.locator("#vote-a")).to_be_enabled(timeout=5_000)
     expect(page.locator("#write-both")).to_be_visible()
@@ -476,11 +477,11 @@ def test_models_are_offered_and_loaded_by_name(open_page):
     scorer.click()
     page.get_by_role("option", name="nobody").click()
     page.locator("#load").click()
-    expect(page.locator("#status")).to_contain_text("nobody: choose a reward model", timeout=20_000)
+    expect(page.locator("#status")).to_contain_text("nobody: choose a reward model")
     scorer.click()
     page.get_by_role("option", name="bread / step-2").click()
     page.locator("#load").click()
-    expect(page.locator("#status")).to_contain_text("bread / step-2 (newest) · ", timeout=20_000)
+    expect(page.locator("#status")).to_contain_text("bread / step-2 (newest) · ")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -493,7 +494,7 @@ def test_keyboard_alone_is_enough(open_page):
     focus(page, "#message textarea")
     page.keyboard.type(QUESTION)
     page.keyboard.press("Enter")
-    expect(rewards(page)).to_have_count(1, timeout=30_000)
+    expect(rewards(page)).to_have_count(1)
     focus(page, "[role=tab]:nth-of-type(2)")
     page.keyboard.press("Enter")
     for selector, text in (
@@ -505,7 +506,7 @@ def test_keyboard_alone_is_enough(open_page):
         page.keyboard.type(text)
     focus(page, "#compare")
     page.keyboard.press("Enter")
-    expect(page.locator("#verdict")).to_contain_text("P(A preferred)", timeout=10_000)
+    expect(page.locator("#verdict")).to_contain_text("P(A preferred)")
 
 
 def focus(page, selector):
@@ -524,7 +525,7 @@ def test_nothing_is_wider_than_a_phone(open_page):
     picture(page, "phone")
     fill_comparison(page)
     page.locator("#compare").click()
-    expect(page.locator("#verdict")).to_contain_text("P(A preferred)", timeout=10_000)
+    expect(page.locator("#verdict")).to_contain_text("P(A preferred)")
     page.locator("#vote-tie").scroll_into_view_if_needed()
     expect(page.locator("#vote-tie")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]

@@ -809,7 +809,6 @@ def test_real_pairs_are_counted_and_evaluated_to_the_end(run_script, small_qwen3
 )
 @pytest.mark.parametrize("switch", ["--no_lora", "--lora"])
 def test_a_step_of_the_full_06b_shape_fits_in_24_gb(run_script, real_tokenizer_folder, real_data, tmp_path, switch):
-    sys.path.insert(0, str(ROOT / "bench"))
     import real_shape
 
     real_shape.write_random_base(real_tokenizer_folder, tmp_path / "base")

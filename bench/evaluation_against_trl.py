@@ -1,6 +1,6 @@
 """Evaluation of the whole test split against TRL's `RewardTrainer.evaluate`, side by side on this machine.
 
-    QWEN3_DIR=... HH_RLHF_DIR=... python bench/evaluation.py
+    QWEN3_DIR=... HH_RLHF_DIR=... python bench/evaluation_against_trl.py
 
 Both sides score the same token ids with the same model, in bf16 autocast, and report loss and accuracy. TRL is tried at
 several batch sizes (8 is its own default) and then runs at its quickest in turn with the project, whole evaluations at
