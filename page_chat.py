@@ -85,6 +85,8 @@ class ChatTab:
 
     def __init__(self, stage: Stage, page: gr.Blocks):
         self.stage = stage
+        # Sessions whose reply is still wanted: Gradio's `cancels` misses one that its page was only about to ask for.
+        self.wanted: set[str | None] = set()
         with gr.Sidebar(open=False, width=300):
             begin = gr.Button("New chat", elem_id="new-chat")
             kept = gr.Radio([], label="Kept in this browser", elem_id="kept")
@@ -201,7 +203,8 @@ class ChatTab:
 
     # -- What clicks do ----------------------------------------------------------------------------------------------
 
-    def begin_reply(self, kept: talk.Conversation) -> list[Any]:
+    def begin_reply(self, kept: talk.Conversation, request: gr.Request) -> list[Any]:
+        self.wanted.add(request.session_hash)
         return self.show(kept, self.footers(kept), is_busy=True)
 
     def refuse(self, kept: talk.Conversation, asked: talk.Conversation, values: tuple[Any, ...]) -> None:
@@ -216,26 +219,27 @@ class ChatTab:
         except Exception as error:
             raise reasons(self.stage, error) from error
 
-    def say(self, kept: talk.Conversation, text: str, *values: Any) -> list[Any]:
+    def say(self, kept: talk.Conversation, text: str, request: gr.Request, *values: Any) -> list[Any]:
         """Put the message into the chat; what cannot be answered is refused at once, and stays in the box."""
         said = talk.say(kept, text)
         self.refuse(kept, said, values)
-        conversation, messages, _ = self.begin_reply(said)
+        conversation, messages, _ = self.begin_reply(said, request)
         return [conversation, messages, gr.Textbox("", submit_btn=False, stop_btn=True)]
 
-    def retry(self, kept: talk.Conversation, *values: Any) -> list[Any]:
+    def retry(self, kept: talk.Conversation, request: gr.Request, *values: Any) -> list[Any]:
         again = talk.before_last_reply(kept)
         self.refuse(kept, again, values)
-        return self.begin_reply(again)
+        return self.begin_reply(again, request)
 
-    def edit(self, kept: talk.Conversation, event: gr.EditData, *values: Any) -> list[Any]:
+    def edit(self, kept: talk.Conversation, event: gr.EditData, request: gr.Request, *values: Any) -> list[Any]:
         place = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
         _, indices = talk.shown(kept, [])
         edited = talk.edit(kept, indices[place], str(event.value))
         self.refuse(kept, edited, values)
-        return self.begin_reply(edited)
+        return self.begin_reply(edited, request)
 
-    def stop(self, kept: talk.Conversation) -> list[Any]:
+    def stop(self, kept: talk.Conversation, request: gr.Request) -> list[Any]:
+        self.wanted.discard(request.session_hash)
         is_unanswered = bool(kept["messages"]) and kept["messages"][-1]["role"] == "user"
         return self.show_all(talk.note(kept, "stopped before a word was written") if is_unanswered else kept)
 
@@ -248,11 +252,13 @@ class ChatTab:
     def pick(self, kept: talk.Conversation, event: gr.SelectData) -> list[Any]:
         return self.show_all(talk.pick(kept, int(event.value)))
 
-    def begin(self, system_prompt: str) -> list[Any]:
+    def begin(self, system_prompt: str, request: gr.Request) -> list[Any]:
+        self.wanted.discard(request.session_hash)
         return self.show(talk.new(system_prompt), [])
 
-    def open(self, _: Any, opened: list[Any] | None) -> list[Any]:
+    def open(self, _: Any, opened: list[Any] | None, request: gr.Request) -> list[Any]:
         """Show what the browser kept: (list of titles and ids, the conversation or None)."""
+        self.wanted.discard(request.session_hash)
         titles, found = opened or ([], None)
         kept = talk.checked(found)
         return [*self.show_all(kept), kept["system_prompt"], self.list_kept(titles, kept["id"])]
@@ -266,8 +272,13 @@ class ChatTab:
         is_known = kept_as in [identity for _, identity in choices]
         return gr.Radio(choices=choices, value=kept_as if is_known else None)
 
-    def reply(self, kept: talk.Conversation, *values: Any) -> Iterator[list[Any]]:
-        """Answer the user's last message: the page again and again while it is written, then with its reward."""
+    def reply(self, kept: talk.Conversation, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+        """Answer the user's last message: the page again and again while it is written, then with its reward.
+
+        Once the visitor has stopped it or left the conversation, it ends and changes nothing that is shown.
+        """
+        if request.session_hash not in self.wanted:
+            return
         settings = Settings(*values)
         kept = {**kept, "system_prompt": settings.system_prompt}
         dialogue, footers = talk.dialogue(kept), self.footers(kept)
@@ -276,6 +287,8 @@ class ChatTab:
         answered = kept
         try:
             for replies in self.stage.write(dialogue, settings):
+                if request.session_hash not in self.wanted:
+                    return
                 answered = talk.answer(kept, [(reply.content, reply.thinking) for reply in replies])
                 yield self.show(answered, footers + writing, is_busy=True)
             ranked = self.stage.ranked(dialogue, replies, settings.system_prompt)

@@ -104,6 +104,11 @@ def ask(page, text, count=1, length=24):
     expect(page.locator("#message button.submit-button")).to_be_visible()
 
 
+def wait_for_words(page):
+    """Until the reply that is being written has words: before that, stopping it leaves nothing that could be scored."""
+    expect(page.locator("#chat .bot .md").last).not_to_be_empty()
+
+
 def set_slider(page, label, value):
     box = page.get_by_label(f"number input for {label}")
     if not box.is_visible():
@@ -151,8 +156,8 @@ def test_a_reply_streams_in_and_gets_its_reward(open_page):
     page = open_page()
     send(page, QUESTION, length=1500)
     started = time.perf_counter()
+    wait_for_words(page)
     written = page.locator("#chat .bot .md")
-    expect(written).to_have_count(1)
     lengths = []
     while len(set(lengths)) < 4 and time.perf_counter() - started < 30:
         lengths.append(len(written.inner_text()))
@@ -164,7 +169,7 @@ def test_a_reply_streams_in_and_gets_its_reward(open_page):
 def test_stop_ends_the_writing_within_a_second_and_the_next_message_is_answered(open_page):
     page = open_page()
     send(page, QUESTION, length=1900)
-    expect(replies(page)).to_have_count(1)
+    wait_for_words(page)
     page.locator("#message button.stop-button").click()
     page.wait_for_timeout(1000)
     stopped_at = replies(page).first.inner_text()
@@ -174,10 +179,24 @@ def test_stop_ends_the_writing_within_a_second_and_the_next_message_is_answered(
     expect(rewards(page).first).to_contain_text("of this chat's 2 replies")
 
 
+@pytest.mark.parametrize("click", ["Stop", "New chat"])
+def test_a_reply_that_is_stopped_before_its_first_word_is_not_written_later(open_page, click):
+    page = open_page()
+    page.get_by_label("Toggle Sidebar").click()
+    send(page, QUESTION, length=1900)
+    page.locator("#message button.stop-button" if click == "Stop" else "#new-chat").click()
+    expect(page.locator("#message button.submit-button")).to_be_visible()
+    page.wait_for_timeout(700)
+    shown = page.locator("#chat").inner_text()
+    page.wait_for_timeout(700)
+    assert page.locator("#chat").inner_text() == shown
+    ask(page, "And now?", length=8, count=rewards(page).count() + 1)
+
+
 def test_who_has_to_wait_sees_the_place_in_the_queue_and_is_served(open_page):
     first, second, third = (open_page() for _ in range(3))
     send(first, QUESTION, length=1900)
-    expect(replies(first)).to_have_count(1)
+    wait_for_words(first)
     send(second, QUESTION)
     send(third, QUESTION)
     expect(third.locator("#chat")).to_contain_text(re.compile(r"queue: \d/\d"))
@@ -264,7 +283,7 @@ def test_a_new_chat_in_the_middle_of_a_reply_stays_new_and_what_was_written_is_k
     page = open_page()
     page.get_by_label("Toggle Sidebar").click()
     send(page, QUESTION, length=1900)
-    expect(replies(page)).to_have_count(1)
+    wait_for_words(page)
     page.wait_for_timeout(500)
     page.locator("#new-chat").click()
     expect(replies(page)).to_have_count(0)
@@ -288,7 +307,7 @@ def test_a_page_that_is_reloaded_in_the_middle_of_a_reply_keeps_the_question_and
 def test_what_is_sent_while_a_reply_is_written_stays_in_the_box(open_page):
     page = open_page()
     send(page, QUESTION, length=1900)
-    expect(page.locator("#chat .bot .md")).to_have_count(1)
+    wait_for_words(page)
     message_box(page).fill("Second while busy")
     message_box(page).press("Enter")
     expect(page.locator(".toast-body")).to_contain_text("a reply is being written")
