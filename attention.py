@@ -1,7 +1,7 @@
 """Attention over packed pairs: who may look at whom, and three ways to compute it.
 
     sdpa       transformers' own, with a (B, 1, T, T) mask: works everywhere, computes what is hidden as well
-    pairwise   on a CPU: pair by pair, in pieces that leave out most of what is hidden
+    pieces     on a CPU: a stretch of a row at a time, with only the keys among which it sees any
     flex       on CUDA: FlexAttention (arXiv 2412.05496), compiled, which skips hidden blocks of 128 × 128
 
 Transformers lets a 4-D mask through to the attention function untouched; ours hangs what it needs on one.
@@ -12,7 +12,6 @@ Letters: B rows, T tokens per row, H query heads, K key heads, G = H / K, D head
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 NAME = "packed_pairs"  # of our attention function among those of transformers
-WAYS = ("sdpa", "pairwise", "flex")
-PIECE = 256  # queries computed at once: fewer see less that is hidden, more fill the matrix units
+WAYS = ("sdpa", "pieces", "flex")
+QUERIES = 128  # of a row computed at once: fewer see less that is hidden, more fill the matrix units
+KEYS = 64  # stretches of keys begin and end at multiples of this
+MOST_KEPT = 512  # keys of a piece whose weights are kept for the backward pass; more would take most of the memory
 
 
 def pair_attention_mask(pair_ids: Tensor, branch_ids: Tensor) -> Tensor:
@@ -83,85 +84,82 @@ class PackedMask:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pair by pair, on a CPU
+# In pieces, on a CPU
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some queries of one pair, and the keys that they see all or part of."""
+    """Some queries of one row, and the keys among which all lie that they see."""
 
     row: int
     queries: slice  # M columns
-    keys: tuple[slice, ...]  # L columns: one stretch, or prefix and rejected tail
-    hidden: Tensor  # (M, W), -inf where a query must not see one of the last W keys, else 0
+    keys: tuple[slice, ...]  # L columns: one stretch, or two with a chosen tail between them left out
+    hidden: Tensor  # (M, L), 0 where the query sees the key, else -inf
+
+    @property
+    def is_kept(self) -> bool:
+        return self.hidden.shape[1] <= MOST_KEPT
 
 
 def pieces_of(pair_ids: Tensor, branch_ids: Tensor) -> list[Piece]:
-    """The pieces of a micro-batch; padding has none.
+    """The pieces of a micro-batch: `QUERIES` columns of a row, with the keys from their first pair's start on.
 
-    A short pair `[p c r]` is one piece with all of the pair's mask. Of a longer one, c follows p like one sequence, cut
-    into `PIECE` queries that see everything up to their own; r does so after p, with c left out.
+    Stretches of keys begin and end at multiples of `KEYS`, so that there are few shapes: oneDNN compiles a kernel for
+    each new one, which takes longer than running it, and keeps hundreds of them. Where all is padding, no piece is.
     """
     pieces = []
-    for row, start, prefix, chosen, rejected in _spans(pair_ids, branch_ids):
-        end, branch = start + prefix + chosen + rejected, start + prefix + chosen
-        if end - start <= PIECE:
-            whole = slice(start, end)
-            visible = pair_attention_mask(pair_ids[row : row + 1, whole], branch_ids[row : row + 1, whole])[0, 0]
-            pieces.append(Piece(row, whole, (whole,), _additive(visible)))
-            continue
-        for first in range(start, branch, PIECE):
-            last = min(first + PIECE, branch)
-            pieces.append(Piece(row, slice(first, last), (slice(start, last),), _future(last - first)))
-        for first in range(branch, end, PIECE):
-            last = min(first + PIECE, end)
-            prefix_keys = (slice(start, start + prefix),) if prefix else ()
-            keys = (*prefix_keys, slice(branch, last))
-            pieces.append(Piece(row, slice(first, last), keys, _future(last - first)))
+    for row, (pairs, branches) in enumerate(zip(pair_ids.cpu().numpy(), branch_ids.cpu().numpy(), strict=True)):
+        columns = np.arange(len(pairs))
+        is_start = np.diff(pairs, prepend=-2) != 0
+        starts = np.maximum.accumulate(np.where(is_start, columns, 0))  # (T,) where each token's pair begins
+        for first in range(0, len(pairs), QUERIES):
+            queries = slice(first, min(first + QUERIES, len(pairs)))
+            if pairs[first] < 0:  # padding is at the end of a row
+                break
+            start = int(starts[first])
+            keys: tuple[slice, ...] = (slice(start - start % KEYS, queries.stop),)
+            if starts[queries.stop - 1] == start and branches[first] == 2:
+                prefix, chosen = np.searchsorted(branches[start : queries.stop], (1, 2))
+                hole = slice(_up(start + int(prefix)), (start + int(chosen)) // KEYS * KEYS)
+                if hole.start < hole.stop:
+                    keys = (slice(keys[0].start, hole.start), slice(hole.stop, queries.stop))
+            seen = np.concatenate([columns[stretch] for stretch in keys])  # (L,)
+            visible = (pairs[queries, None] == pairs[seen]) & (columns[queries, None] >= seen)
+            visible &= (branches[seen] == 0) | (branches[queries, None] == branches[seen])
+            hidden = torch.zeros(visible.shape).masked_fill_(torch.from_numpy(~visible), -torch.inf)
+            pieces.append(Piece(row, queries, keys, hidden))
     return pieces
 
 
-def _spans(pair_ids: Tensor, branch_ids: Tensor) -> list[tuple[int, int, int, int, int]]:
-    """(row, first column, tokens of prefix, of chosen tail, of rejected tail) of each pair."""
-    spans = []
-    for row, (pairs, branches) in enumerate(zip(pair_ids.cpu().numpy(), branch_ids.cpu().numpy(), strict=True)):
-        starts = [0, *(np.flatnonzero(np.diff(pairs)) + 1).tolist(), len(pairs)]
-        for start, end in itertools.pairwise(starts):
-            if pairs[start] >= 0:
-                spans.append((row, start, *np.bincount(branches[start:end], minlength=3).tolist()))
-    return spans
-
-
-def _additive(visible: Tensor) -> Tensor:
-    return torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)
-
-
-@functools.lru_cache(maxsize=PIECE)
-def _future(size: int) -> Tensor:
-    return _additive(torch.ones(size, size, dtype=torch.bool).tril())
+def _up(column: int) -> int:
+    return -(-column // KEYS) * KEYS
 
 
 class _PieceAttention(torch.autograd.Function):
-    """softmax(q k' / sqrt(D)) v over pieces. Scores are computed and kept in fp32, and anew in the backward pass."""
+    """softmax(q k' · scaling) v over pieces, scores in fp32; backward computes long pieces' weights anew."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, pieces: list[Piece], scaling: float) -> Tensor:
         rows, heads, width, _ = query.shape
         result = query.new_zeros(rows, width, heads, value.shape[-1]).transpose(1, 2)  # (B, H, T, D)
+        kept: list[Tensor] = []
         with torch.autocast("cpu", enabled=False):
             for piece in pieces:
-                weights = _weights(query, key, piece, scaling)  # (K, G·M, L)
-                mixed = torch.bmm(weights.to(value.dtype), _keys(value, piece))  # (K, G·M, D)
+                weights = _weights(query, key, piece, scaling).to(value.dtype)  # (K, G·M, L)
+                if piece.is_kept:
+                    kept.append(weights)
+                mixed = torch.bmm(weights, _keys(value, piece))  # (K, G·M, D)
                 result[piece.row, :, piece.queries] = mixed.view(heads, -1, mixed.shape[-1])
-        ctx.save_for_backward(query, key, value, result)
+        ctx.save_for_backward(query, key, value, result, *kept)
         ctx.pieces, ctx.scaling = pieces, scaling
         return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, result = ctx.saved_tensors
+        query, key, value, result, *kept = ctx.saved_tensors
+        still_kept = iter(kept)
         heads, key_heads = query.shape[1], key.shape[1]
         grad_query = torch.zeros_like(query)
         # a prefix's keys serve several pieces: their gradients are summed in fp32
@@ -171,7 +169,7 @@ class _PieceAttention(torch.autograd.Function):
             for piece in ctx.pieces:
                 q, g = _queries(query, piece, key_heads), _queries(grad, piece, key_heads)  # (K, G·M, D)
                 k, v = _keys(key, piece), _keys(value, piece)  # (K, L, D)
-                weights = _weights(query, key, piece, ctx.scaling)  # (K, G·M, L), fp32
+                weights = next(still_kept) if piece.is_kept else _weights(query, key, piece, ctx.scaling).to(g.dtype)
                 g32 = g.float()
                 mean = (g32 * _queries(result, piece, key_heads)).sum(dim=-1, keepdim=True)  # (K, G·M, 1)
                 # d softmax = weights · (d weights - its weighted mean)
@@ -179,7 +177,7 @@ class _PieceAttention(torch.autograd.Function):
                 grad_scores = grad_scores.to(query.dtype)
                 grad_query[piece.row, :, piece.queries] = torch.bmm(grad_scores, k).view(heads, -1, k.shape[-1])
                 _add_to_keys(grad_key, piece, torch.bmm(grad_scores.transpose(1, 2), q))
-                _add_to_keys(grad_value, piece, torch.bmm(weights.to(g.dtype).transpose(1, 2), g))
+                _add_to_keys(grad_value, piece, torch.bmm(weights.transpose(1, 2), g))
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
 
 
@@ -206,8 +204,7 @@ def _weights(query: Tensor, key: Tensor, piece: Piece, scaling: float) -> Tensor
     """(K, G·M, L) fp32 attention weights of a piece."""
     q = _queries(query, piece, key.shape[1]).float() * scaling
     scores = torch.bmm(q, _keys(key, piece).float().transpose(1, 2))  # (K, G·M, L)
-    queries, reach = piece.hidden.shape
-    scores.view(len(scores), -1, queries, scores.shape[-1])[..., -reach:] += piece.hidden
+    scores.view(len(scores), -1, *piece.hidden.shape).add_(piece.hidden)
     return torch.softmax(scores, dim=-1)
 
 
@@ -284,4 +281,4 @@ def way_for(device: torch.device) -> str:
     """What pays on a device. Pieces are small, and more than a few threads would wait for one another."""
     if device.type == "cuda":
         return "flex"
-    return "pairwise" if device.type == "cpu" and torch.get_num_threads() <= 8 else "sdpa"
+    return "pieces" if device.type == "cpu" and torch.get_num_threads() <= 8 else "sdpa"

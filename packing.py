@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import collections
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MICRO_BATCH_START = 256  # starting a forward costs about as much as so many tokens
 LEAST_COSTLY_WIDTH = 2048  # small models would rather have narrow rows, but those are filled below 95 %
+WIDTH_STEP = 64  # packed rows are as wide as a multiple of this: see `packed_width`
 PAIRS_PLANNED_AT_ONCE = 4096  # more would pack no better and take memory for their tensors
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,13 +87,17 @@ class MicroBatchPlan:
     indices: np.ndarray  # (N,) which pairs of the dataset, in the order of the batch
     rows: Rows  # for each row, the positions in `indices` of its pairs
     is_packed: bool  # whether the two sides of a pair share a row; if not, each has one of its own
+    width: int  # T, padding included
     needed_tokens: int
-    computed_tokens: int  # rows · width, padding included
     cost: float  # estimated, in tokens of a short row; see `cost_of`
 
     @property
     def pairs(self) -> int:
         return len(self.indices)
+
+    @property
+    def computed_tokens(self) -> int:
+        return len(self.rows) * self.width * (1 if self.is_packed else 2)
 
 
 def cost_of(rows: int, width: int, costly_width: float) -> float:
@@ -133,7 +138,7 @@ def _plans(
         for rows in cut:
             order = [position for row in rows for position in row]
             if costly_width is not None:
-                height, width = len(rows), max(int(lengths[row].sum()) for row in rows)
+                height, width = len(rows), packed_width([int(lengths[row].sum()) for row in rows], tokens_per_batch)
             else:
                 height, width = 2 * len(rows), int(longest_sides[part[order]].max())
             places = iter(range(len(order)))
@@ -141,10 +146,25 @@ def _plans(
                 indices=part[order],
                 rows=[[next(places) for _ in row] for row in rows],
                 is_packed=costly_width is not None,
+                width=width,
                 needed_tokens=int(lengths[order].sum()),
-                computed_tokens=height * width,
                 cost=cost_of(height, width, costly_width or LEAST_COSTLY_WIDTH),
             )
+
+
+def packed_width(row_lengths: Sequence[int], tokens_per_batch: int) -> int:
+    """How wide the rows of a micro-batch are: a multiple of `WIDTH_STEP` if the token budget allows that.
+
+    On a CPU oneDNN compiles a kernel for each new shape of a matrix product, which takes milliseconds, and keeps a
+    thousand of them, a megabyte or more each. A few widths that come again and again spare both, and since rows are
+    filled up to such a width, they are padded hardly more.
+    """
+    widest = max(row_lengths)
+    return min(_rounded_up(widest), max(widest, tokens_per_batch // len(row_lengths)))
+
+
+def _rounded_up(width: int) -> int:
+    return -(-width // WIDTH_STEP) * WIDTH_STEP
 
 
 def plan_micro_batches(lengths: np.ndarray, tokens_per_batch: int, batch_size: int, costly_width: float) -> list[Rows]:
@@ -173,8 +193,9 @@ def plan_micro_batches(lengths: np.ndarray, tokens_per_batch: int, batch_size: i
             longest,
             *(width for width in (128, 192, 256, 384, 512, 640, *even_splits) if longest < width <= widest),
         }
+        widths = {max(width, min(_rounded_up(width), tokens_per_batch)) for width in widths}
         tried = [_fill_rows(left, width, tokens_per_batch, batch_size) for width in sorted(widths)]
-        rows = max(tried, key=lambda rows: _useful_work(rows, lengths, costly_width))
+        rows = max(tried, key=lambda rows: _useful_work(rows, lengths, tokens_per_batch, costly_width))
         micro_batches.append(rows)
         taken = {position for row in rows for position in row}
         left = [pair for pair in left if pair[1] not in taken]
@@ -195,10 +216,10 @@ def _fill_rows(left: list[tuple[int, int]], width: int, tokens_per_batch: int, b
     return rows
 
 
-def _useful_work(rows: Rows, lengths: np.ndarray, costly_width: float) -> float:
+def _useful_work(rows: Rows, lengths: np.ndarray, tokens_per_batch: int, costly_width: float) -> float:
     """Needed tokens for each unit of cost."""
     row_lengths = [sum(int(lengths[position]) for position in row) for row in rows]
-    return sum(row_lengths) / cost_of(len(rows), max(row_lengths), costly_width)
+    return sum(row_lengths) / cost_of(len(rows), packed_width(row_lengths, tokens_per_batch), costly_width)
 
 
 def plan_separate_rows(longest_sides: np.ndarray, tokens_per_batch: int, batch_size: int) -> list[Rows]:
@@ -290,9 +311,8 @@ def _with_each_tensor(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return type(batch)(**{**vars(batch), **tensors})
 
 
-def pack(dataset: PairDataset, indices: np.ndarray, rows: Rows, pad_id: int) -> PackedBatch:
+def pack(dataset: PairDataset, indices: np.ndarray, rows: Rows, pad_id: int, width: int) -> PackedBatch:
     """The tensors of one micro-batch of `plan_micro_batches`; `rows` hold positions in `indices`."""
-    width = max(sum(int(dataset.packed_lengths[indices[i]]) for i in row) for row in rows)
     input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     position_ids = np.zeros((len(rows), width), dtype=np.int64)
     pair_ids = np.full((len(rows), width), -1, dtype=np.int64)
@@ -323,11 +343,10 @@ def pack(dataset: PairDataset, indices: np.ndarray, rows: Rows, pad_id: int) -> 
     )
 
 
-def separate(dataset: PairDataset, indices: np.ndarray, rows: Rows, pad_id: int) -> SeparateBatch:
+def separate(dataset: PairDataset, indices: np.ndarray, rows: Rows, pad_id: int, width: int) -> SeparateBatch:
     """The same pairs, each side in a row of its own."""
     order = [int(indices[i]) for row in rows for i in row]
     sequences = [sequence for index in order for sequence in dataset.sequences(index)]
-    width = max(len(sequence) for sequence in sequences)
     input_ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
     attention_mask = np.zeros((len(sequences), width), dtype=np.int64)
     for row_number, sequence in enumerate(sequences):
@@ -344,7 +363,7 @@ def separate(dataset: PairDataset, indices: np.ndarray, rows: Rows, pad_id: int)
 
 def build(dataset: PairDataset, plan: MicroBatchPlan, pad_id: int) -> PackedBatch | SeparateBatch:
     """The tensors of a planned micro-batch."""
-    return (pack if plan.is_packed else separate)(dataset, plan.indices, plan.rows, pad_id)
+    return (pack if plan.is_packed else separate)(dataset, plan.indices, plan.rows, pad_id, plan.width)
 
 
 def micro_batches_of(

@@ -47,7 +47,7 @@ class TrainConfig:
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass: slower by a third, far less memory", group="speed and memory")
     precision: str = flag("bf16", "arithmetic; weights, rewards and loss are fp32 either way", choices=("bf16", "fp32"), group="speed and memory")
 
-    attention: str = flag("auto", "how packed rows attend: flex on CUDA and pairwise on a CPU leave out what is hidden, sdpa computes all; auto takes what pays", choices=("auto", "flex", "pairwise", "sdpa"), group="speed and memory")
+    attention: str = flag("auto", "how packed rows attend: flex on CUDA and pieces on a CPU leave out most of what is hidden, sdpa computes all; auto takes what pays", choices=("auto", "flex", "pieces", "sdpa"), group="speed and memory")
     compile: bool = flag(False, "compile the decoder layers (torch.compile): the first steps are slow, the others may be faster", group="speed and memory")
     fsdp: bool = flag(False, "with several processes: spread weights, gradients and optimizer state over them (FSDP2)", group="speed and memory")
 

@@ -33,9 +33,9 @@ def compiled(model, backend="aot_eager"):
     "backend, lora, way, checkpointing",
     [
         ("aot_eager", False, "sdpa", False),
-        ("aot_eager", True, "pairwise", False),
-        ("aot_eager", False, "pairwise", True),
-        ("inductor", False, "pairwise", False),
+        ("aot_eager", True, "pieces", False),
+        ("aot_eager", False, "pieces", True),
+        ("inductor", False, "pieces", False),
     ],
 )
 def test_compiled_rewards_and_gradients_are_the_same(base, tokenizer, tmp_path, backend, lora, way, checkpointing):
@@ -63,7 +63,7 @@ def test_compiled_rewards_and_gradients_are_the_same(base, tokenizer, tmp_path, 
 
 def test_new_shapes_and_further_layers_do_not_compile_again(base, tokenizer):
     model = compiled(make_model(base, tokenizer).train())
-    assert model.use_attention("pairwise") == "pairwise"
+    assert model.use_attention("pieces") == "pieces"
     for seed in (0, 1):  # the second shape makes the first one's sizes variable
         gradients(model, rewards_of(model, packed_batches(random_pairs(12, seed))))
     torch._dynamo.utils.counters.clear()
@@ -81,7 +81,7 @@ def test_compiled_dropout_drops_and_is_repeated_by_the_seed_and_by_checkpointing
                 if "lora_B" in name:
                     torch.manual_seed(len(name))
                     parameter.normal_(std=0.05)
-        model.use_attention("pairwise")
+        model.use_attention("pieces")
         if checkpointing:
             model.enable_gradient_checkpointing()
         compiled(model)

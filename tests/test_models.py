@@ -61,7 +61,8 @@ def packed_batches(pairs):
     """Two micro-batches of uneven rows: three pairs, two, one, so that rows share and are padded."""
     half = len(pairs.lengths) // 2
     rows = [[0, 1, 2], [3, 4], list(range(5, half))]
-    return [packing.pack(pairs, np.arange(start, start + half), rows, pad_id=0) for start in (0, half)]
+    width = max(int(pairs.packed_lengths[[start + i for i in row]].sum()) for start in (0, half) for row in rows) + 3
+    return [packing.pack(pairs, np.arange(start, start + half), rows, pad_id=0, width=width) for start in (0, half)]
 
 
 def separate_batches(pairs):

@@ -36,7 +36,7 @@ def test_needed_arithmetic_is_what_torch_counts_less_what_is_hidden(base, tokeni
     model = make_model(base, tokenizer, lora).train()
     sides = np.arange(5, 37), np.concatenate([np.arange(5, 25), np.arange(100, 109)])
     pairs = PairsFromIds([sides])
-    (batch,) = packing.micro_batches_of(pairs, np.array([0]), 4096, 32, 0, 3840.0)
+    (batch,) = packing.micro_batches_of(pairs, np.array([0]), 41, 32, 0, 3840.0)
     assert batch.needed_tokens == batch.computed_tokens == 41
     # the math kernel's products are all seen by the counter, and are counted as 4 · heads · size · 41² forward
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -125,10 +125,12 @@ def test_micro_batches_hold_every_pair_once_within_the_budget(tokens_per_batch, 
         for rows_of_pairs in micro_batches:
             assert all(rows_of_pairs), "an empty row"
             pairs = [position for row in rows_of_pairs for position in row]
-            width = max(int(lengths[row].sum()) for row in rows_of_pairs)
+            row_lengths = [int(lengths[row].sum()) for row in rows_of_pairs]
+            width = packing.packed_width(row_lengths, tokens_per_batch)
+            assert max(row_lengths) <= width < max(row_lengths) + packing.WIDTH_STEP
             assert len(pairs) <= batch_size
             assert len(rows_of_pairs) * width <= tokens_per_batch or len(pairs) == 1
-            assert width <= max(lengths[pairs].max(), min(1024, tokens_per_batch))
+            assert width <= max(lengths[pairs].max() + packing.WIDTH_STEP - 1, min(1024, tokens_per_batch))
 
 
 def test_the_longest_pair_is_in_the_first_micro_batch():
@@ -139,8 +141,28 @@ def test_the_longest_pair_is_in_the_first_micro_batch():
 
 
 def test_short_pairs_share_rows_without_padding():
-    micro_batches = packing.plan_micro_batches(np.array([300, 100, 100, 100]), 600, 32, 3840.0)
+    micro_batches = packing.plan_micro_batches(np.array([300, 100, 100, 100]), 640, 32, 3840.0)
     assert [[sorted(row) for row in rows_of_pairs] for rows_of_pairs in micro_batches] == [[[0], [1, 2, 3]]]
+
+
+@pytest.mark.parametrize(
+    "row_lengths, budget, width",
+    [([70], 4096, 128), ([100, 128], 4096, 128), ([300, 300], 600, 300), ([300, 290], 630, 315), ([500], 64, 500)],
+)
+def test_rows_are_as_wide_as_a_multiple_of_64_where_the_budget_allows_it(row_lengths, budget, width):
+    assert packing.packed_width(row_lengths, budget) == width
+
+
+def test_steps_of_other_pairs_come_in_few_shapes():
+    shapes, needed, computed = set(), 0, 0
+    for seed in range(20):
+        lengths = np.minimum(np.random.default_rng(seed).lognormal(5.5, 0.7, size=128).astype(int) + 20, 4000)
+        for rows in packing.plan_micro_batches(lengths, 4096, 32, 3840.0):
+            row_lengths = [int(lengths[row].sum()) for row in rows]
+            shapes.add(len(rows) * packing.packed_width(row_lengths, 4096))
+            needed += sum(row_lengths)
+            computed += len(rows) * packing.packed_width(row_lengths, 4096)
+    assert len(shapes) <= 4096 // packing.WIDTH_STEP and needed / computed > 0.97
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 50, 300, 4096, 30_000])
@@ -165,7 +187,7 @@ def test_separate_rows_hold_every_pair_once_within_the_budget(tokens_per_batch, 
 
 def test_one_pair_is_packed_as_the_docstring_says(tmp_path):
     pairs = dataset_of(tmp_path / "made", [([11, 12, 21, 22], [11, 12, 31])], margins=[0.25])
-    batch = packing.pack(pairs, np.array([0]), [[0]], pad_id=9)
+    batch = packing.pack(pairs, np.array([0]), [[0]], pad_id=9, width=5)
     assert batch.input_ids.tolist() == [[11, 12, 21, 22, 31]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2]]
     assert batch.branch_ids.tolist() == [[0, 0, 1, 1, 2]]
@@ -182,7 +204,7 @@ def test_rows_of_several_pairs_are_packed_side_by_side_and_padded(tmp_path):
     made = [([1, 2], [1, 3]), ([11, 12, 21, 22], [11, 12, 31]), ([4], [5, 6])]
     pairs = dataset_of(tmp_path / "made", made)
     # positions in `indices`, not indices: row 0 holds pairs 2 and 0, row 1 holds pair 1
-    batch = packing.pack(pairs, np.array([1, 0, 2]), [[2, 1], [0]], pad_id=9)
+    batch = packing.pack(pairs, np.array([1, 0, 2]), [[2, 1], [0]], pad_id=9, width=6)
     assert batch.input_ids.tolist() == [[4, 5, 6, 1, 2, 3], [11, 12, 21, 22, 31, 9]]
     assert batch.position_ids.tolist() == [[0, 0, 1, 0, 1, 1], [0, 1, 2, 3, 2, 0]]
     assert batch.branch_ids.tolist() == [[1, 2, 2, 0, 1, 2], [0, 0, 1, 1, 2, 0]]

@@ -102,8 +102,8 @@ def accumulate(model, pairs, plans):
 def one_pair_a_row(pairs, part):
     lengths = pairs.packed_lengths[part]
     rows = [[position] for position in range(len(part))]
-    computed = len(part) * int(lengths.max())
-    return packing.MicroBatchPlan(part, rows, True, int(lengths.sum()), computed, cost=float(computed))
+    width = int(lengths.max())
+    return packing.MicroBatchPlan(part, rows, True, width, int(lengths.sum()), cost=float(len(part) * width))
 
 
 def step_with(base, tokenizer, pairs, indices, cuts, make_optimizer):
