@@ -145,8 +145,9 @@ class _PieceAttention(torch.autograd.Function):
         result = query.new_zeros(rows, width, heads, value.shape[-1]).transpose(1, 2)  # (B, H, T, D)
         kept: list[Tensor] = []
         with torch.autocast("cpu", enabled=False):
+            scaled32, key32 = query.float() * scaling, key.float()
             for piece in pieces:
-                weights = _weights(query, key, piece, scaling).to(value.dtype)  # (K, G·M, L)
+                weights = _weights(scaled32, key32, piece).to(value.dtype)  # (K, G·M, L)
                 if piece.is_kept:
                     kept.append(weights)
                 mixed = torch.bmm(weights, _keys(value, piece))  # (K, G·M, D)
@@ -159,25 +160,27 @@ class _PieceAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, result, *kept = ctx.saved_tensors
-        still_kept = iter(kept)
-        heads, key_heads = query.shape[1], key.shape[1]
+        heads, key_heads, still_kept = query.shape[1], key.shape[1], iter(kept)
         grad_query = torch.zeros_like(query)
-        # a prefix's keys serve several pieces: their gradients are summed in fp32
+        # a key serves several pieces: its gradients are summed in fp32
         grad_key = torch.zeros_like(key, dtype=torch.float32)
         grad_value = torch.zeros_like(value, dtype=torch.float32)
         with torch.autocast("cpu", enabled=False):
+            scaled32, key32, value32, grad32 = query.float() * ctx.scaling, key.float(), value.float(), grad.float()
+            mean = (grad32 * result).sum(dim=-1, keepdim=True)  # (B, H, T, 1)
             for piece in ctx.pieces:
-                q, g = _queries(query, piece, key_heads), _queries(grad, piece, key_heads)  # (K, G·M, D)
-                k, v = _keys(key, piece), _keys(value, piece)  # (K, L, D)
-                weights = next(still_kept) if piece.is_kept else _weights(query, key, piece, ctx.scaling).to(g.dtype)
-                g32 = g.float()
-                mean = (g32 * _queries(result, piece, key_heads)).sum(dim=-1, keepdim=True)  # (K, G·M, 1)
+                weights = next(still_kept) if piece.is_kept else _weights(scaled32, key32, piece).to(value.dtype)
                 # d softmax = weights · (d weights - its weighted mean)
-                grad_scores = torch.bmm(g32, v.float().transpose(1, 2)).sub_(mean).mul_(weights).mul_(ctx.scaling)
-                grad_scores = grad_scores.to(query.dtype)
-                grad_query[piece.row, :, piece.queries] = torch.bmm(grad_scores, k).view(heads, -1, k.shape[-1])
-                _add_to_keys(grad_key, piece, torch.bmm(grad_scores.transpose(1, 2), q))
-                _add_to_keys(grad_value, piece, torch.bmm(weights.transpose(1, 2), g))
+                grad_scores = torch.bmm(_queries(grad32, piece, key_heads), _keys(value32, piece).transpose(1, 2))
+                grad_scores = grad_scores.sub_(_queries(mean, piece, key_heads)).mul_(weights).to(query.dtype)
+                of_query = torch.bmm(grad_scores, _keys(key, piece))  # (K, G·M, D)
+                grad_query[piece.row, :, piece.queries] = of_query.view(heads, -1, of_query.shape[-1])
+                of_key = torch.bmm(grad_scores.transpose(1, 2), _queries(query, piece, key_heads))  # (K, L, D)
+                of_value = torch.bmm(weights.transpose(1, 2), _queries(grad, piece, key_heads))
+                _add_to_keys(grad_key, piece, of_key)
+                _add_to_keys(grad_value, piece, of_value)
+            grad_query.mul_(ctx.scaling)
+            grad_key.mul_(ctx.scaling)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
 
 
@@ -200,10 +203,10 @@ def _add_to_keys(total: Tensor, piece: Piece, grad: Tensor) -> None:
         done += length
 
 
-def _weights(query: Tensor, key: Tensor, piece: Piece, scaling: float) -> Tensor:
-    """(K, G·M, L) fp32 attention weights of a piece."""
-    q = _queries(query, piece, key.shape[1]).float() * scaling
-    scores = torch.bmm(q, _keys(key, piece).float().transpose(1, 2))  # (K, G·M, L)
+def _weights(scaled_query: Tensor, key: Tensor, piece: Piece) -> Tensor:
+    """(K, G·M, L) attention weights of a piece; all fp32."""
+    queries = _queries(scaled_query, piece, key.shape[1])
+    scores = torch.bmm(queries, _keys(key, piece).transpose(1, 2))  # (K, G·M, L)
     scores.view(len(scores), -1, *piece.hidden.shape).add_(piece.hidden)
     return torch.softmax(scores, dim=-1)
 
