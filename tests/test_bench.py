@@ -34,6 +34,7 @@ def numbers(content):
         ("evaluation_against_trl.py", 1, []),
         ("overhead.py", 2, []),
         ("scaling.py", 3, ["--png", "growth.png"]),
+        ("shapes.py", 1, []),
     ],
 )
 def test_a_benchmark_runs_to_its_end_and_prints_its_tables(

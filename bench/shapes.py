@@ -1,0 +1,75 @@
+"""What a new shape of a matrix product costs on a CPU, beside one that was met before.
+
+    python bench/shapes.py
+
+oneDNN compiles a kernel for each new shape of a bf16 product and keeps a thousand of them. Here: a layer's product of
+many numbers of tokens, and attention's products of many lengths, each once and then again; how much longer the first
+time takes, and how much memory stays. It is why packed rows are as wide as a multiple of `packing.WIDTH_STEP`, and why
+attention's pieces begin and end at multiples of `attention.KEYS`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+
+SHAPES = 200
+PASSES = 3
+
+
+def main() -> None:
+    arguments = common.parser(__doc__).parse_args()
+    import torch
+
+    torch.manual_seed(0)
+    count = 10 if arguments.quick else SHAPES
+    weight = torch.randn(768, 256).bfloat16()
+    inputs = torch.randn(3000 + count, 256).bfloat16()
+    query, key = torch.randn(2, 512, 128).bfloat16(), torch.randn(2, 128, 100 + count).bfloat16()
+
+    def layer(size: int) -> Any:
+        return inputs[: 3000 + size] @ weight.T
+
+    def attention(size: int) -> Any:
+        return torch.bmm(query, key[:, :, : 100 + size])
+
+    where = common.machine()
+    print(f"{common.describe(where)}\n\n{count} shapes of each product, bf16\n", flush=True)
+    clock = time.perf_counter if arguments.clock == "wall" else time.process_time
+    products = {"a layer's, 3,000 tokens and more": layer, "attention's": attention}
+    found = {name: measure(product, count, clock) for name, product in products.items()}
+    rows = [
+        [name, f"{1000 * one['first']:.2f} ms", f"{1000 * one['again']:.2f} ms", f"{one['kept_mib']:.2f} MiB"]
+        for name, one in found.items()
+    ]
+    print(common.table(("product", "the first time", "again", "memory that stays, a shape"), rows))
+    common.write_json(arguments.json, {"machine": where, **found})
+
+
+def measure(product: Callable[[int], Any], count: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Mean seconds a shape of the first pass and of the quickest later one, and what memory grew by, a shape."""
+    product(0)
+    before, passes = resident_mib(), []
+    for _ in range(PASSES):
+        started = clock()
+        for size in range(1, count + 1):
+            product(size)
+        passes.append((clock() - started) / count)
+    return {"first": passes[0], "again": min(passes[1:]), "kept_mib": (resident_mib() - before) / count}
+
+
+def resident_mib() -> float:
+    """What this process holds, where Linux says it; else 0, and no growth is seen."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1024
+
+
+if __name__ == "__main__":
+    main()
