@@ -56,6 +56,7 @@ def read_arguments() -> Any:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=BATCH_SIZES, help="TRL's, to search the best in")
     parser.add_argument("--grad_accum", type=int, default=ours.defaults().grad_accum, help="steps of 32 × this (4)")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="on both sides")
+    parser.add_argument("--compile", action="store_true", help="torch.compile on both sides; two steps warm up")
     parser.add_argument("--sorted", action="store_true", help="give TRL each step's pairs in order of their length")
     arguments = parser.parse_args()
     arguments.batch_size = ours.defaults().batch_size
@@ -75,7 +76,8 @@ class Comparison:
         self.shape = common.Shape(arguments.hidden, arguments.layers)
         self.base = str(common.write_base(qwen3, work / "base", self.shape))
         self.pairs, _ = ours.load_pairs(dataset, self.base)
-        self.steps = 1 + max(1, arguments.steps)  # one to warm up
+        self.warm_up = 2 if arguments.compile else 1  # of other shapes, so that little is compiled after them
+        self.steps = self.warm_up + max(1, arguments.steps)
         if self.steps * self.pairs_per_step > len(self.pairs):
             sys.exit(f"{self.steps} steps of {self.pairs_per_step} pairs are more than the {len(self.pairs)} there are")
         self.indices = ours.pairs_of_steps(len(self.pairs), self.pairs_per_step, self.steps)
@@ -89,18 +91,21 @@ class Comparison:
         order = ", sorted by length within a step for TRL" if a.sorted else ""
         return (
             f"{a.layers} layers × {a.hidden}, {self.pairs_per_step} pairs a step{order}, {checkpointing} gradient "
-            f"checkpointing, {a.steps} timed steps of each side in turn after one to warm up, {a.clock} time"
+            f"checkpointing, {'with' if a.compile else 'without'} torch.compile, {a.steps} timed steps of each side in "
+            f"turn after {self.warm_up} to warm up, {a.clock} time"
         )
 
     def ours(self) -> Side:
         a = self.arguments
         sizes = ("--batch_size", str(a.batch_size), "--grad_accum", str(a.grad_accum))
-        return ours.side("train", self.base, self.dataset, self.work, a.gradient_checkpointing, *sizes)
+        compiled = ("--compile",) if a.compile else ()
+        return ours.side("train", self.base, self.dataset, self.work, a.gradient_checkpointing, *sizes, *compiled)
 
     def theirs(self, batch_size: int) -> Side:
         accumulated = self.pairs_per_step // batch_size
-        checkpointing = self.arguments.gradient_checkpointing
-        return theirs.side("train", self.base, self.ids, self.work, batch_size, accumulated, checkpointing)
+        a = self.arguments
+        switches = a.gradient_checkpointing, a.compile
+        return theirs.side("train", self.base, self.ids, self.work, batch_size, accumulated, *switches)
 
     def look_for_their_best(self) -> dict[int, dict[str, float]]:
         """TRL's pairs a second and peak memory by batch size, each on the same two steps, the second timed."""
@@ -132,7 +137,7 @@ class Comparison:
         finally:
             for side in sides.values():
                 side.__exit__()
-        timed = {name: found[1:] for name, found in answers.items()}
+        timed = {name: found[self.warm_up :] for name, found in answers.items()}
         for name in ("TRL", "TRL at its best"):
             timed.setdefault(name, timed["TRL"])
             ends.setdefault(name, ends["TRL"])
@@ -195,7 +200,7 @@ class Comparison:
         device = ours.device()
         lengths = self.pairs.lengths
         model = needed_arithmetic.skeleton(self.base)
-        flops = [needed_arithmetic.needed_flops(model, lengths[step]) for step in self.indices[1:]]
+        flops = [needed_arithmetic.needed_flops(model, lengths[step]) for step in self.indices[self.warm_up :]]
         quick = ((256,), 0.05) if self.arguments.quick else ()
         product = common.matmul_tflops(device, torch.bfloat16, *quick, key=self.key)
         peak = common.PEAK_TFLOPS.get(common.machine()["device_name"])

@@ -21,14 +21,15 @@ def write_ids(dataset: Any, indices: Any, path: Path) -> Path:
 
 
 def side(
-    job: str, base: str, ids: str, work: Path, batch_size: int, grad_accum: int = 1, checkpointing: bool = False
-) -> common.Side:
+    job: str, base: str, ids: str, work: Path, batch_size: int, grad_accum: int = 1, checkpointing: bool = False,
+    compiled: bool = False,
+) -> common.Side:  # fmt: skip
     """A child that works on `ids` in their order, with the project's defaults for what both have."""
     config = ours.defaults()
     return common.Side(
         "theirs.py", job=job, base=base, ids=ids, folder=str(work / f"trl-{batch_size}"), batch_size=batch_size,
         grad_accum=grad_accum, lr=config.lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
-        gradient_checkpointing=checkpointing, device=ours.device().type,
+        gradient_checkpointing=checkpointing, compiled=compiled, device=ours.device().type,
     )  # fmt: skip
 
 
@@ -80,6 +81,7 @@ def main() -> None:
         max_grad_norm=settings["max_grad_norm"],
         gradient_checkpointing=settings["gradient_checkpointing"],
         bf16=True,
+        torch_compile=settings["compiled"],
         use_cpu=settings["device"] == "cpu",
         logging_first_step=True,
         save_strategy="no",
