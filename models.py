@@ -76,7 +76,6 @@ class RewardModel(nn.Module):
         self.__dict__["peft_model"] = peft_model
         self.autocast_dtype: torch.dtype | None = None
         self.attention = "sdpa"  # see `use_attention`
-        self._fingerprint: str | None = None
         self.can_pack, self.why_not = self._try_packing()
 
     @classmethod
@@ -167,9 +166,12 @@ class RewardModel(nn.Module):
         return get_peft_model_state_dict(self.peft_model, state_dict=state, save_embedding_layers=False)
 
     def base_fingerprint(self) -> str | None:
-        """What tells the model under an adapter from another of its shape: a hash over the edges of every weight."""
-        if self.peft_model is None or self._fingerprint:
-            return self._fingerprint
+        """What tells the model under an adapter from another of its shape: a hash over the edges of every weight.
+
+        Of the weights as they are now: before `store_frozen_weights` rounds them.
+        """
+        if self.peft_model is None:
+            return None
         digest = hashlib.sha256()
         for name, weight in self.classifier.named_parameters():
             if not weight.requires_grad and "original_module" not in name:
@@ -242,7 +244,6 @@ class RewardModel(nn.Module):
         Autocast rounds them anyway, so rewards and gradients are the very same, for less time and memory. It keeps its
         own casts only of weights that need gradients. Afterwards the model cannot compute without autocast.
         """
-        self._fingerprint = self.base_fingerprint()  # of the weights as they came
         for module in self.backbone.modules():
             if isinstance(module, nn.Linear) and not any(p.requires_grad for p in module.parameters(recurse=False)):
                 module.to(dtype)
