@@ -15,7 +15,8 @@ from pathlib import Path
 import inventory
 import records
 import utils
-from inventory import TRASH, RunInfo, Step, printable
+from inventory import TRASH, RunInfo, Step
+from utils import printable
 
 
 @dataclass(frozen=True)

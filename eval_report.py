@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import report_figures as figures
 import report_page
 import report_plots
 from evaluation import Table
+from utils import printable
 
 JSON, PAGE = "report.json", "report.html"
 MOST_GROUPS_SHOWN = 20  # of a breakdown in the terminal
@@ -81,14 +84,17 @@ def show(content: dict[str, Any]) -> None:
     from rich.table import Table as Grid
     from rich.text import Text
 
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100, highlight=False)
+    # into memory first: rich would take a pipe that nobody reads any more for the end of the program
+    on_terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if on_terminal else 100
+    console = Console(file=io.StringIO(), width=width, force_terminal=on_terminal, highlight=False)
 
     def grid(title: str, rows: list[tuple[str, ...]], columns: tuple[str, ...]) -> None:
         shown = Grid(title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False)
         for number, column in enumerate(columns):
             shown.add_column(column, justify="right" if number else "left", overflow="fold")
         for row in rows:
-            shown.add_row(*(Text(cell) for cell in row))  # Text: a subset's name may look like markup
+            shown.add_row(*(Text(printable(cell)) for cell in row))  # Text: a subset's name may look like markup
         console.print()
         console.print(shown)
 
@@ -114,7 +120,8 @@ def show(content: dict[str, Any]) -> None:
         grid(f"Against {against['model']}", figures.of_comparison(against), ("", ""))
     console.print()
     for finding in content["findings"]:
-        console.print(Text(f"- {finding}"))
+        console.print(Text(f"- {printable(finding)}"))
+    print(console.file.getvalue(), end="", flush=True)
 
 
 def _share_row(label: str, one: dict[str, Any]) -> tuple[str, ...]:

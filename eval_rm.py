@@ -9,8 +9,10 @@ python eval_rm.py --model FOLDER --score replies.jsonl > scored.jsonl   rewards 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,17 +20,19 @@ from typing import TYPE_CHECKING, Any
 import flags
 import utils
 from flags import flag
+from utils import DiskOrNetworkError, UserError
 
 if TYPE_CHECKING:
     import comparisons
     import eval_report
+    import hub
     import judging
     import models
     import score_lines
     import scoring
 else:  # loaded when first used, so that --help answers at once
-    comparisons, eval_report, judging, models, score_lines, scoring = map(
-        utils.lazy_import, ("comparisons", "eval_report", "judging", "models", "score_lines", "scoring")
+    comparisons, eval_report, hub, judging, models, score_lines, scoring = map(
+        utils.lazy_import, ("comparisons", "eval_report", "hub", "judging", "models", "score_lines", "scoring")
     )
 
 DEFAULT_DATASET = "Anthropic/hh-rlhf"
@@ -48,7 +52,7 @@ class EvalConfig:
     against: str | None = flag(None, "another reward model, compared on the same pairs", group="model and data")
     untrained_baseline: bool = flag(True, "also score with the model as it was before training, where that is known: it costs a second pass", group="model and data")
 
-    report_dir: str | None = flag(None, "folder of report.json and report.html (default: reports/step-N in the run's folder for a checkpoint, else ./report)", group="output")
+    report_dir: str | None = flag(None, "folder of report.json, report.html and TensorBoard's files (default: reports/step-N in the run's folder for a checkpoint, with the figures beside the training's, else ./report)", group="output")
     scores_out: str | None = flag(None, "JSONL file for every pair's rewards, with the dialogue", group="output")
     score: str | None = flag(None, "no report: read prompts and replies from this JSONL file, or - for standard input, and write them with their rewards to standard output", group="output")
     best_of: bool = flag(False, "with --score: of each row's replies pick the one with the highest reward", group="output")
@@ -96,15 +100,22 @@ def plan(config: EvalConfig) -> judging.Task:
     folder = scoring.find_model(config.model)
     settings = judging.own_settings(folder)
     other = scoring.find_model(config.against, "--against") if config.against else None
+    for adapter in filter(None, (folder, other)):
+        refuse_missing_base(adapter, config.base_model)
     dataset = config.dataset or settings.get("dataset") or DEFAULT_DATASET
     data = comparisons.find(dataset, config.split, config.subset_column)
     data = comparisons.sample(data, config.max_pairs)
     report_dir = Path(config.report_dir) if config.report_dir else judging.report_folder(folder)
+    # beside the training's own only what is this checkpoint's own report
+    board_folder = report_dir / "tensorboard" if config.report_dir else judging.board_folder(folder, report_dir)
+    scores_out = scores_file(config.scores_out, data, report_dir) if config.scores_out else None
+    for place, name in ((report_dir, "--report_dir"), (board_folder, "TensorBoard's folder")):
+        refuse_unwritable(place, name)
     before, why_not = judging.untrained(folder, settings) if config.untrained_baseline else (None, "")
     notes = [f"{config.max_pairs:,} rows asked for, spread over all"] * bool(config.max_pairs) + [why_not] * bool(
         why_not
     )
-    for note in [*data.notes, *notes]:
+    for note in [*data.notes, *notes, *replaced_report(report_dir, utils.seen_from_here(dataset), config)]:
         print(note, flush=True)
     return judging.Task(
         model=judging.Contender(
@@ -114,15 +125,73 @@ def plan(config: EvalConfig) -> judging.Task:
         dataset=utils.seen_from_here(dataset),
         split=config.split,
         report_dir=report_dir,
-        board_folder=judging.board_folder(folder, report_dir),
+        board_folder=board_folder,
         limits=limits(config, settings),
         step=utils.step_of(folder.absolute()) or 0,
         against=other
-        and judging.Contender(utils.seen_from_here(str(other)), lambda: models.RewardModel.restore(other)),
+        and judging.Contender(
+            utils.seen_from_here(str(other)), lambda: models.RewardModel.restore(other, config.base_model)
+        ),
         untrained=before,
-        scores_out=Path(config.scores_out) if config.scores_out else None,
+        scores_out=scores_out,
         notes=tuple(notes),
     )
+
+
+def refuse_missing_base(folder: Path, base_model: str | None) -> None:
+    """UserError if a LoRA checkpoint's base model is a folder that is not there."""
+    if not models.is_adapter(folder):
+        return
+    base = base_model or models.base_of_adapter(folder)
+    if hub.looks_like_a_path(base) and not Path(base).expanduser().exists():
+        raise UserError(
+            "the base model of a LoRA checkpoint is not there", where=base, found=f"the checkpoint {folder}",
+            safe="nothing was scored", next="--base_model FOLDER, where the base model lies now",
+        )  # fmt: skip
+
+
+def refuse_unwritable(folder: Path, name: str) -> None:
+    """DiskOrNetworkError if no file can be made in `folder`, before hours are spent on what would go there."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        if there.is_dir():
+            tempfile.TemporaryFile(dir=there).close()
+            return
+        problem = "it is no folder"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    raise DiskOrNetworkError(
+        f"{name} cannot be written: {problem}", where=there.absolute(), safe="nothing was scored",
+        next="--report_dir FOLDER, where you may write",
+    )  # fmt: skip
+
+
+def scores_file(name: str, data: comparisons.Data, report_dir: Path) -> Path:
+    """Where --scores_out really goes: through symbolic links, into a regular file that is nobody's input or report."""
+    path = Path(name).expanduser().resolve()
+    if path.exists() and not path.is_file():
+        raise UserError("--scores_out is no regular file", where=name, next="name a file; it is written at the end")
+    inputs = [part.source.path.resolve() for part in data.parts if part.source.path]
+    reports = [(report_dir / file).resolve() for file in (eval_report.JSON, eval_report.PAGE)]
+    if path in (*inputs, *reports):
+        what = "the data that is scored" if path in inputs else "the report itself"
+        raise UserError(f"--scores_out names {what}", where=path, safe="it was not touched", next="name another file")
+    refuse_unwritable(path.parent, "--scores_out")
+    return path
+
+
+def replaced_report(report_dir: Path, dataset: str, config: EvalConfig) -> list[str]:
+    """A line if the report that is there is on other data."""
+    try:
+        old = json.loads((report_dir / eval_report.JSON).read_text(encoding="utf-8"))
+        of = old["dataset"], old["split"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    if of == (dataset, config.split):
+        return []
+    return [f"the report in {report_dir} is on {of[0]}, {of[1]}, and will be replaced; --report_dir keeps both"]
 
 
 def shown(name: str, folder: Path) -> str:

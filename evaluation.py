@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 import time
 from array import array
@@ -47,6 +48,8 @@ class Table:
     longest: np.ndarray  # (M,) tokens of the longest reply
     rewards: np.ndarray  # (N, 2) right, wrong: the first right reply against each wrong one
     lengths: np.ndarray  # (N, 2)
+    longer_by: np.ndarray  # (M, 2) tokens by which every right reply is longer than every wrong one, and shorter
+    guessing: float  # the accuracy of drawing lots: with r right and w wrong replies, 1 in (r + w choose r)
     groups: list[reward_bench.Group]  # of rows with lists of replies; else empty
     counts: Counts
     fingerprint: str
@@ -123,6 +126,7 @@ def _table(log: ScoreLog, seen: _Seen, fingerprint: str) -> Table:
     places = np.array(seen.places, dtype=np.int64).reshape(-1, 2)
     kept, groups = array("q"), []
     margins, longest, rewards, lengths = array("d"), array("i"), array("f"), array("i")
+    longer_by, chances = array("i"), 0.0
     for position in range(len(seen.turns)):
         found = log[position]
         if isinstance(found, str):
@@ -133,6 +137,8 @@ def _table(log: ScoreLog, seen: _Seen, fingerprint: str) -> Table:
         kept.append(position)
         margins.append(min(values[:right]) - max(values[right:]))
         longest.append(max(tokens))
+        longer_by.extend((min(tokens[:right]) - max(tokens[right:]), min(tokens[right:]) - max(tokens[:right])))
+        chances += 1 / math.comb(len(values), right)
         for value, length in zip(values[right:], tokens[right:], strict=True):
             rewards.extend((values[0], value))
             lengths.extend((tokens[0], length))
@@ -142,8 +148,8 @@ def _table(log: ScoreLog, seen: _Seen, fingerprint: str) -> Table:
     at = np.array(kept, dtype=np.int64)
     return Table(
         names, at, places[at], np.array(seen.subsets)[at], np.array(seen.turns)[at], np.array(margins),
-        np.array(longest), np.array(rewards).reshape(-1, 2), np.array(lengths).reshape(-1, 2), groups, counts,
-        fingerprint,
+        np.array(longest), np.array(rewards).reshape(-1, 2), np.array(lengths).reshape(-1, 2),
+        np.array(longer_by).reshape(-1, 2), chances / len(kept) if kept else 0.5, groups, counts, fingerprint,
     )  # fmt: skip
 
 
@@ -168,6 +174,7 @@ def measure(table: Table) -> dict[str, Any]:
         "right": headline.right,
         "ties": headline.ties,
         "wrong": headline.n - headline.right - headline.ties,
+        "guessing": table.guessing,
         "rows": {
             "read": table.counts.rows, "left_out": table.counts.left_out, "why": dict(table.counts.count),
             "in_words": [line.strip() for line in table.counts.lines()],
@@ -195,12 +202,9 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def baselines(table: Table) -> dict[str, Any]:
-    """What rules without a model reach on the same pairs."""
-    longer_by = table.lengths[:, 0] - table.lengths[:, 1]
-    return {
-        "longer wins": dataclasses.asdict(statistics.share(longer_by)),
-        "shorter wins": dataclasses.asdict(statistics.share(-longer_by)),
-    }
+    """What rules without a model reach on the same comparisons."""
+    rules = zip(("longer wins", "shorter wins"), table.longer_by.T, strict=True)
+    return {rule: dataclasses.asdict(statistics.share(by)) for rule, by in rules}
 
 
 def benchmark(table: Table, by_subset: dict[str, Any]) -> dict[str, Any] | None:
@@ -224,10 +228,13 @@ def findings(content: dict[str, Any]) -> list[str]:
     if content["ties"] > 0.01 * n:
         found.append(f"{content['ties'] / n:.1%} of the pairs are ties: the model gives both replies the same reward.")
     low, high = content["interval"]
-    if low <= 0.5 <= high:
-        found.append("The accuracy cannot be told from guessing (50 %) on this many pairs.")
-    elif high < 0.5:
+    guessing, is_of_pairs = content["guessing"], content["pairs"] == n
+    if low <= guessing <= high:
+        found.append(f"The accuracy cannot be told from guessing ({guessing:.0%}) on this many rows.")
+    elif high < guessing and is_of_pairs:
         found.append("The model prefers the worse reply more often than the better one.")
+    elif high < guessing:
+        found.append(f"The model does worse than guessing ({guessing:.0%}).")
     longer, within = length["model_prefers_longer"], length["within_prompts"]["pearson"]
     controlled = length["length_controlled"]["accuracy"]
     if longer is not None and max(longer, 1 - longer) > 0.95:
@@ -241,7 +248,7 @@ def findings(content: dict[str, Any]) -> list[str]:
     rule, best = max(content["baselines"].items(), key=lambda item: item[1]["accuracy"] or 0)
     if best["accuracy"] is not None and low <= best["accuracy"]:
         found.append(f"The rule “{rule}” alone reaches {best['accuracy']:.1%}: the model is not clearly better.")
-    if controlled is not None and accuracy - controlled > 0.05:
+    if is_of_pairs and controlled is not None and accuracy - controlled > 0.05:
         found.append(
             f"{accuracy - controlled:.1%} of the accuracy is owed to length: with the longer reply better exactly half "
             f"of the time it would be {controlled:.1%}."

@@ -18,7 +18,7 @@ from typing import Any
 import locks
 import records
 import utils
-from utils import UserError
+from utils import UserError, printable
 
 TRASH = ".trash"
 SORT_KEYS = ("started", "name", "state", "accuracy", "steps", "size")
@@ -382,8 +382,3 @@ def find_run(name: str, runs: list[RunInfo]) -> RunInfo:
             next="python manage_runs.py --list shows the names",
         )
     return found[0]
-
-
-def printable(text: str) -> str:
-    """A name as one line that no terminal obeys: what is no ordinary sign stands as its code."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)

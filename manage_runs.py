@@ -25,8 +25,8 @@ import trash
 import utils
 from deletions import Plan
 from flags import flag
-from inventory import Roots, RunInfo, printable
-from utils import UserError
+from inventory import Roots, RunInfo
+from utils import UserError, printable
 
 if TYPE_CHECKING:
     import prompts

@@ -83,7 +83,7 @@ def _intervals(name: str, title: str, shares: dict[str, Any]) -> Plot:
                 f"{one['accuracy']:.1%} of {one['n']:,}", (1.03, row), xycoords=("axes fraction", "data"), va="center",
                 color=palette.muted, fontsize=9,
             )  # fmt: skip
-        axes.set_yticks(rows, [label[:32] or "(none)" for label, _ in kept])
+        axes.set_yticks(rows, [utils.printable(label[:32]) or "(none)" for label, _ in kept])
         axes.set_ylim(len(kept) - 0.4, -0.6)
         axes.set_xlim(min(0.4, *(one["low"] for _, one in kept)) - 0.02, 1.02)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

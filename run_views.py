@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import inventory
 import records
 import utils
-from inventory import Accuracy, Roots, RunInfo, printable
+from inventory import Accuracy, Roots, RunInfo
+from utils import printable
 
 if TYPE_CHECKING:
     import plotext

@@ -43,6 +43,8 @@ class Line:
 def read(name: str) -> Iterator[Line]:
     """The lines of a file, or of standard input for "-". UserError names the line of what is broken."""
     if name == "-":
+        if sys.stdin is None:
+            raise UserError("--score -: standard input is closed", next="... | python eval_rm.py --score -, or a file")
         # a handle of our own: at its end Python wants the lock of sys.stdin's, which the reading thread would hold
         with os.fdopen(os.dup(sys.stdin.fileno()), "rb") as lines:
             for number, row in rows.parse_json_lines(lines, lambda number: f"standard input:{number}"):
@@ -67,6 +69,10 @@ def parse(row: Any, place: str) -> Line:
 
     if not isinstance(row, dict):
         raise refuse(f"it is a {type(row).__name__}, not an object")
+    try:
+        json.dumps(row, allow_nan=False)
+    except ValueError:
+        raise refuse("it holds a number that is not finite, which no JSON is") from None
     if row.get("messages") is not None:
         if not isinstance(row["messages"], list):
             raise refuse(f"'messages' is a {type(row['messages']).__name__}, not a list")
@@ -108,10 +114,16 @@ def score(scorer: scoring.Scorer, lines: Iterator[Line], best_of: bool, waits: b
             rewards[jobs[number]] = values
         for at, line in enumerate(chunk):
             counts["scored" if at in rewards else found[at]] += 1
-            answer = _answer(line, rewards.get(at), found[at], best_of)
-            out.write(json.dumps(answer, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+            out.write(_encoded(_answer(line, rewards.get(at), found[at], best_of)))
         out.flush()
     return counts
+
+
+def _encoded(answer: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(answer, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half a character, which only its escape can say
+        return json.dumps(answer).encode() + b"\n"
 
 
 def _answer(line: Line, rewards: list[float] | None, found: Any, best_of: bool) -> dict[str, Any]:

@@ -244,6 +244,11 @@ def first_line(error: BaseException) -> str:
     return (text.strip().splitlines() or [type(error).__name__])[0][:300]
 
 
+def printable(text: str) -> str:
+    """A name as one line that no terminal obeys: what is no ordinary sign stands as its code."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """`, did you mean 'x'?` for the closest of `names`, or nothing."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)

@@ -250,9 +250,57 @@ def test_every_row_is_kept_or_counted(judge, reward_checkpoint, write_rows):
     ]  # fmt: skip
 
 
-def test_nothing_to_score_is_said_and_no_crash(judge, reward_checkpoint, write_rows):
-    found = judge(reward_checkpoint, "--split", "all", dataset=write_rows([{"chosen": "x", "rejected": "y"}]))
-    assert found["n"] == 0 and found["accuracy"] is None and found["findings"] == ["No pair was scored."]
+def test_nothing_to_score_is_bad_input_and_costs_no_earlier_report(judge, reward_checkpoint, write_rows):
+    judge(reward_checkpoint, "--max_pairs", 5)
+    before = Path("out/report.json").read_bytes()
+    for rows in ([{"chosen": "x", "rejected": "y"}], []):
+        with pytest.raises(UserError, match="no row could be scored") as caught:
+            judge(reward_checkpoint, "--split", "all", dataset=write_rows(rows))
+        assert "no earlier report was touched" in str(caught.value)
+    assert Path("out/report.json").read_bytes() == before
+    assert [path.name for path in Path("out").glob(".*")] == []
+
+
+def test_a_report_on_other_data_says_what_it_replaces_and_stays_out_of_the_trainings_logs(
+    judge, reward_checkpoint, write_rows, capsys
+):
+    judge(reward_checkpoint, "--max_pairs", 5)
+    assert "will be replaced" not in capsys.readouterr().out
+    judge(reward_checkpoint, "--split", "all", "--max_pairs", 5)
+    assert re.search(r"the report in out is on \S+, test, and will be replaced", capsys.readouterr().out)
+    assert len(list(Path("out/tensorboard").iterdir())) == 1
+
+
+def test_scores_go_through_links_into_files_that_are_nobody_elses(judge, reward_checkpoint, tmp_path, demo_folder):
+    target = tmp_path / "target.jsonl"
+    target.touch()
+    (tmp_path / "link.jsonl").symlink_to(target)
+    judge(reward_checkpoint, "--max_pairs", 5, "--scores_out", "link.jsonl")
+    assert len(lines_of(target)) == 5 and (tmp_path / "link.jsonl").is_symlink()
+    data = shutil.copy(demo_folder[1] / "test.jsonl", tmp_path / "mine.jsonl")
+    before = Path(data).read_bytes()
+    for name, message in ((data, "names the data"), ("out/report.json", "the report itself"), ("out", "is a folder")):
+        with pytest.raises(UserError, match=message):
+            judge(reward_checkpoint, "--split", "all", "--scores_out", name, dataset=data)
+    assert Path(data).read_bytes() == before
+    if hasattr(os, "mkfifo"):
+        os.mkfifo("pipe")
+        with pytest.raises(UserError, match="no regular file"):
+            judge(reward_checkpoint, "--scores_out", "pipe")
+    with pytest.raises(DiskOrNetworkError, match="--scores_out cannot be written: it is no folder"):
+        judge(reward_checkpoint, "--scores_out", "mine.jsonl/scores.jsonl")
+
+
+def test_names_in_the_data_command_no_terminal(judge, reward_checkpoint, write_rows, capsys):
+    asked = [{"role": "user", "content": "Bread?"}]
+    rows = [
+        {"prompt": asked, "chosen": f"Yes, {kind}.", "rejected": "No.", "kind": kind}
+        for kind in ("\x1b[31mred", "\u202eback", "plain")
+    ]
+    found = judge(reward_checkpoint, "--split", "all", dataset=write_rows(rows))
+    shown = capsys.readouterr().out
+    assert "\\x1b[31mred" in shown and "\x1b" not in shown and "\u202e" not in shown
+    assert set(found["by_subset"]) == {"\x1b[31mred", "\u202eback", "plain"}
 
 
 def test_real_pairs_with_the_real_tokenizer(judge, real_data, real_tokenizer_folder, tmp_path):
@@ -305,6 +353,10 @@ def test_reward_bench_2_rows_compare_one_with_several(judge, length_model, write
     assert benchmark["parts"] == {"Focus": 1.0, "Math": 0.5, "Ties": pytest.approx(ties, abs=1e-4)}
     assert benchmark["score"] == pytest.approx((1 + 0.5 + ties) / 3, abs=1e-4)
     assert (found["n"], found["right"], found["pairs"]) == (5, 4, 3 + 3 + 3 + 1 + 2)
+    # drawing lots: 1 in 4, 1 in 4, 1 in 4, 1 in 2, and of five replies the three right ones before both wrong ones
+    assert found["guessing"] == pytest.approx((3 / 4 + 1 / 2 + 1 / 10) / 5)
+    rules = found["baselines"]  # of rows, as the accuracy is: the reward is the length
+    assert (rules["longer wins"]["n"], rules["longer wins"]["right"], rules["shorter wins"]["right"]) == (5, 4, 0)
     first = lines_of("s.jsonl")[0]
     assert len(first["reward_rejected"]) == 3 and first["chosen"][0][-1]["content"] == reply[9]
     page = Path("out/report.html").read_text(encoding="utf-8")
@@ -403,6 +455,19 @@ def test_a_report_that_cannot_be_written_is_no_failure_of_the_training(run_scrip
     assert result.returncode == 0, result.stderr
     assert "the training is saved, but there is no report of it" in result.stderr
     assert (run / "step-2/manifest.json").is_file() and (run / "reports").is_file()
+
+
+def test_an_adapter_whose_base_has_moved_is_judged_with_base_model(judge, adapter, base, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(adapter, moved)
+    settings = utils.read_json(moved / "adapter_config.json")
+    utils.write_json(moved / "adapter_config.json", settings | {"base_model_name_or_path": "/nowhere/base"})
+    for models_given in ([moved], [adapter, "--against", moved]):
+        with pytest.raises(UserError, match="--base_model FOLDER") as caught:
+            judge(*models_given)
+        assert "/nowhere/base" in str(caught.value) and not Path("out").exists()
+    found = judge(adapter, "--against", moved, "--base_model", base, "--max_pairs", 20)
+    assert found["against"]["only_a_right"] == found["against"]["only_b_right"] == 0
 
 
 def test_a_base_that_is_gone_is_said_and_costs_no_report(trained_run, monkeypatch, tmp_path, base):

@@ -1205,7 +1205,7 @@ def test_numbers_and_ranges_are_read_strictly():
 
 
 def test_a_name_reaches_the_terminal_without_signs_that_it_obeys():
-    assert inventory.printable("a\nb\x1b[2J\u202e\udcff²") == "a\\nb\\x1b[2J\\u202e\\udcff²"
+    assert utils.printable("a\nb\x1b[2J\u202e\udcff²") == "a\\nb\\x1b[2J\\u202e\\udcff²"
 
 
 def test_a_manifest_is_the_same_after_moving_an_entry_away_and_back(work):

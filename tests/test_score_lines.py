@@ -54,6 +54,24 @@ def test_each_form_gets_the_models_own_reward_and_keeps_what_it_had(score, own_r
     assert "5 rows scored" in errors
 
 
+def test_what_comes_out_goes_in_again(score):
+    """Half a character stays its escape, which is UTF-8 and JSON; a number that no JSON is stops with its line."""
+    found, _ = score([{"prompt": "Hello?", "reply": "Good day.", "note": "\ud800"}, {"prompt": "a", "reply": "\ud800"}])
+    assert found[0]["note"] == "\ud800" and found[0]["reward"] is not None
+    assert found[1]["reward"] is None and "surrogate" in found[1]["left_out"]
+    again, _ = score(found)
+    assert again == found
+    with pytest.raises(UserError, match=r"in\.jsonl:2[^0-9](.|\n)*") as caught:
+        score([{"prompt": "a", "reply": "b"}, {"prompt": "a", "reply": "b", "n": float("inf")}])
+    assert "not finite" in str(caught.value)
+
+
+def test_closed_standard_input_is_said(monkeypatch, reward_checkpoint):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="standard input is closed"):
+        eval_rm.main(["--model", str(reward_checkpoint), "--score", "-"])
+
+
 def test_order_is_kept_whatever_the_lengths(score, own_rewards):
     rows = [{"prompt": f"Hello {n}?", "reply": "word " * (1 + n * 37 % 50)} for n in range(200)]
     found, _ = score(rows, "--tokens_per_batch", "300")
