@@ -5,6 +5,7 @@ Reads only; trash.py does it.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
@@ -218,9 +219,18 @@ def began(run: RunInfo) -> str | None:
     return run.record.began if run.record else None
 
 
+# What another deletion has taken in the meantime counts as nothing here: `why_not` says later that it is gone.
+
+
 def seconds_since_written(folder: Path) -> float:
-    return time.time() - max((found.st_mtime for _, found in inventory.walk(folder)), default=0.0)
+    try:
+        return time.time() - max((found.st_mtime for _, found in inventory.walk(folder)), default=0.0)
+    except FileNotFoundError:
+        return math.inf
 
 
 def samefile(one: Path, other: Path) -> bool:
-    return os.path.samestat(os.lstat(one), os.lstat(other))
+    try:
+        return os.path.samestat(os.lstat(one), os.lstat(other))
+    except FileNotFoundError:
+        return False

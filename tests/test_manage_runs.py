@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+import deletions
 import inventory
 import locks
 import manage_runs
@@ -935,6 +936,16 @@ def test_a_deletion_that_is_stopped_half_way_says_what_is_gone_and_left(work, tm
     ), text
     assert (work / "checkpoints/rm/stopped/run.json").exists() and not (work / "checkpoints/rm/first").exists()
     assert in_child(lambda: manage_runs.main(["--undo"]), log) == 0 and len(scanned(work)) == 5
+
+
+def test_what_another_deletion_takes_between_looking_and_planning_is_gone_already(work):
+    runs, _ = inventory.scan(roots_of(work))
+    for name in ("first", "stopped"):
+        for root in ("checkpoints/rm", "logs/rm"):
+            shutil.rmtree(work / root / name)
+    chosen = [run for run in runs if run.name in ("first", "stopped")]
+    plan = deletions.plan_runs(chosen, runs, roots_of(work))
+    assert len(plan.refused) >= 2 and {why for _, why in plan.refused} == {"gone already"} and not plan.items
 
 
 def test_many_at_once_corrupt_nothing(work):
