@@ -109,8 +109,8 @@ def plan(config: EvalConfig) -> judging.Task:
     # beside the training's own only what is this checkpoint's own report
     board_folder = report_dir / "tensorboard" if config.report_dir else judging.board_folder(folder, report_dir)
     scores_out = scores_file(config.scores_out, data, report_dir) if config.scores_out else None
-    for place, name in ((report_dir, "--report_dir"), (board_folder, "TensorBoard's folder")):
-        refuse_unwritable(place, name)
+    for place, name in ((report_dir, "the report's folder"), (board_folder, "TensorBoard's folder")):
+        refuse_unwritable(place, name, "--report_dir FOLDER, where you may write")
     before, why_not = judging.untrained(folder, settings) if config.untrained_baseline else (None, "")
     notes = [f"{config.max_pairs:,} rows asked for, spread over all"] * bool(config.max_pairs) + [why_not] * bool(
         why_not
@@ -119,7 +119,7 @@ def plan(config: EvalConfig) -> judging.Task:
         print(note, flush=True)
     return judging.Task(
         model=judging.Contender(
-            utils.seen_from_here(str(folder)), lambda: models.RewardModel.restore(folder, config.base_model)
+            shown(config.model, folder), lambda: models.RewardModel.restore(folder, config.base_model)
         ),
         data=data,
         dataset=utils.seen_from_here(dataset),
@@ -130,7 +130,7 @@ def plan(config: EvalConfig) -> judging.Task:
         step=utils.step_of(folder.absolute()) or 0,
         against=other
         and judging.Contender(
-            utils.seen_from_here(str(other)), lambda: models.RewardModel.restore(other, config.base_model)
+            shown(config.against, other), lambda: models.RewardModel.restore(other, config.base_model)
         ),
         untrained=before,
         scores_out=scores_out,
@@ -150,7 +150,7 @@ def refuse_missing_base(folder: Path, base_model: str | None) -> None:
         )  # fmt: skip
 
 
-def refuse_unwritable(folder: Path, name: str) -> None:
+def refuse_unwritable(folder: Path, name: str, instead: str) -> None:
     """DiskOrNetworkError if no file can be made in `folder`, before hours are spent on what would go there."""
     there = folder
     while not there.exists() and there != there.parent:
@@ -163,9 +163,8 @@ def refuse_unwritable(folder: Path, name: str) -> None:
     except OSError as error:
         problem = error.strerror or str(error)
     raise DiskOrNetworkError(
-        f"{name} cannot be written: {problem}", where=there.absolute(), safe="nothing was scored",
-        next="--report_dir FOLDER, where you may write",
-    )  # fmt: skip
+        f"{name} cannot be written: {problem}", where=there.absolute(), safe="nothing was scored", next=instead
+    )
 
 
 def scores_file(name: str, data: comparisons.Data, report_dir: Path) -> Path:
@@ -178,7 +177,7 @@ def scores_file(name: str, data: comparisons.Data, report_dir: Path) -> Path:
     if path in (*inputs, *reports):
         what = "the data that is scored" if path in inputs else "the report itself"
         raise UserError(f"--scores_out names {what}", where=path, safe="it was not touched", next="name another file")
-    refuse_unwritable(path.parent, "--scores_out")
+    refuse_unwritable(path.parent, "--scores_out", "--scores_out FILE, where you may write")
     return path
 
 

@@ -218,8 +218,6 @@ def findings(content: dict[str, Any]) -> list[str]:
     """What stands out, in sentences; the thresholds are where a person would be wrong not to know."""
     found = []
     n, accuracy, length = content["n"], content["accuracy"], content["length"]
-    if not n:
-        return ["No pair was scored."]
     if content["ties"] == n:
         return ["Every pair is a tie: the model gives all replies the same reward, and has learned nothing."]
     rows = content["rows"]

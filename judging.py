@@ -65,14 +65,14 @@ def judge(task: Task, between: Callable[[], None]) -> dict[str, Any]:
     notes = [*task.data.notes, *task.notes]
     table, log = _score(task.model, task, between)
     logs, other = [log], None
-    content = evaluation.measure(table)
-    if not content["n"]:
+    if not len(table.positions):
         log.delete()
         raise utils.UserError(
             "no row could be scored, so there is nothing to report", where=f"{task.dataset}, {task.split}",
-            found="; ".join(content["rows"]["in_words"]) or "no rows", safe="no earlier report was touched",
-            next="other --dataset or --split, or a larger --max_length",
+            found="; ".join(line.strip() for line in table.counts.lines()) or "no rows",
+            safe="no earlier report was touched", next="other --dataset or --split, or a larger --max_length",
         )  # fmt: skip
+    content = evaluation.measure(table)
     if task.against:
         other, its_log = _score(task.against, task, between)
         logs.append(its_log)

@@ -457,6 +457,21 @@ def test_a_report_that_cannot_be_written_is_no_failure_of_the_training(run_scrip
     assert (run / "step-2/manifest.json").is_file() and (run / "reports").is_file()
 
 
+def test_a_report_calls_a_hub_model_by_its_id_and_a_run_by_its_newest_step(reward_checkpoint, tmp_path):
+    assert eval_rm.shown("someone/reward-model", tmp_path / "snapshots/0f3a") == "someone/reward-model"
+    assert eval_rm.shown(str(reward_checkpoint.parent), reward_checkpoint).endswith("step-2")
+
+
+def test_a_folder_that_takes_no_file_is_said_before_scoring(reward_checkpoint, tmp_path, monkeypatch, demo_folder):
+    monkeypatch.chdir(tmp_path)
+    Path("taken").touch()
+    with pytest.raises(DiskOrNetworkError, match="the report's folder cannot be written") as caught:
+        eval_rm.main(
+            ["--model", str(reward_checkpoint), "--dataset", str(demo_folder[1]), "--report_dir", "taken/report"]
+        )
+    assert "nothing was scored" in str(caught.value) and "--report_dir FOLDER" in str(caught.value)
+
+
 def test_an_adapter_whose_base_has_moved_is_judged_with_base_model(judge, adapter, base, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(adapter, moved)
