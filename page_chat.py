@@ -20,9 +20,13 @@ AT_ONCE = {**QUIET, "concurrency_limit": None}  # but through the queue: outside
 WRITING = {"concurrency_id": "writing", "concurrency_limit": 1, "api_visibility": "private"}
 
 
-# Conversations in and out of localStorage; and two places where Gradio would show a message's escaped form.
+# A reply's pieces in order; conversations in and out of localStorage; two places where Gradio would show a message's
+# escaped form.
 SCRIPT = """
 <script>
+// Gradio hands a piece of a reply on at once while the tab is hidden, a little later while it is seen: a tab that is
+// hidden or left in between got two pieces in the wrong order, and lost the reply. Said to be hidden, order is kept.
+Object.defineProperty(document, "visibilityState", { get: () => "hidden" });
 window.conversations = (() => {
   const prefix = "rl-with-rm/conversation/";
   const read = key => { try { return JSON.parse(localStorage.getItem(key)); } catch { return null; } };

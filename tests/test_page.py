@@ -26,6 +26,12 @@ HOSTILE = "<img src=x onerror=\"document.title='owned'\"><b>bold</b> & </textare
 ON_LEAVING = (
     r"^AbortError: (signal is|BodyStreamBuffer was) aborted|^Unexpected error Connection errored out|^Failed to fetch"
 )
+# A tab that is hidden and shown again all the time, and so busy that what comes meanwhile comes all at once
+HIDING = """
+let asked = 0;
+Object.defineProperty(Document.prototype, "visibilityState", { get: () => asked++ % 2 ? "hidden" : "visible" });
+setInterval(() => { const start = performance.now(); while (performance.now() - start < 400); }, 500);
+"""
 PHONE = {"width": 390, "height": 844}
 
 
@@ -54,11 +60,13 @@ def open_page(browser, server):
     """Open the page in a browser of its own; at the end nothing may have gone wrong in it or left this machine."""
     contexts, troubles = [], []
 
-    def open_it(**options):
+    def open_it(hiding=False, **options):
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         context.grant_permissions(["clipboard-read", "clipboard-write"])
         contexts.append(context)
         page = context.new_page()
+        if hiding:
+            page.add_init_script(HIDING)
         page.on("console", lambda message: message.type == "error" and troubles.append(message.text))
         page.on("pageerror", lambda error: troubles.append(str(error)))
         page.on("request", lambda request: is_foreign(request.url) and troubles.append(f"asked for {request.url}"))
@@ -302,6 +310,12 @@ def test_a_page_that_is_reloaded_in_the_middle_of_a_reply_keeps_the_question_and
     page.reload()
     expect(page.locator("#chat .user.message")).to_have_text(re.compile(QUESTION[:20]))
     ask(page, "And now?", length=8)
+
+
+def test_a_tab_that_is_hidden_and_shown_again_while_it_is_busy_gets_the_whole_reply(open_page):
+    page = open_page(hiding=True)
+    for count in (1, 2):
+        ask(page, QUESTION, count, length=200)
 
 
 def test_what_is_sent_while_a_reply_is_written_stays_in_the_box(open_page):
