@@ -16,6 +16,7 @@ import catalogue
 import comparisons
 import eval_report
 import evaluation
+import memory
 import models
 import pair_statistics
 import scoring
@@ -108,7 +109,7 @@ def _score(contender: Contender, task: Task, between: Callable[[], None]) -> tup
         return evaluation.score(scorer, task.data, task.report_dir, between, contender.name)
     finally:
         del model, scorer
-        models.free_memory(device)
+        memory.free(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,12 +9,9 @@ Letters: B rows, T tokens per row, N pairs, D hidden size.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import hashlib
 import math
 import platform
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import attention
+import memory
 from utils import CheckpointError, UserError, first_line
 from weights import (
     LoraSettings,
@@ -39,22 +37,6 @@ def pick_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def trim_heap() -> None:
-    """Give the C library's freed memory back to the system, where it keeps it: glibc, on Linux."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
-
-
-def free_memory(device: torch.device) -> None:
-    """Give cached blocks back, so that a smaller batch finds room in one piece."""
-    gc.collect()
-    trim_heap()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    if device.type == "mps":
-        torch.mps.empty_cache()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,7 +195,7 @@ class RewardModel(nn.Module):
         weight = self.classifier.get_input_embeddings().weight
         if weight.grad is not None and weight.grad.is_sparse:
             if weight.device.type == "cpu":
-                trim_heap()  # the activations are gone, and their room would stay held while this takes its own
+                memory.trim_heap()  # the activations are gone, and their room would stay held while this takes its own
             # coalescing sorts, so the order of summation, and with it the last bit, is always the same
             weight.grad = weight.grad.coalesce().to_dense()
 

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 
 import distributed
-import models
+import memory
 import packing
-import progress
 import utils
 from utils import UserError
 
@@ -72,7 +71,7 @@ def largest_budget(run: Run) -> int:
 def peak_of(run: Run, budget: int) -> int:
     """The most bytes held while the longest pairs that `budget` takes go forward and backward."""
     device = run.model.device
-    models.free_memory(device)
+    memory.free(device)
     by_length = np.argsort(-run.train_pairs.packed_lengths, kind="stable")
     count = 1 + int(np.searchsorted(np.cumsum(run.train_pairs.packed_lengths[by_length]), budget))
     costly_width = run.model.costly_width() if run.model.packs_up_to(run.config.max_length) else None
@@ -89,7 +88,7 @@ def peak_of(run: Run, budget: int) -> int:
 def bytes_to_come(run: Run) -> int:
     """What AdamW's two moments will take once it has made its first step; nothing if they are there already."""
     return sum(
-        2 * progress.local_bytes(parameter)
+        2 * memory.local_bytes(parameter)
         for group in run.optimizer.param_groups
         for parameter in group["params"]
         if parameter not in run.optimizer.state
@@ -97,7 +96,7 @@ def bytes_to_come(run: Run) -> int:
 
 
 def memory_now(device: torch.device) -> int:
-    return int(progress.memory_in_use_gib(device) * 2**30)
+    return int(memory.in_use_gib(device) * 2**30)
 
 
 def memory_limit(device: torch.device, to_come: int) -> int:

@@ -1,4 +1,4 @@
-"""What a run shows while it works: TensorBoard, a progress bar or plain lines, memory."""
+"""What a run shows while it works: TensorBoard, a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -126,42 +126,3 @@ def drop_events_after(folder: Path, step: int, examples: int) -> None:
                 writer.write(event.SerializeToString())
             writer.close()
         os.replace(temporary, path)
-
-
-def peak_memory_gib(device: Any) -> float:
-    """The most memory held so far: the GPU's by our tensors, or on a CPU the process's resident set.
-
-    MPS keeps no peak; there it is what the driver holds now, after a step.
-    """
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory() / 2**30
-    if os.name == "nt":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset / 2**30
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes on macOS, KiB elsewhere
-
-
-def memory_in_use_gib(device: Any) -> float:
-    """What is held right now: the GPU's memory by our tensors, or on a CPU the process's resident set."""
-    import psutil
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) / 2**30
-    if device.type == "mps":
-        return torch.mps.current_allocated_memory() / 2**30
-    return psutil.Process().memory_info().rss / 2**30
-
-
-def local_bytes(tensor: Any) -> int:
-    """The bytes of a tensor that this process holds: all of it, or its part where FSDP spreads it."""
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local.numel() * local.element_size()

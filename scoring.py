@@ -26,6 +26,7 @@ from torch import Tensor
 import catalogue
 import data
 import hub
+import memory
 import models
 import packing
 import utils
@@ -174,7 +175,7 @@ class Scorer:
                 yield from _fetched(*launched)
             left = np.setdiff1d(left, np.concatenate(done)) if done else left
             if len(left):
-                models.free_memory(device)  # not in the `except`, where the traceback still holds activations
+                memory.free(device)  # not in the `except`, where the traceback still holds activations
 
 
 def smaller_budget(tried: packing.MicroBatchPlan, device: Any, error: RuntimeError) -> int:

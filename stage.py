@@ -24,11 +24,11 @@ from rows import Messages
 if TYPE_CHECKING:
     import torch
 
+    import memory
     import models
     import policy
-    import progress
 else:  # loaded when first used, so that --help answers at once
-    models, policy, progress, torch = map(utils.lazy_import, ("models", "policy", "progress", "torch"))
+    memory, models, policy, torch = map(utils.lazy_import, ("memory", "models", "policy", "torch"))
 
 MOST_CANDIDATES = 16
 MOST_REWARDS_KEPT = 4096
@@ -127,7 +127,7 @@ class Stage:
             self.policy, self.reward, self.talker, self.scorer = new_policy, new_reward, talker, scorer
             self._stamps = stamps
             del new_policy, new_reward
-            models.free_memory(device)
+            memory.free(device)
 
     def guest(self, name: str) -> policy.PolicyModel:
         """Another model that writes, beside the one on stage; it stays until the next guest."""
@@ -158,8 +158,7 @@ class Stage:
         else:
             lines.append(("scores", f"{scorers.get(self.scorer, self.scorer)} · {_described(self.reward)}"))
         device = self.policy.device
-        memory = progress.memory_in_use_gib(device)
-        lines.append(("memory", f"{memory:.2f} GiB in use on {device.type}"))
+        lines.append(("memory", f"{memory.in_use_gib(device):.2f} GiB in use on {device.type}"))
         return lines
 
     def explain(self, error: Exception) -> str:

@@ -35,14 +35,15 @@ if TYPE_CHECKING:
     import checkpoint
     import distributed
     import judging
+    import memory
     import models
     import packing
     import progress
     import runs
 else:  # loaded when first used, so that --help answers at once
-    np, torch, batching, checkpoint, judging, models, packing, progress, runs = map(
+    np, torch, batching, checkpoint, judging, memory, models, packing, progress, runs = map(
         utils.lazy_import,
-        ("numpy", "torch", "batching", "checkpoint", "judging", "models", "packing", "progress", "runs"),
+        ("numpy", "torch", "batching", "checkpoint", "judging", "memory", "models", "packing", "progress", "runs"),
     )
 
 
@@ -121,7 +122,7 @@ def gradients_of_step(
             return plans, results[:, 0], results[:, 1:]
         except RuntimeError as error:
             batching.halve_token_budget(run, plans, error)
-        models.free_memory(run.model.device)  # not in the `except`, where the traceback still holds activations
+        memory.free(run.model.device)  # not in the `except`, where the traceback still holds activations
         run.optimizer.zero_grad(set_to_none=True)
         checkpoint.set_random_state(run.random_state)  # the same dropout as in the first try
 
@@ -202,7 +203,7 @@ def score_test_pairs(run: runs.Run, indices: Any, stop: StopRequest) -> tuple[Te
             return results[:, 0], results[:, 1:], order
         except RuntimeError as error:
             batching.halve_token_budget(run, plans, error)
-        models.free_memory(run.model.device)
+        memory.free(run.model.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,7 +369,7 @@ def speed(plans: list[packing.MicroBatchPlan], seconds: float, device: Any) -> d
         "train/pairs_per_second": pairs / seconds,
         "train/tokens_per_second": computed / seconds,
         "train/useful_tokens": needed / computed,
-        "train/peak_memory_gib": progress.peak_memory_gib(device),
+        "train/peak_memory_gib": memory.peak_gib(device),
     }
 
 

@@ -209,7 +209,7 @@ def synchronize(device: Any) -> None:
 
 def peak_gib(device: Any) -> float:
     """The most memory this process held: on a GPU its tensors, on a CPU everything resident."""
-    import progress
+    import memory
 
     try:
         # ru_maxrss is inherited over exec: a child of a large process would begin with its parent's peak
@@ -219,7 +219,7 @@ def peak_gib(device: Any) -> float:
     for line in status.splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 2**20
-    return progress.peak_memory_gib(device)
+    return memory.peak_gib(device)
 
 
 def matmul_tflops(

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import memory
 import progress
 
 METRICS = {"train/loss": 0.5, "train/accuracy": 0.75, "train/pairs_per_second": 12.0}
@@ -80,5 +81,5 @@ def test_peak_memory_is_that_of_this_process():
     import torch
 
     block = torch.ones(64 * 2**20)  # 256 MiB
-    assert 0.25 < progress.peak_memory_gib(torch.device("cpu")) < 24
+    assert 0.25 < memory.peak_gib(torch.device("cpu")) < 24
     assert block.sum() == pytest.approx(64 * 2**20)
