@@ -6,9 +6,13 @@ import ctypes
 import gc
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def peak_gib(device: torch.device) -> float:
@@ -47,10 +51,48 @@ def local_bytes(tensor: Any) -> int:
     return local.numel() * local.element_size()
 
 
+def available_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """What of the machine's memory is still to be had, or of what the container may take (Linux, cgroup v2)."""
+    import psutil
+
+    available = psutil.virtual_memory().available
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:  # no container, or none with such a folder
+        return available
+    if limit == "max":
+        return available
+    return min(available, int(limit) - used + int(statistics["file"]))  # cached files make room when asked to
+
+
+def keep_heap(device: torch.device) -> None:
+    """Have the C library keep large blocks that were freed for the next tensors: on a CPU, with glibc on Linux.
+
+    Left alone it gives them back, and each page that comes anew costs a fault: that was up to a third of an evaluation
+    and a tenth of a training step, whose every micro-batch asks for a gigabyte of activations.
+    """
+    if device.type == "cpu" and (mallopt := _glibc("mallopt")):
+        for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            mallopt(parameter, 2**31 - 1)  # the most that an int takes: in effect never
+
+
 def trim_heap() -> None:
     """Give the C library's freed memory back to the system, where it keeps it: glibc, on Linux."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+    if trim := _glibc("malloc_trim"):
         trim(0)
+
+
+def trim_heap_if_scarce() -> None:
+    """The same if the machine has less memory left than twice what this process holds."""
+    import psutil
+
+    if available_bytes() < 2 * psutil.Process().memory_info().rss:
+        trim_heap()
+
+
+def _glibc(function: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
 
 
 def free(device: torch.device) -> None:

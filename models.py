@@ -195,7 +195,7 @@ class RewardModel(nn.Module):
         weight = self.classifier.get_input_embeddings().weight
         if weight.grad is not None and weight.grad.is_sparse:
             if weight.device.type == "cpu":
-                memory.trim_heap()  # the activations are gone, and their room would stay held while this takes its own
+                memory.trim_heap_if_scarce()  # activations are gone, but their room is held while this takes its own
             # coalescing sorts, so the order of summation, and with it the last bit, is always the same
             weight.grad = weight.grad.coalesce().to_dense()
 

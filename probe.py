@@ -107,9 +107,7 @@ def memory_limit(device: torch.device, to_come: int) -> int:
     elif device.type == "mps":
         room = torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     else:
-        import psutil
-
-        room = psutil.virtual_memory().available
+        room = memory.available_bytes()
     return memory_now(device) + int(SHARE_OF_MEMORY * (room - to_come))
 
 

@@ -22,6 +22,7 @@ import data
 import distributed
 import launch
 import locks
+import memory
 import models
 import packing
 import probe
@@ -238,6 +239,7 @@ def open_run(
     model.autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
     base_fingerprint = model.base_fingerprint()
     model.to(models.pick_device() if world.is_alone else world.accelerator.device).train()
+    memory.keep_heap(model.device)
     if config.lora and model.autocast_dtype and not world.is_sharded:
         model.store_frozen_weights(model.autocast_dtype)  # (FSDP wants one dtype)
     if world.is_alone:

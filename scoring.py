@@ -113,6 +113,7 @@ class Scorer:
         described = [fingerprint_of(model), precision, max_length]
         if model.device.type == "cpu":
             model.to(models.pick_device())
+        memory.keep_heap(model.device)
         if model.peft_model is not None and model.autocast_dtype:
             model.store_frozen_weights(model.autocast_dtype)
         model.use_attention()
