@@ -80,6 +80,7 @@ def main() -> None:
 
     import data
     import distributed
+    import memory
     import models
     import packing
     import train_rm
@@ -90,6 +91,7 @@ def main() -> None:
         tokenizer = models.load_tokenizer(folder)
         lora = models.LoraSettings() if arguments.lora else None
         model = models.RewardModel.create(folder, tokenizer, 0, lora).to(models.pick_device()).train()
+    memory.keep_heap(model.device)
     pairs, _ = data.load_pairs(dataset, tokenizer, 2048)
     model.autocast_dtype = torch.bfloat16
     if arguments.lora:
