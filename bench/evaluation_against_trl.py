@@ -1,10 +1,11 @@
-"""Evaluation of the whole test split against TRL's `RewardTrainer.evaluate`, side by side on this machine.
+"""Evaluation of the whole test split, and scoring of its file, against TRL's `RewardTrainer.evaluate`, side by side.
 
     QWEN3_DIR=... HH_RLHF_DIR=... python bench/evaluation_against_trl.py
 
-Both sides score the same token ids with the same model, in bf16 autocast, and report loss and accuracy. TRL is tried at
+Both sides score the same pairs with the same model, in bf16 autocast, and report loss and accuracy. TRL is tried at
 several batch sizes (8 is its own default) and then runs at its quickest in turn with the project, whole evaluations at
-a time; the first of each warms up. Times hold everything from the pairs in memory to the finished figures.
+a time; the first of each warms up. Evaluating is what training does: from token ids in memory to the finished figures,
+on both sides. Scoring is what `eval_rm.py` does: from the file, so that this project also reads and tokenises.
 """
 
 from __future__ import annotations
@@ -52,17 +53,18 @@ def main() -> None:
         judged = min((size for size in found if size in JUDGED), key=found.get, default=min(found, key=found.get))
         sides = {
             "ours": ours.side("evaluate", base, dataset, work),
+            "ours, from a file": ours.side("score_file", base, dataset, work, False, "--run_name", "scored"),
             **{f"TRL at {size}": theirs.side("evaluate", base, ids, work, size)
                for size in dict.fromkeys((judged, min(found, key=found.get)))},
         }  # fmt: skip
         answers = compare(sides, 1 + arguments.rounds)
     goals = report(answers, len(pairs), judged, common.CLOCKS[arguments.clock])
     common.write_json(arguments.json, {"machine": where, "search": found, "answers": answers, "goals": goals})
-    mine, other = answers["ours"][-1], answers[f"TRL at {judged}"][-1]
-    print(f"\nloss {mine['loss']:.5f}, TRL {other['loss']:.5f}", end="; ")
-    print(f"accuracy {mine['accuracy']:.4f}, TRL {other['accuracy']:.4f}")
-    if abs(mine["loss"] - other["loss"]) > LOSS_TOLERANCE:
-        sys.exit("the two sides did not compute the same: nothing above counts")
+    losses = {name: found[-1]["loss"] for name, found in answers.items()}
+    found = (f"{name}: loss {losses[name]:.5f}, accuracy {answers[name][-1]['accuracy']:.4f}" for name in answers)
+    print("\n" + "; ".join(found))
+    if max(losses.values()) - min(losses.values()) > LOSS_TOLERANCE:
+        sys.exit("the sides did not compute the same: nothing above counts")
 
 
 def try_batch_sizes(arguments: Any, base: str, ids: str, work: Path) -> dict[int, float]:
@@ -94,15 +96,16 @@ def compare(sides: dict[str, common.Side], rounds: int) -> dict[str, Any]:
 def report(answers: dict[str, Any], pairs: int, judged: int, key: str) -> list[Goal]:
     """Print and return the comparison; only that with TRL at `judged` counts."""
     timed, goals = {name: found[1:] for name, found in answers.items()}, []
-    mine, my_peak = median(timed["ours"], key), max(answer["peak_gib"] for answer in timed["ours"])
-    for name in [name for name in timed if name != "ours"]:
+    for name in [name for name in timed if not name.startswith("ours")]:
         other, peak = median(timed[name], key), max(answer["peak_gib"] for answer in timed[name])
         wanted = 5 if name == f"TRL at {judged}" else None
-        rates = f"{pairs / mine:.1f} pairs/s", f"{pairs / other:.1f} pairs/s"
-        goals += [
-            Goal(f"evaluation against {name}", *rates, other / mine, wanted),
-            Goal(f"peak memory against {name}", f"{my_peak:.2f} GiB", f"{peak:.2f} GiB", my_peak / peak, None),
-        ]
+        for what, mine in (("evaluation", "ours"), ("scoring a file", "ours, from a file")):
+            seconds, my_peak = median(timed[mine], key), max(answer["peak_gib"] for answer in timed[mine])
+            rates = f"{pairs / seconds:.1f} pairs/s", f"{pairs / other:.1f} pairs/s"
+            goals += [
+                Goal(f"{what} against {name}", *rates, other / seconds, wanted),
+                Goal("its peak memory", f"{my_peak:.2f} GiB", f"{peak:.2f} GiB", my_peak / peak, None),
+            ]
     print(common.goal_table(goals))
     return goals
 

@@ -133,6 +133,30 @@ def evaluate(run: Any, channel: common.Channel) -> None:
     channel.answer()
 
 
+def score_file(run: Any, channel: common.Channel) -> None:
+    """What `eval_rm.py` does with the test file, but for drawing the report: from its bytes to all figures."""
+    import comparisons
+    import evaluation
+    import judging
+    import scoring
+
+    limits, clock = judging.Limits(), common.Clock(run.model.device)
+    data = comparisons.find(run.config.dataset, "test", None)
+    scorer = scoring.Scorer.of(
+        run.model, limits.max_length, limits.batch_size, limits.tokens_per_batch, limits.precision
+    )
+    while channel.receive()["do"] != "end":
+        clock.start()
+        table, log = evaluation.score(scorer, data, run.folder / "report", lambda: None, "the test file")
+        figures = evaluation.measure(table)
+        channel.answer(
+            **clock.read(), loss=figures["calibration"]["log_loss"], accuracy=figures["accuracy"],
+            pairs=figures["n"], peak_gib=common.peak_gib(run.model.device),
+        )  # fmt: skip
+        log.delete()  # or the next time would find it all scored
+    channel.answer()
+
+
 def log_and_save(run: Any, channel: common.Channel) -> None:
     """A few real steps, then what logging and saving take, with the run's own files; answers one message."""
     message = channel.receive()
@@ -222,7 +246,7 @@ def logged_scalars(run: Any) -> dict[str, list[float]]:
     return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-JOBS = {"train": train, "evaluate": evaluate, "log_and_save": log_and_save}
+JOBS = {"train": train, "evaluate": evaluate, "score_file": score_file, "log_and_save": log_and_save}
 
 
 def main() -> None:
