@@ -24,7 +24,7 @@ NAME = "packed_pairs"  # of our attention function among those of transformers
 WAYS = ("sdpa", "pieces", "flex")
 QUERIES = 128  # of a row computed at once: fewer see less that is hidden, more fill the matrix units
 KEYS = 64  # stretches of keys begin and end at multiples of this
-MOST_KEPT = 512  # keys of a piece whose weights are kept for the backward pass; more would take most of the memory
+MOST_KEPT = 2048  # keys of a piece whose weights are kept for the backward pass; of longer ones they would fill memory
 
 
 def pair_attention_mask(pair_ids: Tensor, branch_ids: Tensor) -> Tensor:
@@ -137,7 +137,10 @@ def _up(column: int) -> int:
 
 
 class _PieceAttention(torch.autograd.Function):
-    """softmax(q k' · scaling) v over pieces, scores in fp32; backward computes long pieces' weights anew."""
+    """softmax(q k' · scaling) v over pieces, in the dtype of its arguments but for scores and softmax, which are fp32.
+
+    The backward pass computes the weights of long pieces anew.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, pieces: list[Piece], scaling: float) -> Tensor:
@@ -166,13 +169,13 @@ class _PieceAttention(torch.autograd.Function):
         grad_key = torch.zeros_like(key, dtype=torch.float32)
         grad_value = torch.zeros_like(value, dtype=torch.float32)
         with torch.autocast("cpu", enabled=False):
-            scaled32, key32, value32, grad32 = query.float() * ctx.scaling, key.float(), value.float(), grad.float()
-            mean = (grad32 * result).sum(dim=-1, keepdim=True)  # (B, H, T, 1)
+            scaled32, key32 = query.float() * ctx.scaling, key.float()
+            mean = (grad.float() * result).sum(dim=-1, keepdim=True)  # (B, H, T, 1)
             for piece in ctx.pieces:
                 weights = next(still_kept) if piece.is_kept else _weights(scaled32, key32, piece).to(value.dtype)
                 # d softmax = weights · (d weights - its weighted mean)
-                grad_scores = torch.bmm(_queries(grad32, piece, key_heads), _keys(value32, piece).transpose(1, 2))
-                grad_scores = grad_scores.sub_(_queries(mean, piece, key_heads)).mul_(weights).to(query.dtype)
+                grad_weights = torch.bmm(_queries(grad, piece, key_heads), _keys(value, piece).transpose(1, 2))
+                grad_scores = grad_weights.float().sub_(_queries(mean, piece, key_heads)).mul_(weights).to(query.dtype)
                 of_query = torch.bmm(grad_scores, _keys(key, piece))  # (K, G·M, D)
                 grad_query[piece.row, :, piece.queries] = of_query.view(heads, -1, of_query.shape[-1])
                 of_key = torch.bmm(grad_scores.transpose(1, 2), _queries(query, piece, key_heads))  # (K, L, D)
