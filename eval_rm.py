@@ -75,6 +75,7 @@ class EvalConfig:
         if self.score is not None:
             others = ("dataset", "subset_column", "against", "report_dir", "scores_out")
             given = [name for name in others if getattr(self, name) is not None] + ["max_pairs"] * bool(self.max_pairs)
+            given += ["split"] * (self.split != "test")
             found += [f"--{name}: goes without --score, which writes no report" for name in given]
         if self.report_dir and Path(self.report_dir).is_file():
             found.append(f"--report_dir: {self.report_dir} is a file, wants a folder")
@@ -100,6 +101,11 @@ def plan(config: EvalConfig) -> judging.Task:
     folder = scoring.find_model(config.model)
     settings = judging.own_settings(folder)
     other = scoring.find_model(config.against, "--against") if config.against else None
+    if other and other.resolve() == folder.resolve():
+        raise UserError(
+            "--against names the model itself", where=other, safe="nothing was scored",
+            next="another one, such as an earlier step-N of the run",
+        )  # fmt: skip
     for adapter in filter(None, (folder, other)):
         refuse_missing_base(adapter, config.base_model)
     dataset = config.dataset or settings.get("dataset") or DEFAULT_DATASET

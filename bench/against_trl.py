@@ -56,7 +56,7 @@ def read_arguments() -> Any:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=BATCH_SIZES, help="TRL's, to search the best in")
     parser.add_argument("--grad_accum", type=int, default=ours.defaults().grad_accum, help="steps of 32 × this (4)")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="on both sides")
-    parser.add_argument("--compile", action="store_true", help="torch.compile on both sides; two steps warm up")
+    parser.add_argument("--compile", action="store_true", help="torch.compile on both sides; four steps warm up")
     parser.add_argument("--sorted", action="store_true", help="give TRL each step's pairs in order of their length")
     arguments = parser.parse_args()
     arguments.batch_size = ours.defaults().batch_size
@@ -76,7 +76,7 @@ class Comparison:
         self.shape = common.Shape(arguments.hidden, arguments.layers)
         self.base = str(common.write_base(qwen3, work / "base", self.shape))
         self.pairs, _ = ours.load_pairs(dataset, self.base)
-        self.warm_up = 2 if arguments.compile else 1  # of other shapes, so that little is compiled after them
+        self.warm_up = 4 if arguments.compile else 1  # of other shapes: guards of compiled code fail once or twice more
         self.steps = self.warm_up + max(1, arguments.steps)
         if self.steps * self.pairs_per_step > len(self.pairs):
             sys.exit(f"{self.steps} steps of {self.pairs_per_step} pairs are more than the {len(self.pairs)} there are")

@@ -621,6 +621,8 @@ def test_what_is_no_reward_model_is_refused(judge, base, tmp_path, reward_checkp
         judge("./nowhere")
     with pytest.raises(UserError, match="--against names something that is not there"):
         judge(reward_checkpoint, "--against", "./nowhere")
+    with pytest.raises(UserError, match="--against names the model itself"):
+        judge(reward_checkpoint, "--against", reward_checkpoint.parent)  # a run's folder is its newest step
     with pytest.raises(UserError, match=r"--model names no reward model(.|\n)*a model that writes"):
         judge(base)
     (tmp_path / "empty").mkdir()
@@ -701,3 +703,5 @@ def test_all_bad_flags_are_said_at_once():
         assert name in str(raised.value)
     with pytest.raises(UserError, match="--against: goes without --score"):
         eval_rm.main(["--model", "x", "--score", "-", "--against", "y"])
+    with pytest.raises(UserError, match="--split: goes without --score"):
+        eval_rm.main(["--model", "x", "--score", "-", "--split", "train"])
