@@ -63,7 +63,8 @@ def available_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
         return available
     if limit == "max":
         return available
-    return min(available, int(limit) - used + int(statistics["file"]))  # cached files make room when asked to
+    cached = sum(int(statistics[f"{kind}_file"]) for kind in ("active", "inactive"))  # makes room when asked to
+    return min(available, int(limit) - used + cached)
 
 
 def keep_heap(device: torch.device) -> None:

@@ -30,7 +30,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def container(folder, limit, current, cached):
     (folder / "memory.max").write_text(f"{limit}\n")
     (folder / "memory.current").write_text(f"{current}\n")
-    (folder / "memory.stat").write_text(f"anon {current - cached}\nfile {cached}\nslab 7\n")
+    files = f"file {cached + 9}\ninactive_file {cached - 5}\nactive_file 5\nshmem 9\n"
+    (folder / "memory.stat").write_text(f"anon {current - cached}\n{files}")
     return folder
 
 
@@ -41,7 +42,7 @@ def test_a_container_may_take_no_more_than_its_limit(tmp_path):
 
 def test_a_container_without_a_limit_or_with_one_beyond_the_machine_has_what_the_machine_has(tmp_path):
     for limit in ("max", 2**60):
-        group = container(tmp_path, limit, current=200 * MIB, cached=0)
+        group = container(tmp_path, limit, current=200 * MIB, cached=MIB)
         assert memory.available_bytes(group) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
     assert memory.available_bytes(tmp_path / "none") == pytest.approx(psutil.virtual_memory().available, rel=0.2)
 
