@@ -57,14 +57,12 @@ def available_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
 
     available = psutil.virtual_memory().available
     try:
-        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except OSError:  # no container, or none with such a folder
+        cached = sum(int(statistics[f"{kind}_file"]) for kind in ("active", "inactive"))  # makes room when asked to
+    except (OSError, ValueError, KeyError):  # no container, one without a limit ("max"), or files of another form
         return available
-    if limit == "max":
-        return available
-    cached = sum(int(statistics[f"{kind}_file"]) for kind in ("active", "inactive"))  # makes room when asked to
-    return min(available, int(limit) - used + cached)
+    return min(available, limit - used + cached)
 
 
 def keep_heap(device: torch.device) -> None:

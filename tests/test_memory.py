@@ -44,6 +44,9 @@ def test_a_container_without_a_limit_or_with_one_beyond_the_machine_has_what_the
     for limit in ("max", 2**60):
         group = container(tmp_path, limit, current=200 * MIB, cached=MIB)
         assert memory.available_bytes(group) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.stat").write_text("of another form\n")
+    assert memory.available_bytes(tmp_path) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
     assert memory.available_bytes(tmp_path / "none") == pytest.approx(psutil.virtual_memory().available, rel=0.2)
 
 
