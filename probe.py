@@ -39,6 +39,7 @@ def largest_budget(run: Run) -> int:
     """
     lengths = np.sort(run.train_pairs.packed_lengths)[::-1]
     largest_useful = int(lengths[: run.config.batch_size].sum())  # no micro-batch has more
+    memory.free(run.model.device)  # what opening the model left behind is no part of what it holds
     limit = memory_limit(run.model.device, bytes_to_come(run))
     budget = min(largest_useful, max(int(lengths[0]), FIRST_BUDGET))
     tried = [(0, memory_now(run.model.device))]
