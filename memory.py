@@ -62,7 +62,7 @@ def available_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
         cached = sum(int(statistics[f"{kind}_file"]) for kind in ("active", "inactive"))  # makes room when asked to
     except (OSError, ValueError, KeyError):  # no container, one without a limit ("max"), or files of another form
         return available
-    return min(available, limit - used + cached)
+    return max(0, min(available, limit - used + cached))
 
 
 def keep_heap(device: torch.device) -> None:

@@ -28,6 +28,7 @@ from utils import UserError, nearest
 REPLY_COLUMNS = ("reply", "response", "completion")
 COLUMNS = (*REPLY_COLUMNS, "replies", "messages", "prompt")
 ROWS_AT_A_TIME = 1024
+WANTS_FILE = "wants .jsonl, or - for standard input"
 WANTS = "wants messages, or a prompt with reply or replies"
 
 
@@ -51,11 +52,14 @@ def read(name: str) -> Iterator[Line]:
                 yield parse(row, f"standard input:{number}")
         return
     path = Path(name).expanduser()
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "no regular file"
+        raise UserError(f"--score names {what}", where=path.absolute(), next=WANTS_FILE)
     if not path.is_file():
         siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"--score names no file{nearest(path.name, siblings)}", where=path.absolute())
     if not path.name.endswith(rows.SUFFIXES):
-        raise UserError("--score: a file of this kind is not read here", where=path, next="wants .jsonl, or - ")
+        raise UserError("--score: a file of this kind is not read here", where=path, next=WANTS_FILE)
     source = rows.Source(str(path), path)
     for number, row in rows.read_rows(source):
         yield parse(row, source.place(number))

@@ -38,6 +38,7 @@ def container(folder, limit, current, cached):
 def test_a_container_may_take_no_more_than_its_limit(tmp_path):
     group = container(tmp_path, limit=300 * MIB, current=200 * MIB, cached=50 * MIB)
     assert memory.available_bytes(group) == 150 * MIB  # what is cached makes room
+    assert memory.available_bytes(container(tmp_path, limit=MIB, current=2 * MIB, cached=9)) == 0
 
 
 def test_a_container_without_a_limit_or_with_one_beyond_the_machine_has_what_the_machine_has(tmp_path):

@@ -133,10 +133,13 @@ def test_a_broken_line_is_named_after_those_before_it_are_answered(
     assert len(capfdbinary.readouterr().out.splitlines()) == 1
 
 
-def test_a_file_that_is_not_there_is_said(reward_checkpoint, tmp_path):
+def test_what_is_no_file_is_said(reward_checkpoint, tmp_path):
     (tmp_path / "replies.jsonl").write_text("")
     with pytest.raises(UserError, match=r"--score names no file, did you mean 'replies.jsonl'"):
         eval_rm.main(["--model", str(reward_checkpoint), "--score", str(tmp_path / "reply.jsonl")])
+    for name, what in ((str(tmp_path), "a folder"), (os.devnull, "no regular file")):
+        with pytest.raises(UserError, match=f"--score names {what}"):
+            eval_rm.main(["--model", str(reward_checkpoint), "--score", name])
 
 
 def start(model, **pipes):
