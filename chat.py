@@ -19,19 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import catalogue
-import flags
-import records
 import utils
-from flags import flag
+from chat_app import model_list
+from checkpointing import run_folder
+from common import flags
+from common.flags import flag
 from utils import UserError
 
 if TYPE_CHECKING:
-    import page
-    import page_chat
-    import stage
+    from chat_app import app as page
+    from chat_app import chat_tab, engine
 else:  # loaded when first used, so that --help answers at once
-    page, page_chat, stage = map(utils.lazy_import, ("page", "page_chat", "stage"))
+    page, chat_tab, engine = map(utils.lazy_import, ("chat_app.app", "chat_app.chat_tab", "chat_app.engine"))
 
 DEMO_RUN = "demo-chat"
 
@@ -41,7 +40,7 @@ class ChatConfig:
     """Every setting of the page."""
 
     # fmt: off
-    model: str = flag(catalogue.DEFAULT_MODEL, "who talks: hub id or folder, or a reward checkpoint for its base")
+    model: str = flag(model_list.DEFAULT_MODEL, "who talks: hub id or folder, or a reward checkpoint for its base")
     reward_model: str | None = flag(None, "who scores: a reward checkpoint's folder, or its run's for the newest one")
     autoload: bool = flag(False, "load the default model at start too, without waiting for the button")
     output_dir: str = flag("./checkpoints/rm", "whose checkpoints the page offers")
@@ -64,7 +63,7 @@ class ChatConfig:
             found.append("--share: a public address without --auth USER:PASS would let everybody use this machine")
         if self.auth is None and not is_loopback(self.host):
             found.append(f"--host: {self.host} lets others in, and without --auth USER:PASS it would let in everybody")
-        if self.demo and (self.reward_model or self.model != catalogue.DEFAULT_MODEL):
+        if self.demo and (self.reward_model or self.model != model_list.DEFAULT_MODEL):
             found.append("--demo: brings its own models; goes without --model and --reward_model")
         return found
 
@@ -161,7 +160,7 @@ def free_port(host: str, first: int, last: int) -> int:
 
 def demo_models(output_dir: Path) -> tuple[str, Path]:
     """The demo's model and a reward model trained on its pairs, which takes a minute the first time."""
-    import demo
+    from data_pipeline import demo
 
     run = output_dir / DEMO_RUN
     if not is_finished(run):
@@ -173,16 +172,16 @@ def demo_models(output_dir: Path) -> tuple[str, Path]:
         if code:
             raise UserError("the demo's reward model could not be trained", where=run, next="see the message above")
     model, _ = demo.write_demo(Path("demo"))
-    return str(model), catalogue.sound_checkpoint(str(run))
+    return str(model), model_list.sound_checkpoint(str(run))
 
 
 def is_finished(run: Path) -> bool:
     """Whether a run's own record says that it trained to its end."""
     try:
-        record = records.read_record(run)
+        record = run_folder.read_record(run)
     except (OSError, ValueError):
         return False
-    return record is not None and record.state == records.FINISHED and bool(utils.step_folders(run))
+    return record is not None and record.state == run_folder.FINISHED and bool(utils.step_folders(run))
 
 
 def serve(config: ChatConfig, built: Any, port: int) -> None:
@@ -208,7 +207,7 @@ def serve(config: ChatConfig, built: Any, port: int) -> None:
         prevent_thread_lock=True,
         max_file_size="1mb",
         css=page.STYLE,
-        head=page_chat.SCRIPT,
+        head=chat_tab.SCRIPT,
         app_kwargs={"middleware": middleware},
     )
     if config.share and not built.share_url:
@@ -231,8 +230,8 @@ def main(argv: list[str]) -> None:
     if config.demo:
         talker, scorer = demo_models(output_dir)
     else:
-        talker, scorer = catalogue.choose_models(config.model, config.reward_model)
-    on_stage = stage.Stage(talker, scorer, output_dir, config.debug)
+        talker, scorer = model_list.choose_models(config.model, config.reward_model)
+    on_stage = engine.Stage(talker, scorer, output_dir, config.debug)
     if config.autoload or config.demo or "model" in given or "reward_model" in given:
         print(f"loading {on_stage.talker}", flush=True)
         on_stage.load()

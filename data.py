@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-import publishing
 import utils
-from rows import LEFT_OUT, NOTED, Pair, Source, find_sources, read_pairs
+from common import atomic_files
+from data_pipeline.parsing import LEFT_OUT, NOTED, Pair, Source, find_sources, read_pairs
 
 CACHE_VERSION = 3  # raise it when parsing, tokenising or the files change
 ROWS_AT_A_TIME = 500  # those being rendered, encoded and written are in memory
@@ -155,7 +155,7 @@ def _cached(source: Source, tokenizer: Any, tokenizer_print: str) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         _remove_dead_entries()
         try:
-            with publishing.published_folder(folder, f".tmp-{key}-{os.getpid()}") as temporary:
+            with atomic_files.published_folder(folder, f".tmp-{key}-{os.getpid()}") as temporary:
                 _tokenise(source, tokenizer, temporary)
         except FileExistsError as error:
             if (folder / "report.json").exists():

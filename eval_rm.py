@@ -17,22 +17,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import flags
 import utils
-from flags import flag
+from common import flags
+from common.flags import flag
 from utils import DiskOrNetworkError, UserError
 
 if TYPE_CHECKING:
-    import comparisons
-    import eval_report
-    import hub
-    import judging
     import models
-    import score_lines
-    import scoring
+    from common import hub
+    from evaluation import eval_data, evaluator, report
+    from evaluation import score_stream as score_lines
+    from modeling import scorer as scoring
 else:  # loaded when first used, so that --help answers at once
-    comparisons, eval_report, hub, judging, models, score_lines, scoring = map(
-        utils.lazy_import, ("comparisons", "eval_report", "hub", "judging", "models", "score_lines", "scoring")
+    eval_data, report, hub, evaluator, models, score_lines, scoring = map(
+        utils.lazy_import,
+        (
+            "evaluation.eval_data",
+            "evaluation.report",
+            "common.hub",
+            "evaluation.evaluator",
+            "models",
+            "evaluation.score_stream",
+            "modeling.scorer",
+        ),
     )
 
 DEFAULT_DATASET = "Anthropic/hh-rlhf"
@@ -92,14 +99,14 @@ def main(argv: list[str]) -> None:
         return
     task = plan(config)
     with utils.StopRequest() as stop:
-        content = judging.judge(task, stop.check)
+        content = evaluator.judge(task, stop.check)
     show(content, task)
 
 
-def plan(config: EvalConfig) -> judging.Task:
+def plan(config: EvalConfig) -> evaluator.Task:
     """What to judge; everything that can be wrong with names, folders and rows' files is so here, before scoring."""
     folder = scoring.find_model(config.model)
-    settings = judging.own_settings(folder)
+    settings = evaluator.own_settings(folder)
     other = scoring.find_model(config.against, "--against") if config.against else None
     if other and other.resolve() == folder.resolve():
         raise UserError(
@@ -109,22 +116,22 @@ def plan(config: EvalConfig) -> judging.Task:
     for adapter in filter(None, (folder, other)):
         refuse_missing_base(adapter, config.base_model)
     dataset = config.dataset or settings.get("dataset") or DEFAULT_DATASET
-    data = comparisons.find(dataset, config.split, config.subset_column)
-    data = comparisons.sample(data, config.max_pairs)
-    report_dir = Path(config.report_dir) if config.report_dir else judging.report_folder(folder)
+    data = eval_data.find(dataset, config.split, config.subset_column)
+    data = eval_data.sample(data, config.max_pairs)
+    report_dir = Path(config.report_dir) if config.report_dir else evaluator.report_folder(folder)
     # beside the training's own only what is this checkpoint's own report
-    board_folder = report_dir / "tensorboard" if config.report_dir else judging.board_folder(folder, report_dir)
+    board_folder = report_dir / "tensorboard" if config.report_dir else evaluator.board_folder(folder, report_dir)
     scores_out = scores_file(config.scores_out, data, report_dir) if config.scores_out else None
     for place, name in ((report_dir, "the report's folder"), (board_folder, "TensorBoard's folder")):
         refuse_unwritable(place, name, "--report_dir FOLDER, where you may write")
-    before, why_not = judging.untrained(folder, settings) if config.untrained_baseline else (None, "")
+    before, why_not = evaluator.untrained(folder, settings) if config.untrained_baseline else (None, "")
     notes = [f"{config.max_pairs:,} rows asked for, spread over all"] * bool(config.max_pairs) + [why_not] * bool(
         why_not
     )
     for note in [*data.notes, *notes, *replaced_report(report_dir, utils.seen_from_here(dataset), config)]:
         print(note, flush=True)
-    return judging.Task(
-        model=judging.Contender(
+    return evaluator.Task(
+        model=evaluator.Contender(
             shown(config.model, folder), lambda: models.RewardModel.restore(folder, config.base_model)
         ),
         data=data,
@@ -135,7 +142,7 @@ def plan(config: EvalConfig) -> judging.Task:
         limits=limits(config, settings),
         step=utils.step_of(folder.absolute()) or 0,
         against=other
-        and judging.Contender(
+        and evaluator.Contender(
             shown(config.against, other), lambda: models.RewardModel.restore(other, config.base_model)
         ),
         untrained=before,
@@ -173,13 +180,13 @@ def refuse_unwritable(folder: Path, name: str, instead: str) -> None:
     )
 
 
-def scores_file(name: str, data: comparisons.Data, report_dir: Path) -> Path:
+def scores_file(name: str, data: eval_data.Data, report_dir: Path) -> Path:
     """Where --scores_out really goes: through symbolic links, into a regular file that is nobody's input or report."""
     path = Path(name).expanduser().resolve()
     if path.exists() and not path.is_file():
         raise UserError("--scores_out is no regular file", where=name, next="name a file; it is written at the end")
     inputs = [part.source.path.resolve() for part in data.parts if part.source.path]
-    reports = [(report_dir / file).resolve() for file in (eval_report.JSON, eval_report.PAGE)]
+    reports = [(report_dir / file).resolve() for file in (report.JSON, report.PAGE)]
     if path in (*inputs, *reports):
         what = "the data that is scored" if path in inputs else "the report itself"
         raise UserError(f"--scores_out names {what}", where=path, safe="it was not touched", next="name another file")
@@ -190,7 +197,7 @@ def scores_file(name: str, data: comparisons.Data, report_dir: Path) -> Path:
 def replaced_report(report_dir: Path, dataset: str, config: EvalConfig) -> list[str]:
     """A line if the report that is there is on other data."""
     try:
-        old = json.loads((report_dir / eval_report.JSON).read_text(encoding="utf-8"))
+        old = json.loads((report_dir / report.JSON).read_text(encoding="utf-8"))
         of = old["dataset"], old["split"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
@@ -204,19 +211,21 @@ def shown(name: str, folder: Path) -> str:
     return utils.seen_from_here(str(folder)) if Path(name).expanduser().exists() else name
 
 
-def limits(config: EvalConfig, settings: dict[str, Any]) -> judging.Limits:
+def limits(config: EvalConfig, settings: dict[str, Any]) -> evaluator.Limits:
     stored = settings.get("max_length")
-    max_length = config.max_length or (stored if isinstance(stored, int) and stored > 0 else judging.Limits.max_length)
-    return judging.Limits(max_length, config.batch_size, config.tokens_per_batch, config.precision)
+    max_length = config.max_length or (
+        stored if isinstance(stored, int) and stored > 0 else evaluator.Limits.max_length
+    )
+    return evaluator.Limits(max_length, config.batch_size, config.tokens_per_batch, config.precision)
 
 
-def show(content: dict[str, Any], task: judging.Task) -> None:
+def show(content: dict[str, Any], task: evaluator.Task) -> None:
     """The tables, and where the rest lies."""
     rows = content["rows"]
     print(f"{content['model']} on {content['dataset']}, {content['split']}: {content['n']:,} of {rows['read']:,} rows")
     print(*(f"  {line}" for line in rows["in_words"]), sep="\n", end="\n" * bool(rows["in_words"]))
-    eval_report.show(content)
-    print(f"\nreport: {task.report_dir / eval_report.PAGE}\n        {task.report_dir / eval_report.JSON}")
+    report.show(content)
+    print(f"\nreport: {task.report_dir / report.PAGE}\n        {task.report_dir / report.JSON}")
     if task.scores_out:
         print(f"scores: {task.scores_out}")
     logs = utils.seen_from_here(os.path.normpath(task.board_folder.parent))
@@ -229,7 +238,7 @@ def score_stream(config: EvalConfig) -> None:
         lines = score_lines.read(config.score)
         folder = scoring.find_model(config.model)
         model = models.RewardModel.restore(folder, config.base_model)
-        how = limits(config, judging.own_settings(folder))
+        how = limits(config, evaluator.own_settings(folder))
         scorer = scoring.Scorer.of(model, how.max_length, how.batch_size, how.tokens_per_batch, how.precision)
     counts = score_lines.score(scorer, lines, config.best_of, config.score != "-", sys.stdout.buffer)
     left_out = counts.total() - counts["scored"]

@@ -18,21 +18,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import deletions
-import flags
-import inventory
-import trash
 import utils
-from deletions import Plan
-from flags import flag
-from inventory import Roots, RunInfo
+from common import flags
+from common.flags import flag
+from run_manager import deletion_plan, inventory, trash
+from run_manager.deletion_plan import Plan
+from run_manager.inventory import Roots, RunInfo
 from utils import UserError, printable
 
 if TYPE_CHECKING:
-    import prompts
-    import run_views
+    from run_manager import display, questions
 else:  # loaded when first used, so that --help answers at once
-    prompts, run_views = map(utils.lazy_import, ("prompts", "run_views"))
+    questions, display = map(utils.lazy_import, ("run_manager.questions", "run_manager.display"))
 
 ACTIONS = ("list", "json", "show", "delete", "prune", "shrink", "delete_superseded", "undo", "empty_trash")
 CHANGING = ("delete", "prune", "shrink", "delete_superseded", "undo", "empty_trash")
@@ -166,7 +163,7 @@ def show_plan(plan: Plan, roots: Roots) -> None:
 
 def is_confirmed(plan: Plan, again: str) -> bool:
     """Ask once: yes or no for one run, an exact word for more."""
-    if not prompts.has_terminal():
+    if not questions.has_terminal():
         raise UserError(
             "there is no terminal to ask on",
             safe="nothing was touched",
@@ -174,8 +171,8 @@ def is_confirmed(plan: Plan, again: str) -> bool:
         )
     runs = {item.way[0] for item in plan.items}
     if len(runs) == 1:
-        return prompts.yes_or_no("Move this to the trash?")
-    return prompts.exact_word(EXACT_WORD, f"This is of {len(runs)} runs. Type {EXACT_WORD} to move it to the trash:")
+        return questions.yes_or_no("Move this to the trash?")
+    return questions.exact_word(EXACT_WORD, f"This is of {len(runs)} runs. Type {EXACT_WORD} to move it to the trash:")
 
 
 def report_left(what: str, outcome: trash.Outcome, roots: Roots, again: str) -> None:
@@ -227,9 +224,9 @@ def empty_trash(roots: Roots, config: ManageConfig) -> None:
         return
     again = command(config, "--empty_trash")
     if not config.yes:
-        if not prompts.has_terminal():
+        if not questions.has_terminal():
             raise UserError("there is no terminal to ask on", safe="nothing was touched", next=f"{again} --yes")
-        if not prompts.exact_word(EXACT_WORD, f"There is no way back. Type {EXACT_WORD} to free it:"):
+        if not questions.exact_word(EXACT_WORD, f"There is no way back. Type {EXACT_WORD} to free it:"):
             print("nothing was deleted")
             return
     try:
@@ -296,19 +293,19 @@ def plan_names(names: tuple[str, ...], runs: list[RunInfo], roots: Roots) -> Pla
         if step is None:
             steps = ", ".join(step.folder.name for step in run.steps) or "no steps"
             raise UserError(f"{printable(run_name)} has no {step_name}", found=steps, safe="nothing was touched")
-        deletions.plan_steps(run, [step], runs, roots, plan)
-    return deletions.plan_runs(whole, runs, roots, plan)
+        deletion_plan.plan_steps(run, [step], runs, roots, plan)
+    return deletion_plan.plan_runs(whole, runs, roots, plan)
 
 
 def act(action: str, runs: list[RunInfo], chosen: list[RunInfo], roots: Roots, config: ManageConfig) -> None:
     """One of the deletions that need no names."""
     if action == "prune":
         keep = config.prune or "keep=best,last"
-        plan, words = deletions.plan_prune(chosen, parse_keep(keep), runs, roots), ("--prune", keep)
+        plan, words = deletion_plan.plan_prune(chosen, parse_keep(keep), runs, roots), ("--prune", keep)
     elif action == "shrink":
-        plan, words = deletions.plan_shrink(chosen, roots), ("--shrink",)
+        plan, words = deletion_plan.plan_shrink(chosen, roots), ("--shrink",)
     elif action == "delete_superseded":
-        plan, words = deletions.plan_leftovers(chosen, roots), ("--delete_superseded",)
+        plan, words = deletion_plan.plan_leftovers(chosen, roots), ("--delete_superseded",)
     elif action == "undo":
         return undo(roots, config)
     else:
@@ -320,16 +317,16 @@ def act_on_picked(action: str, runs: list[RunInfo], chosen: list[RunInfo], roots
     """What the menu offers beyond `act`: the user picks runs or steps of one first."""
     titles = [f"{printable(run.name)}  {run.state}" for run in chosen]
     if action == "delete":
-        picked = [chosen[place] for place in prompts.pick("Runs to delete", titles)]
-        plan = deletions.plan_runs(picked, runs, roots)
+        picked = [chosen[place] for place in questions.pick("Runs to delete", titles)]
+        plan = deletion_plan.plan_runs(picked, runs, roots)
         names = [run.name for run in picked]
     else:
-        run = chosen[prompts.pick_one("Which run?", titles)]
+        run = chosen[questions.pick_one("Which run?", titles)]
         if action == "show":
-            return run_views.show_run(run, runs, roots, None)
+            return display.show_run(run, runs, roots, None)
         described = [f"{step.folder.name}  {utils.format_bytes(step.bytes)}" for step in run.steps]
-        steps = [run.steps[place] for place in prompts.pick("Steps to delete", described)] if described else []
-        plan = deletions.plan_steps(run, steps, runs, roots)
+        steps = [run.steps[place] for place in questions.pick("Steps to delete", described)] if described else []
+        plan = deletion_plan.plan_steps(run, steps, runs, roots)
         names = [f"{run.name}/{step.folder.name}" for step in steps]
     refuse_partial(plan, roots)
     carry_out(plan, roots, config, command(config, "--delete", *map(printable, names)))
@@ -339,8 +336,8 @@ def talk(config: ManageConfig, roots: Roots) -> None:
     """The list, then what to do with it, again and again until the user leaves."""
     while True:
         runs, chosen, notes = look(config, roots)
-        run_views.show_runs(chosen, notes)
-        action = MENU[prompts.choose("What now?", list(MENU))]
+        display.show_runs(chosen, notes)
+        action = MENU[questions.choose("What now?", list(MENU))]
         if action == "leave":
             return
         try:
@@ -356,7 +353,7 @@ def main(argv: list[str]) -> None:
     roots = Roots(Path(config.output_dir), Path(config.log_dir), "log_dir" in given or "output_dir" not in given)
     try:
         manage(config, roots)
-    except prompts.EndOfInput:
+    except questions.EndOfInput:
         print("end of input: this question deleted nothing")
 
 
@@ -365,14 +362,14 @@ def manage(config: ManageConfig, roots: Roots) -> None:
     action = next((name for name in ACTIONS if getattr(config, name)), None)
     if action in ("undo", "empty_trash"):
         return act(action, [], [], roots, config)
-    if action is None and prompts.has_terminal():
+    if action is None and questions.has_terminal():
         return talk(config, roots)
     runs, chosen, notes = look(config, roots)
     if action == "json":
-        print(json.dumps([run_views.as_object(run) for run in chosen], indent=2))
+        print(json.dumps([display.as_object(run) for run in chosen], indent=2))
     elif action == "show":
         other = inventory.find_run(config.against, runs) if config.against else None
-        run_views.show_run(inventory.find_run(config.show, runs), runs, roots, other)
+        display.show_run(inventory.find_run(config.show, runs), runs, roots, other)
     elif action == "delete":
         plan = plan_names(config.delete, runs, roots)
         refuse_partial(plan, roots)
@@ -380,7 +377,7 @@ def manage(config: ManageConfig, roots: Roots) -> None:
     elif action in CHANGING:
         act(action, runs, chosen, roots, config)
     else:
-        run_views.show_runs(chosen, notes)
+        display.show_runs(chosen, notes)
 
 
 if __name__ == "__main__":

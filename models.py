@@ -18,10 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import attention
-import memory
-from utils import CheckpointError, UserError, first_line
-from weights import (
+from modeling import attention, devices
+from modeling.pretrained import (
     LoraSettings,
     add_lora,
     base_of_adapter,
@@ -31,6 +29,7 @@ from weights import (
     quiet_transformers,
     save_model,
 )
+from utils import CheckpointError, UserError, first_line
 
 
 def pick_device() -> torch.device:
@@ -195,7 +194,7 @@ class RewardModel(nn.Module):
         weight = self.classifier.get_input_embeddings().weight
         if weight.grad is not None and weight.grad.is_sparse:
             if weight.device.type == "cpu":
-                memory.trim_heap_if_scarce()  # activations are gone, but their room is held while this takes its own
+                devices.trim_heap_if_scarce()  # activations are gone, but their room is held while this takes its own
             # coalescing sorts, so the order of summation, and with it the last bit, is always the same
             weight.grad = weight.grad.coalesce().to_dense()
 

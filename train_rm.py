@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import launch
 import utils
-from train_config import TrainConfig, read_config
+from training import launch
+from training.config import TrainConfig, read_config
 from utils import StopRequest, UserError
 
 if TYPE_CHECKING:
@@ -31,19 +31,29 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    import batching
-    import checkpoint
-    import distributed
-    import judging
-    import memory
     import models
-    import packing
-    import progress
-    import runs
+    from checkpointing import checkpoint
+    from data_pipeline import packing
+    from evaluation import evaluator
+    from modeling import devices
+    from training import distributed, logger
+    from training import micro_batches as batching
+    from training import run as runs
 else:  # loaded when first used, so that --help answers at once
-    np, torch, batching, checkpoint, judging, memory, models, packing, progress, runs = map(
+    np, torch, batching, checkpoint, evaluator, devices, models, packing, logger, runs = map(
         utils.lazy_import,
-        ("numpy", "torch", "batching", "checkpoint", "judging", "memory", "models", "packing", "progress", "runs"),
+        (
+            "numpy",
+            "torch",
+            "training.micro_batches",
+            "checkpointing.checkpoint",
+            "evaluation.evaluator",
+            "modeling.devices",
+            "models",
+            "data_pipeline.packing",
+            "training.logger",
+            "training.run",
+        ),
     )
 
 
@@ -122,7 +132,7 @@ def gradients_of_step(
             return plans, results[:, 0], results[:, 1:]
         except RuntimeError as error:
             batching.halve_token_budget(run, plans, error)
-        memory.free(run.model.device)  # not in the `except`, where the traceback still holds activations
+        devices.free(run.model.device)  # not in the `except`, where the traceback still holds activations
         run.optimizer.zero_grad(set_to_none=True)
         checkpoint.set_random_state(run.random_state)  # the same dropout as in the first try
 
@@ -203,7 +213,7 @@ def score_test_pairs(run: runs.Run, indices: Any, stop: StopRequest) -> tuple[Te
             return results[:, 0], results[:, 1:], order
         except RuntimeError as error:
             batching.halve_token_budget(run, plans, error)
-        memory.free(run.model.device)
+        devices.free(run.model.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +227,7 @@ def main(argv: list[str]) -> None:
             config, resumed_from = read_config(argv, __doc__.split("\n\n")[0])
         rows_to_report_on = train_to_the_end(runs.set_up(config, resumed_from, world), resumed_from)
     if rows_to_report_on is not None:  # when the run's memory is free again
-        judging.report_run(*rows_to_report_on)
+        evaluator.report_run(*rows_to_report_on)
 
 
 def train_to_the_end(run: runs.Run, resumed_from: Path | None) -> tuple[Path, str, Any] | None:
@@ -252,9 +262,9 @@ def train(run: runs.Run, stop: StopRequest) -> Evaluation | None:
     """From the step after the last completed one to the end; returns the last evaluation."""
     config, model, optimizer, plan = run.config, run.model, run.optimizer, run.plan
     logs = Path(config.log_dir) / run.folder.name if run.world.is_main else None
-    board = progress.Board(logs, run.step, run.examples_seen(run.step))
+    board = logger.Board(logs, run.step, run.examples_seen(run.step))
     board.table("config", dataclasses.asdict(config), run.step)
-    shown = progress.Progress(plan.total_steps, run.step, is_shown=run.world.is_main)
+    shown = logger.Progress(plan.total_steps, run.step, is_shown=run.world.is_main)
     parameters = list(checkpoint.trained_parameters(model).values())
     checkpoint.set_random_state(run.random_state)
     evaluation = None
@@ -328,7 +338,7 @@ def evaluated_pairs(run: runs.Run) -> Any:
     return packing.fixed_sample(len(run.test_pairs), config.eval_num_batches * config.batch_size, config.seed)
 
 
-def evaluate_and_show(run: runs.Run, board: progress.Board, shown: progress.Progress, stop: StopRequest) -> Evaluation:
+def evaluate_and_show(run: runs.Run, board: logger.Board, shown: logger.Progress, stop: StopRequest) -> Evaluation:
     """Evaluate after the last completed step, always on the same pairs, and write it where people look."""
     step = run.step
     evaluation = evaluate(run, evaluated_pairs(run), stop)
@@ -369,7 +379,7 @@ def speed(plans: list[packing.MicroBatchPlan], seconds: float, device: Any) -> d
         "train/pairs_per_second": pairs / seconds,
         "train/tokens_per_second": computed / seconds,
         "train/useful_tokens": needed / computed,
-        "train/peak_memory_gib": memory.peak_gib(device),
+        "train/peak_memory_gib": devices.peak_gib(device),
     }
 
 

@@ -21,12 +21,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import common
-import needed_arithmetic
 import numpy as np
-import ours
-import theirs
-from common import Goal, Side, median
+
+import harness
+import needed_arithmetic
+import project_worker
+import trl_worker
+from harness import Goal, Side, median
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 LOSS_TOLERANCE = 0.01  # bf16 has 8 bits: rewards around 1 are off by up to 0.004 on either side
@@ -34,32 +35,34 @@ LOSS_TOLERANCE = 0.01  # bf16 has 8 bits: rewards around 1 are off by up to 0.00
 
 def main() -> None:
     arguments = read_arguments()
-    qwen3, dataset = common.inputs()
+    qwen3, dataset = harness.inputs()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         os.environ.setdefault("RL_WITH_RM_CACHE", str(work / "cache"))
         compared = Comparison(arguments, qwen3, dataset, work)
-        where = common.machine()
-        print(f"{common.describe(where)}\n\n{compared.described()}\n", flush=True)
+        where = harness.machine()
+        print(f"{harness.describe(where)}\n\n{compared.described()}\n", flush=True)
         found = compared.look_for_their_best()
         best = arguments.their_best or max(found, key=lambda batch_size: found[batch_size]["pairs_per_second"])
         measured = compared.measure(best) if arguments.steps else {}
-    common.write_json(arguments.json, {"machine": where, "search": found, "best": best, **measured})
+    harness.write_json(arguments.json, {"machine": where, "search": found, "best": best, **measured})
 
 
 def read_arguments() -> Any:
-    parser = common.parser(__doc__)
+    parser = harness.parser(__doc__)
     parser.add_argument("--hidden", type=int, default=256, help="width of the model (default 256)")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model (default 4)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a side (default 3; 0: only the search)")
     parser.add_argument("--their_best", type=int, default=0, help="TRL's best batch size, if it is known (0: search)")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=BATCH_SIZES, help="TRL's, to search the best in")
-    parser.add_argument("--grad_accum", type=int, default=ours.defaults().grad_accum, help="steps of 32 × this (4)")
+    parser.add_argument(
+        "--grad_accum", type=int, default=project_worker.defaults().grad_accum, help="steps of 32 × this (4)"
+    )
     parser.add_argument("--gradient_checkpointing", action="store_true", help="on both sides")
     parser.add_argument("--compile", action="store_true", help="torch.compile on both sides; four steps warm up")
     parser.add_argument("--sorted", action="store_true", help="give TRL each step's pairs in order of their length")
     arguments = parser.parse_args()
-    arguments.batch_size = ours.defaults().batch_size
+    arguments.batch_size = project_worker.defaults().batch_size
     if arguments.quick:
         arguments.layers, arguments.hidden, arguments.steps = 1, 128, 1
         arguments.batch_size, arguments.grad_accum = 4, 2
@@ -71,19 +74,19 @@ class Comparison:
 
     def __init__(self, arguments: Any, qwen3: str, dataset: str, work: Path):
         self.arguments, self.dataset, self.work = arguments, dataset, work
-        self.key = common.CLOCKS[arguments.clock]
+        self.key = harness.CLOCKS[arguments.clock]
         self.pairs_per_step = arguments.batch_size * arguments.grad_accum
-        self.shape = common.Shape(arguments.hidden, arguments.layers)
-        self.base = str(common.write_base(qwen3, work / "base", self.shape))
-        self.pairs, _ = ours.load_pairs(dataset, self.base)
+        self.shape = harness.Shape(arguments.hidden, arguments.layers)
+        self.base = str(harness.write_base(qwen3, work / "base", self.shape))
+        self.pairs, _ = project_worker.load_pairs(dataset, self.base)
         self.warm_up = 4 if arguments.compile else 1  # of other shapes: guards of compiled code fail once or twice more
         self.steps = self.warm_up + max(1, arguments.steps)
         if self.steps * self.pairs_per_step > len(self.pairs):
             sys.exit(f"{self.steps} steps of {self.pairs_per_step} pairs are more than the {len(self.pairs)} there are")
-        self.indices = ours.pairs_of_steps(len(self.pairs), self.pairs_per_step, self.steps)
+        self.indices = project_worker.pairs_of_steps(len(self.pairs), self.pairs_per_step, self.steps)
         lengths = self.pairs.longest_sides()
         order = [step[lengths[step].argsort()] if arguments.sorted else step for step in self.indices]
-        self.ids = str(theirs.write_ids(self.pairs, np.concatenate(order), work / "ids.json"))
+        self.ids = str(trl_worker.write_ids(self.pairs, np.concatenate(order), work / "ids.json"))
 
     def described(self) -> str:
         a = self.arguments
@@ -99,13 +102,15 @@ class Comparison:
         a = self.arguments
         sizes = ("--batch_size", str(a.batch_size), "--grad_accum", str(a.grad_accum))
         compiled = ("--compile",) if a.compile else ()
-        return ours.side("train", self.base, self.dataset, self.work, a.gradient_checkpointing, *sizes, *compiled)
+        return project_worker.side(
+            "train", self.base, self.dataset, self.work, a.gradient_checkpointing, *sizes, *compiled
+        )
 
     def theirs(self, batch_size: int) -> Side:
         accumulated = self.pairs_per_step // batch_size
         a = self.arguments
         switches = a.gradient_checkpointing, a.compile
-        return theirs.side("train", self.base, self.ids, self.work, batch_size, accumulated, *switches)
+        return trl_worker.side("train", self.base, self.ids, self.work, batch_size, accumulated, *switches)
 
     def look_for_their_best(self) -> dict[int, dict[str, float]]:
         """TRL's pairs a second and peak memory by batch size, each on the same two steps, the second timed."""
@@ -115,14 +120,14 @@ class Comparison:
         sizes = [size for size in self.arguments.batch_sizes if size <= self.arguments.batch_size]
         for batch_size in sizes[-2:] if self.arguments.quick else sizes:
             with self.theirs(batch_size) as side:
-                answer = common.in_turn({f"TRL at {batch_size}": side}, 2, do="step")[f"TRL at {batch_size}"][-1]
+                answer = harness.in_turn({f"TRL at {batch_size}": side}, 2, do="step")[f"TRL at {batch_size}"][-1]
                 side.end()
             rate = self.pairs_per_step / answer[self.key]
             found[batch_size] = {"pairs_per_second": rate, "peak_gib": answer["peak_gib"]}
             accumulated = f"{batch_size} × {self.pairs_per_step // batch_size}"
             rows.append([accumulated, f"{rate:.1f}", f"{answer['cpu_seconds']:.1f} s", f"{answer['peak_gib']:.2f} GiB"])
         columns = ("TRL, batch × accumulated", "pairs/s", "processor time", "peak memory")
-        print(common.table(columns, rows) + "\n", flush=True)
+        print(harness.table(columns, rows) + "\n", flush=True)
         return found
 
     def measure(self, best: int) -> dict[str, Any]:
@@ -132,7 +137,7 @@ class Comparison:
         if best != default:
             sides["TRL at its best"] = self.theirs(best)
         try:
-            answers = common.in_turn(sides, self.steps, do="step")
+            answers = harness.in_turn(sides, self.steps, do="step")
             ends = {name: side.end() for name, side in sides.items()}
         finally:
             for side in sides.values():
@@ -144,7 +149,7 @@ class Comparison:
         goals = self.goals(timed, ends, best)
         difference = abs(ends["ours"]["loss"][0] - ends["TRL"]["loss"][0])
         agrees = difference <= LOSS_TOLERANCE
-        print(common.goal_table(goals))
+        print(harness.goal_table(goals))
         print(
             f"\nloss of the first step: {ends['ours']['loss'][0]:.5f}, TRL {ends['TRL']['loss'][0]:.5f}: "
             + (f"agree to bf16's {LOSS_TOLERANCE}" if agrees else f"differ by {difference:.5f}")
@@ -152,7 +157,7 @@ class Comparison:
         arithmetic = self.arithmetic(timed)
         measured = {"steps": answers, "ends": ends, "goals": goals, "arithmetic": arithmetic}
         if not agrees:
-            common.write_json(self.arguments.json, measured)
+            harness.write_json(self.arguments.json, measured)
             sys.exit("the two sides did not compute the same: nothing above counts")
         return measured
 
@@ -197,13 +202,13 @@ class Comparison:
         """Prints processor time, memory and useful arithmetic of each side, and returns the latter."""
         import torch
 
-        device = ours.device()
+        device = project_worker.device()
         lengths = self.pairs.lengths
         model = needed_arithmetic.skeleton(self.base)
         flops = [needed_arithmetic.needed_flops(model, lengths[step]) for step in self.indices[self.warm_up :]]
         quick = ((256,), 0.05) if self.arguments.quick else ()
-        product = common.matmul_tflops(device, torch.bfloat16, *quick, key=self.key)
-        peak = common.PEAK_TFLOPS.get(common.machine()["device_name"])
+        product = harness.matmul_tflops(device, torch.bfloat16, *quick, key=self.key)
+        peak = harness.PEAK_TFLOPS.get(harness.machine()["device_name"])
         found, rows = {"matmul_tflops": product, "peak_tflops": peak}, []
         for name, answers in timed.items():
             achieved = sum(flops) / sum(answer[self.key] for answer in answers) / 1e12
@@ -215,7 +220,7 @@ class Comparison:
             ])  # fmt: skip
         columns = ("side", "step", "processor time", "peak memory", "useful GFLOP/s",
                    f"of this machine's own matrix product, {1000 * product:.0f}", "MFU")  # fmt: skip
-        print("\n" + common.table(columns, rows), flush=True)
+        print("\n" + harness.table(columns, rows), flush=True)
         return found
 
 

@@ -20,7 +20,7 @@ from gradio_client.exceptions import AppError
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import stage  # noqa: E402
+from chat_app import engine  # noqa: E402
 
 PORT = 7899
 QUESTION = "What should I know about bread?"
@@ -81,13 +81,13 @@ def measure_in_a_browser() -> dict[str, float]:
 
 def share_of_the_reward(model: str, reward_model: str) -> float:
     """Scoring a reply against writing it, both in this process."""
-    on_stage = stage.Stage(model, Path(reward_model))
+    on_stage = engine.Stage(model, Path(reward_model))
     on_stage.load()
     shares = []
     for _ in range(TIMES + 1):
         question = [{"role": "user", "content": QUESTION}]
         started = time.perf_counter()
-        (reply,) = list(on_stage.write(question, stage.Settings(max_new_tokens=100, temperature=1.0)))[-1]
+        (reply,) = list(on_stage.write(question, engine.Settings(max_new_tokens=100, temperature=1.0)))[-1]
         written = time.perf_counter()
         on_stage.rewards_of([[*question, {"role": "assistant", "content": reply.content}]])
         shares.append((time.perf_counter() - written) / (written - started))

@@ -16,35 +16,36 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import common
 import numpy as np
-import ours
-import theirs
-from common import Goal, median
+
+import harness
+import project_worker
+import trl_worker
+from harness import Goal, median
 
 JUDGED = (8, 32)  # the goal is against the better of these
 LOSS_TOLERANCE = 0.01  # as in against_trl.py
 
 
 def main() -> None:
-    parser = common.parser(__doc__)
+    parser = harness.parser(__doc__)
     parser.add_argument("--hidden", type=int, default=256, help="width of the model (default 256)")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model (default 4)")
     parser.add_argument("--rounds", type=int, default=3, help="timed evaluations of each side (default 3)")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[2, 4, 8, 32], help="TRL's, to find its best")
     arguments = parser.parse_args()
-    qwen3, dataset = common.inputs()
+    qwen3, dataset = harness.inputs()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         os.environ.setdefault("RL_WITH_RM_CACHE", str(work / "cache"))
         if arguments.quick:
             arguments.layers, arguments.hidden, arguments.rounds, arguments.batch_sizes = 1, 128, 1, [8]
-            dataset = common.first_rows(dataset, work / "few", 16)
-        where = common.machine()
-        print(f"{common.describe(where)}\n", flush=True)
-        base = str(common.write_base(qwen3, work / "base", common.Shape(arguments.hidden, arguments.layers)))
-        _, pairs = ours.load_pairs(dataset, base)
-        ids = str(theirs.write_ids(pairs, np.arange(len(pairs)), work / "ids.json"))
+            dataset = harness.first_rows(dataset, work / "few", 16)
+        where = harness.machine()
+        print(f"{harness.describe(where)}\n", flush=True)
+        base = str(harness.write_base(qwen3, work / "base", harness.Shape(arguments.hidden, arguments.layers)))
+        _, pairs = project_worker.load_pairs(dataset, base)
+        ids = str(trl_worker.write_ids(pairs, np.arange(len(pairs)), work / "ids.json"))
         print(
             f"{arguments.layers} layers × {arguments.hidden}, {len(pairs)} test pairs, {arguments.clock} time\n",
             flush=True,
@@ -52,14 +53,14 @@ def main() -> None:
         found = try_batch_sizes(arguments, base, ids, work)
         judged = min((size for size in found if size in JUDGED), key=found.get, default=min(found, key=found.get))
         sides = {
-            "ours": ours.side("evaluate", base, dataset, work),
-            "ours, from a file": ours.side("score_file", base, dataset, work, False, "--run_name", "scored"),
-            **{f"TRL at {size}": theirs.side("evaluate", base, ids, work, size)
+            "ours": project_worker.side("evaluate", base, dataset, work),
+            "ours, from a file": project_worker.side("score_file", base, dataset, work, False, "--run_name", "scored"),
+            **{f"TRL at {size}": trl_worker.side("evaluate", base, ids, work, size)
                for size in dict.fromkeys((judged, min(found, key=found.get)))},
         }  # fmt: skip
         answers = compare(sides, 1 + arguments.rounds)
-    goals = report(answers, len(pairs), judged, common.CLOCKS[arguments.clock])
-    common.write_json(arguments.json, {"machine": where, "search": found, "answers": answers, "goals": goals})
+    goals = report(answers, len(pairs), judged, harness.CLOCKS[arguments.clock])
+    harness.write_json(arguments.json, {"machine": where, "search": found, "answers": answers, "goals": goals})
     losses = {name: found[-1]["loss"] for name, found in answers.items()}
     found = (f"{name}: loss {losses[name]:.5f}, accuracy {answers[name][-1]['accuracy']:.4f}" for name in answers)
     print("\n" + "; ".join(found))
@@ -74,17 +75,17 @@ def try_batch_sizes(arguments: Any, base: str, ids: str, work: Path) -> dict[int
         return {sizes[0]: 0.0}
     found = {}
     for size in sizes:
-        answers = compare({f"TRL at {size}": theirs.side("evaluate", base, ids, work, size)}, 2)
-        found[size] = answers[f"TRL at {size}"][-1][common.CLOCKS[arguments.clock]]
+        answers = compare({f"TRL at {size}": trl_worker.side("evaluate", base, ids, work, size)}, 2)
+        found[size] = answers[f"TRL at {size}"][-1][harness.CLOCKS[arguments.clock]]
     rows = [[str(size), f"{seconds:.2f} s"] for size, seconds in found.items()]
-    print(common.table(("TRL's batch size", "one evaluation"), rows) + "\n", flush=True)
+    print(harness.table(("TRL's batch size", "one evaluation"), rows) + "\n", flush=True)
     return found
 
 
-def compare(sides: dict[str, common.Side], rounds: int) -> dict[str, Any]:
+def compare(sides: dict[str, harness.Side], rounds: int) -> dict[str, Any]:
     """The answers of `rounds` evaluations of each side in turn."""
     try:
-        answers = common.in_turn(sides, rounds, do="evaluate")
+        answers = harness.in_turn(sides, rounds, do="evaluate")
         for side in sides.values():
             side.end()
         return answers
@@ -106,7 +107,7 @@ def report(answers: dict[str, Any], pairs: int, judged: int, key: str) -> list[G
                 Goal(f"{what} against {name}", *rates, other / seconds, wanted),
                 Goal("its peak memory", f"{my_peak:.2f} GiB", f"{peak:.2f} GiB", my_peak / peak, None),
             ]
-    print(common.goal_table(goals))
+    print(harness.goal_table(goals))
     return goals
 
 

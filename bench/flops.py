@@ -79,19 +79,19 @@ def main() -> None:
     import torch
 
     import data
-    import distributed
-    import memory
     import models
-    import packing
     import train_rm
     import utils
+    from data_pipeline import packing
+    from modeling import devices
+    from training import distributed
 
     with tempfile.TemporaryDirectory() as folder:
         write_small_base(config_folder, Path(folder), arguments.hidden)
         tokenizer = models.load_tokenizer(folder)
         lora = models.LoraSettings() if arguments.lora else None
         model = models.RewardModel.create(folder, tokenizer, 0, lora).to(models.pick_device()).train()
-    memory.keep_heap(model.device)
+    devices.keep_heap(model.device)
     pairs, _ = data.load_pairs(dataset, tokenizer, 2048)
     model.autocast_dtype = torch.bfloat16
     if arguments.lora:

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import records  # noqa: E402
+from checkpointing import run_folder  # noqa: E402
 
 STEP_FILES = ["chat_template.jinja", "config.json", "model.safetensors", "optimizer.safetensors",
               "random_state.safetensors", "tokenizer.json", "tokenizer_config.json", "train_config.json",
@@ -39,10 +39,10 @@ def make_up_runs(work: Path, count: int) -> None:
                 (folder / f"step-{step}" / file).write_bytes(b"x" * 100)
             state = {"eval_accuracy": 0.6, "eval_pairs": 1024}
             (folder / f"step-{step}" / "training_state.json").write_text(json.dumps(state))
-        record = records.new_record(1250, 1250, config, {})
-        record.state, record.ended = records.FINISHED, record.started
+        record = run_folder.new_record(1250, 1250, config, {})
+        record.state, record.ended = run_folder.FINISHED, record.started
         record.evaluations = [[step, 600 + step % 97, 1024] for step in range(50, 1251, 50)]
-        records.write_record(folder, record)
+        run_folder.write_record(folder, record)
         (folder / ".lock").write_text("process 1 on bench")
         logs.mkdir(parents=True)
         (logs / "events.out.tfevents.1705329022.bench.1.0").write_bytes(b"x" * 1000)

@@ -24,31 +24,31 @@ import tempfile
 import time
 from pathlib import Path
 
-import common
-import ours
-from common import Goal
+import harness
+import project_worker
+from harness import Goal
 
 
 def main() -> None:
-    parser = common.parser(__doc__)
+    parser = harness.parser(__doc__)
     parser.add_argument("--hidden", type=int, default=256, help="width of the model (default 256)")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model (default 4)")
     arguments = parser.parse_args()
-    qwen3, dataset = common.inputs()
-    key, flags = common.CLOCKS[arguments.clock], ()
+    qwen3, dataset = harness.inputs()
+    key, flags = harness.CLOCKS[arguments.clock], ()
     steps, times, saves, starts, eval_pairs = 3, 200, 3, 7, 32
     if arguments.quick:
         arguments.layers, arguments.hidden, flags = 1, 128, ("--batch_size", "4", "--grad_accum", "1")
         steps, times, saves, starts, eval_pairs = 2, 3, 1, 1, 4
-    where = common.machine()
-    print(f"{common.describe(where)}\n", flush=True)
+    where = harness.machine()
+    print(f"{harness.describe(where)}\n", flush=True)
     help_seconds = [time_help(key) for _ in range(starts)]
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         os.environ.setdefault("RL_WITH_RM_CACHE", str(work / "cache"))
-        base = str(common.write_base(qwen3, work / "base", common.Shape(arguments.hidden, arguments.layers)))
-        with ours.side("log_and_save", base, dataset, work, False, *flags) as side:
-            config = ours.defaults()
+        base = str(harness.write_base(qwen3, work / "base", harness.Shape(arguments.hidden, arguments.layers)))
+        with project_worker.side("log_and_save", base, dataset, work, False, *flags) as side:
+            config = project_worker.defaults()
             found = side.ask(do="measure", key=key, steps=steps, times=times, saves=saves, eval_pairs=eval_pairs)
             side.end()
     step, save = statistics.median(found["steps"][1:]), statistics.median(found["saves"])
@@ -68,10 +68,10 @@ def main() -> None:
         Goal("train_rm.py --help", f"{started:.2f} s", "–", started, 1.0, at_least=False),
         Goal("share of a run in logging and saving", f"{share:.2%}", "–", share, 0.03, at_least=False, form="{:.4f}"),
     ]
-    print(common.goal_table(goals))
+    print(harness.goal_table(goals))
     print(f"\n{arguments.layers} layers × {arguments.hidden}, {arguments.clock} time; medians\n")
-    print(common.table(("what", "takes", "times a step", "in a step"), rows))
-    common.write_json(
+    print(harness.table(("what", "takes", "times a step", "in a step"), rows))
+    harness.write_json(
         arguments.json, {"machine": where, "help_seconds": help_seconds, **found, "share": share, "goals": goals}
     )
 
@@ -79,7 +79,7 @@ def main() -> None:
 def time_help(key: str) -> float:
     """Seconds of one `train_rm.py --help`, from its start to its end."""
     before, started = os.times(), time.perf_counter()
-    subprocess.run([sys.executable, str(common.ROOT / "train_rm.py"), "--help"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, str(harness.ROOT / "train_rm.py"), "--help"], check=True, stdout=subprocess.DEVNULL)
     passed, after = time.perf_counter() - started, os.times()
     if key == "seconds":
         return passed

@@ -23,12 +23,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import common
-import needed_arithmetic
 import numpy as np
-import ours
-import theirs
-from common import Goal, Shape, median
+
+import harness
+import needed_arithmetic
+import project_worker
+import trl_worker
+from harness import Goal, Shape, median
 
 SWEEPS = {
     "length": ("tokens a side", (128, 256, 512, 1024, 2048)),
@@ -36,11 +37,11 @@ SWEEPS = {
     "width": ("width of the model", (128, 256, 512, 1024)),
 }
 LEAST_TEMPLATE = 24  # tokens of the chat template around a prompt and a reply
-PICTURE = common.ROOT / "docs" / "scaling.png"
+PICTURE = harness.ROOT / "docs" / "scaling.png"
 
 
 def main() -> None:
-    parser = common.parser(__doc__)
+    parser = harness.parser(__doc__)
     parser.add_argument("--sweeps", nargs="*", choices=SWEEPS, default=list(SWEEPS), help="which to measure (all)")
     parser.add_argument("--largest", type=int, default=2048, help="leave out sizes above (default 2048)")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model (default 4)")
@@ -51,15 +52,15 @@ def main() -> None:
     parser.add_argument("--their_seconds", type=float, default=20, help="skip longer steps of TRL (default 20)")
     parser.add_argument("--png", type=Path, default=PICTURE, help="where to draw (default docs/scaling.png)")
     arguments = parser.parse_args()
-    qwen3, dataset = common.inputs()
+    qwen3, dataset = harness.inputs()
     if arguments.quick and arguments.png == PICTURE:
         parser.error("--quick would draw over the real picture: name another with --png")
     sizes = {name: tuple(size for size in SWEEPS[name][1] if size <= arguments.largest) for name in arguments.sweeps}
     if arguments.quick:
         arguments.layers, arguments.hidden, arguments.pairs, arguments.steps = 1, 128, 2, 1
         arguments.their_seconds, sizes = 0, {"length": (64, 128), "pairs": (2, 4)}  # TRL once in each
-    where, found = common.machine(), kept(arguments.json)
-    print(f"{common.describe(where)}\n", flush=True)
+    where, found = harness.machine(), kept(arguments.json)
+    print(f"{harness.describe(where)}\n", flush=True)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         os.environ.setdefault("RL_WITH_RM_CACHE", str(work / "cache"))
@@ -71,8 +72,8 @@ def main() -> None:
     if not found:
         parser.error("nothing measured and nothing in --json FILE to draw")
     goals = [growth(sweep, found[sweep]["points"]) for sweep in found]
-    print(common.table(("goal", "time grew", "useful work grew", "ratio", "wanted", "met"), [g.row() for g in goals]))
-    common.write_json(arguments.json, found)
+    print(harness.table(("goal", "time grew", "useful work grew", "ratio", "wanted", "met"), [g.row() for g in goals]))
+    harness.write_json(arguments.json, found)
     draw(found, arguments)
     print(f"\ndrawn: {arguments.png}")
 
@@ -99,15 +100,15 @@ class Measuring:
         import torch
 
         self.arguments, self.qwen3, self.dataset, self.work = arguments, qwen3, dataset, work
-        self.key, self.bases = common.CLOCKS[arguments.clock], {}
+        self.key, self.bases = harness.CLOCKS[arguments.clock], {}
         quick = ((256,), 0.05) if arguments.quick else ()
-        self.product = common.matmul_tflops(ours.device(), torch.bfloat16, *quick, key=self.key)
-        self.real, _ = ours.load_pairs(dataset, self.base(arguments.hidden))
+        self.product = harness.matmul_tflops(project_worker.device(), torch.bfloat16, *quick, key=self.key)
+        self.real, _ = project_worker.load_pairs(dataset, self.base(arguments.hidden))
 
     def base(self, hidden: int) -> str:
         if hidden not in self.bases:
             shape = Shape(hidden, self.arguments.layers)
-            self.bases[hidden] = str(common.write_base(self.qwen3, self.work / f"base-{hidden}", shape))
+            self.bases[hidden] = str(harness.write_base(self.qwen3, self.work / f"base-{hidden}", shape))
         return self.bases[hidden]
 
     def sweep(self, sweep: str, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -125,19 +126,19 @@ class Measuring:
 
     def point(self, hidden: int, pairs: int, dataset: str, before: dict[str, Any] | None) -> dict[str, Any]:
         a, base = self.arguments, self.base(hidden)
-        known, _ = ours.load_pairs(dataset, base)
+        known, _ = project_worker.load_pairs(dataset, base)
         steps = 1 + max(1, min(a.steps, len(known) // pairs - 1))
         if steps * pairs > len(known):
             sys.exit(f"a step to warm up and one to time, of {pairs} pairs, are more than the {len(known)} there are")
-        indices = ours.pairs_of_steps(len(known), pairs, steps)
+        indices = project_worker.pairs_of_steps(len(known), pairs, steps)
         shape, timed = Shape(hidden, a.layers), [known.lengths[step] for step in indices[1:]]
-        batch_size = min(pairs, ours.defaults().batch_size)
+        batch_size = min(pairs, project_worker.defaults().batch_size)
         sizes = ("--batch_size", str(batch_size), "--grad_accum", str(pairs // batch_size))
         flops = needed_arithmetic.needed_flops(needed_arithmetic.skeleton(base), np.concatenate(timed)) / len(timed)
         point = {
             "pairs": pairs, "needed_tokens": sum(int(n.sum()) for n in timed) / len(timed), "flops": flops,
             "padded": 2 * sum(int(known.longest_sides()[step].sum()) for step in indices[1:]) * shape.matrix_weights,
-            "ours": self.run(ours.side("train", base, dataset, self.work, False, *sizes), steps),
+            "ours": self.run(project_worker.side("train", base, dataset, self.work, False, *sizes), steps),
         }  # fmt: skip
         if a.their_batch and (before is None or "TRL" in before):
             if before is not None:
@@ -146,11 +147,11 @@ class Measuring:
                 if before["TRL"]["seconds"] * grown > a.their_seconds:
                     return point
             size = min(a.their_batch, pairs)
-            ids = str(theirs.write_ids(known, np.concatenate(indices), self.work / "ids.json"))
-            point["TRL"] = self.run(theirs.side("train", base, ids, self.work, size, pairs // size), steps)
+            ids = str(trl_worker.write_ids(known, np.concatenate(indices), self.work / "ids.json"))
+            point["TRL"] = self.run(trl_worker.side("train", base, ids, self.work, size, pairs // size), steps)
         return point
 
-    def run(self, side: common.Side, steps: int) -> dict[str, float]:
+    def run(self, side: harness.Side, steps: int) -> dict[str, float]:
         with side:
             answers = [side.ask(do="step") for _ in range(steps)][1:]
             side.end()
@@ -211,7 +212,7 @@ def points_table(sweep: str, points: list[dict[str, Any]], product: float) -> st
         ])  # fmt: skip
     columns = (SWEEPS[sweep][0], "pairs/s", "needed tokens/s", "step", "peak memory", "useful GFLOP/s",
                f"of a matrix product's {1000 * product:.0f}", "TRL, pairs/s", "TRL, peak memory")  # fmt: skip
-    return common.table(columns, rows)
+    return harness.table(columns, rows)
 
 
 def growth(sweep: str, points: list[dict[str, Any]]) -> Goal:

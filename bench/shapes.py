@@ -15,14 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import common
+import harness
 
 SHAPES = 200
 PASSES = 3
 
 
 def main() -> None:
-    arguments = common.parser(__doc__).parse_args()
+    arguments = harness.parser(__doc__).parse_args()
     import torch
 
     torch.manual_seed(0)
@@ -37,8 +37,8 @@ def main() -> None:
     def attention(size: int) -> Any:
         return torch.bmm(query, key[:, :, : 100 + size])
 
-    where = common.machine()
-    print(f"{common.describe(where)}\n\n{count} shapes of each product, bf16\n", flush=True)
+    where = harness.machine()
+    print(f"{harness.describe(where)}\n\n{count} shapes of each product, bf16\n", flush=True)
     clock = time.perf_counter if arguments.clock == "wall" else time.process_time
     products = {"a layer's, 3,000 tokens and more": layer, "attention's": attention}
     found = {name: measure(product, count, clock) for name, product in products.items()}
@@ -46,8 +46,8 @@ def main() -> None:
         [name, f"{1000 * one['first']:.2f} ms", f"{1000 * one['again']:.2f} ms", f"{one['kept_mib']:.2f} MiB"]
         for name, one in found.items()
     ]
-    print(common.table(("product", "the first time", "again", "memory that stays, a shape"), rows))
-    common.write_json(arguments.json, {"machine": where, **found})
+    print(harness.table(("product", "the first time", "again", "memory that stays, a shape"), rows))
+    harness.write_json(arguments.json, {"machine": where, **found})
 
 
 def measure(product: Callable[[int], Any], count: int, clock: Callable[[], float]) -> dict[str, float]:

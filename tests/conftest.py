@@ -31,7 +31,7 @@ def own_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory):
     """The demo's model and pairs: (model folder, pairs folder)."""
-    import demo
+    from data_pipeline import demo
 
     return demo.write_demo(tmp_path_factory.mktemp("demo") / "demo")
 
@@ -90,9 +90,9 @@ def run_script(tmp_path):
 @pytest.fixture(scope="session")
 def run_folder(base, tokenizer, tmp_path_factory):
     """A run whose step-2 is a reward checkpoint of the demo's model."""
-    import checkpoint
     import models
     import utils
+    from checkpointing import checkpoint
 
     folder = tmp_path_factory.mktemp("rm") / "bread"
     models.RewardModel.create(base, tokenizer, 0).save(folder / "step-2")
@@ -125,8 +125,8 @@ def real_tokenizer_folder():
 def dataset_of(folder, pairs, margins=None):
     """A PairDataset of given token ids, through files like the cache's."""
     import data
-    import rows
     import utils
+    from data_pipeline import parsing
 
     folder.mkdir()
     prefixes = [data.shared_prefix(np.array(c), np.array(r)) for c, r in pairs]
@@ -136,7 +136,7 @@ def dataset_of(folder, pairs, margins=None):
     np.save(folder / "lengths.npy", np.array(lengths, np.int32))
     np.save(folder / "rows.npy", np.arange(1, len(pairs) + 1))
     np.save(folder / "margins.npy", np.array(margins or np.arange(len(pairs)), np.float32))
-    np.save(folder / "notes.npy", np.zeros((len(pairs), len(rows.NOTED)), dtype=bool))
+    np.save(folder / "notes.npy", np.zeros((len(pairs), len(parsing.NOTED)), dtype=bool))
     np.save(folder / "kinds.npy", np.zeros(len(pairs), np.int32))
     report = {"rows": len(pairs), "count": {}, "first_rows": {}, "kinds": [""], "tokens_sha256": "x", "source": "x"}
     utils.write_json(folder / "report.json", report)

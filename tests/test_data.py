@@ -18,18 +18,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tokenizers
-from conftest import dataset_of
 from tokenizers.models import BPE
 from tokenizers.normalizers import NFC, Lowercase, Prepend, Replace, Strip
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Sequence, UnicodeScripts
 
 import data
 import models
-import packing
-import rows
+from data_pipeline import packing, parsing
+from tests.conftest import ROOT, dataset_of
 from utils import DiskOrNetworkError, UserError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 SYSTEM = {"role": "system", "content": "Be short."}
 QUESTION = {"role": "user", "content": "Is the oven hot?"}
@@ -123,7 +120,7 @@ def test_every_form_of_row_has_exactly_the_chat_templates_tokens(load, tokenizer
 
 
 def assert_tokens_are_the_templates(pairs, source, tokenizer):
-    parsed = dict(rows.read_pairs(source))
+    parsed = dict(parsing.read_pairs(source))
     assert len(pairs) > 0 and len(parsed) == pairs.counts.rows
     for index, row in enumerate(pairs.rows.tolist()):
         chosen, rejected = (side.tolist() for side in pairs.sequences(index))
@@ -134,7 +131,7 @@ def assert_tokens_are_the_templates(pairs, source, tokenizer):
 def test_the_demos_tokens_are_exactly_the_chat_templates(small_dataset, tokenizer):
     both = data.load_pairs(small_dataset, tokenizer)
     assert [len(pairs) for pairs in both] == [64, 16]
-    for pairs, source in zip(both, rows.find_sources(small_dataset), strict=True):
+    for pairs, source in zip(both, parsing.find_sources(small_dataset), strict=True):
         assert_tokens_are_the_templates(pairs, source, tokenizer)
 
 
@@ -149,7 +146,7 @@ def real_pairs(real_data, real_tokenizer):
 
 
 def test_real_tokens_are_exactly_the_chat_templates(real_pairs, real_data, real_tokenizer):
-    for pairs, source in zip(real_pairs, rows.find_sources(real_data), strict=True):
+    for pairs, source in zip(real_pairs, parsing.find_sources(real_data), strict=True):
         assert_tokens_are_the_templates(pairs, source, real_tokenizer)
 
 
@@ -158,7 +155,7 @@ def test_every_real_row_is_kept_or_left_out_for_a_reason(real_pairs):
     for pairs in real_pairs:
         assert len(pairs) + pairs.counts.left_out == pairs.counts.rows
     assert (train.counts.rows, len(train), test.counts.rows, len(test)) == (1200, 1199, 300, 300)
-    assert {key: train.counts.count[key] for key in rows.LEFT_OUT if train.counts.count[key]} == {"no_reply": 1}
+    assert {key: train.counts.count[key] for key in parsing.LEFT_OUT if train.counts.count[key]} == {"no_reply": 1}
     assert train.counts.first_rows["no_reply"] == [270]
 
 
@@ -217,7 +214,7 @@ def test_rows_beyond_the_first_chunk_keep_numbers_and_tokens(load, tokenizer, mo
 def plain_files(source, tokenizer, folder):
     """What the cache holds of a source, the plain way: row by row, each side encoded alone."""
     kept, counts = [], data.Counts()
-    for row, pair in rows.read_pairs(source):
+    for row, pair in parsing.read_pairs(source):
         counts.rows += 1
         if isinstance(pair, str):
             counts.add(pair, row)
@@ -231,7 +228,7 @@ def plain_files(source, tokenizer, folder):
     np.save(folder / "lengths.npy", np.array(lengths, np.int32))
     np.save(folder / "rows.npy", np.array([row for row, *_ in kept]))
     np.save(folder / "margins.npy", np.array([pair.margin for _, pair, *_ in kept], np.float32))
-    np.save(folder / "notes.npy", np.array([[name in pair.notes for name in rows.NOTED] for _, pair, *_ in kept]))
+    np.save(folder / "notes.npy", np.array([[name in pair.notes for name in parsing.NOTED] for _, pair, *_ in kept]))
     return counts
 
 
@@ -248,12 +245,12 @@ def assert_files_are_the_plain_ones(source, tokenizer, tmp_path):
 
 def test_the_cache_holds_what_row_by_row_gives_byte_for_byte(tmp_path, tokenizer, write_rows, monkeypatch):
     monkeypatch.setattr(data, "ROWS_AT_A_TIME", 3)
-    source = rows.Source("made up", write_rows([row for form in FORMS for row in (form[0], IDENTICAL_ROW)]))
+    source = parsing.Source("made up", write_rows([row for form in FORMS for row in (form[0], IDENTICAL_ROW)]))
     assert_files_are_the_plain_ones(source, tokenizer, tmp_path)
 
 
 def test_real_pairs_cache_holds_what_row_by_row_gives_byte_for_byte(tmp_path, real_data, real_tokenizer):
-    assert_files_are_the_plain_ones(rows.find_sources(real_data)[1], real_tokenizer, tmp_path)
+    assert_files_are_the_plain_ones(parsing.find_sources(real_data)[1], real_tokenizer, tmp_path)
 
 
 def of_backend(backend):
@@ -338,7 +335,7 @@ def test_special_tokens_that_are_read_as_plain_text_are_no_place_to_cut():
 
 
 def test_qwen3s_shared_starts_are_encoded_once(real_tokenizer, real_data):
-    _, pair = next(rows.read_pairs(rows.find_sources(real_data)[0]))
+    _, pair = next(parsing.read_pairs(parsing.find_sources(real_data)[0]))
     texts = real_tokenizer.apply_chat_template([pair.chosen, pair.rejected], tokenize=False)
     given = []
 
@@ -748,7 +745,7 @@ def test_every_reason_is_counted_with_its_rows(load, base):
         "template": {"chosen": [SYSTEM, QUESTION, YES], "rejected": [SYSTEM, QUESTION, NO]},
         "too_long": {"chosen": transcript("Yes. " * 50), "rejected": transcript("No.")},
     }
-    assert reasons.keys() == rows.LEFT_OUT.keys()
+    assert reasons.keys() == parsing.LEFT_OUT.keys()
     pairs = load([GOOD_ROW, *reasons.values(), GOOD_ROW], max_length=60, tokenizer=picky)
     assert pairs.counts.count == Counter(dict.fromkeys(reasons, 1))
     assert pairs.counts.first_rows == {key: [row] for row, key in enumerate(reasons, start=2)}

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-import attention
 import data
 import models
-import packing
 import train_rm
+from data_pipeline import packing
+from modeling import attention
 from utils import CheckpointError, UserError
 
 HELLO = [{"role": "user", "content": "Can you tell me something about bread?"}]

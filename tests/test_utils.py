@@ -6,15 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import utils
+from tests.conftest import ROOT
 from utils import Stopped, UserError
-
-ROOT = Path(__file__).resolve().parent.parent
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # run_script: messages and exit codes

@@ -1,0 +1,262 @@
+"""The project's side of a benchmark: the only file here that knows train_rm.py and what it is made of.
+
+As a script it is a child of `common.Side`. It opens a run as `train_rm.py` does and lets the real loop, evaluation,
+logging and saving work, one piece for each message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import harness
+import utils
+
+
+def device() -> Any:
+    import models
+
+    return models.pick_device()
+
+
+def load_pairs(dataset: str, base: str) -> tuple[Any, Any]:
+    """The train and test pairs as the project tokenises them, cut by nothing but its default --max_length."""
+    import data
+    import models
+    from training import config as train_config
+
+    return data.load_pairs(dataset, models.load_tokenizer(base), train_config.TrainConfig().max_length)
+
+
+def pairs_of_steps(num_pairs: int, pairs_per_step: int, steps: int) -> list[np.ndarray]:
+    """Which pairs the first steps of a run take, in their order."""
+    from data_pipeline import packing
+    from training import config as train_config
+
+    plan = packing.StepPlan(num_pairs, pairs_per_step, 1, train_config.TrainConfig().seed)
+    return [plan.pairs_of(step) for step in range(1, steps + 1)]
+
+
+def defaults() -> Any:
+    from training import config as train_config
+
+    return train_config.TrainConfig()
+
+
+def side(job: str, base: str, dataset: str, work: Path, checkpointing: bool = False, *flags: str) -> harness.Side:
+    """A child that works on `dataset`, at the project's default settings but for `flags`."""
+    switch = "--gradient_checkpointing" if checkpointing else "--no_gradient_checkpointing"
+    folders = ["--output_dir", str(work / "out"), "--log_dir", str(work / "logs")]
+    return harness.Side(
+        "ours.py", job=job, flags=["--model", base, "--dataset", dataset, *folders, "--save_steps", "0",
+                                   "--eval_steps", "0", switch, *flags],
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The child
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Ended(Exception):
+    """The parent has seen enough."""
+
+
+def open_run(flags: list[str]) -> Any:
+    """A run as `train_rm.py` with these flags has it when its training begins."""
+    from training import distributed
+    from training import run as runs
+    from training.config import read_config
+
+    config, resumed_from = read_config(flags, "")
+    run = runs.set_up(config, resumed_from, distributed.World())
+    run.begin_record(resumed_from)
+    return run
+
+
+class Watching(utils.StopRequest):
+    """Never asks to stop; what the loop asks it between micro-batches and after each step is passed on."""
+
+    def __init__(self, check: Callable[[], None]):
+        super().__init__()
+        self.check = check
+
+
+def train(run: Any, channel: harness.Channel) -> None:
+    """The real loop; at the end of each step it answers and waits for the next message."""
+    import train_rm
+
+    clock, seen = harness.Clock(run.model.device), run.step
+
+    def at_the_end_of_a_step() -> None:
+        # `train` calls this between micro-batches as well, to see whether somebody wants to stop
+        nonlocal seen
+        if run.step == seen:
+            return
+        seen = run.step
+        channel.answer(**clock.read(), peak_gib=harness.peak_gib(run.model.device))
+        if channel.receive()["do"] == "end":
+            raise Ended
+        clock.start()
+
+    if channel.receive()["do"] == "end":
+        raise SystemExit("asked to end before the first step")
+    clock.start()
+    try:
+        train_rm.train(run, Watching(at_the_end_of_a_step))
+    except Ended:
+        scalars = logged_scalars(run)
+        channel.answer(loss=scalars["train/loss"], useful=scalars["train/useful_tokens"])
+    else:
+        raise SystemExit("the training ended before the parent asked it to")
+
+
+def evaluate(run: Any, channel: harness.Channel) -> None:
+    """The real evaluation of the whole test split, once for each message."""
+    import train_rm
+
+    indices, clock = np.arange(len(run.test_pairs)), harness.Clock(run.model.device)
+    while channel.receive()["do"] != "end":
+        clock.start()
+        evaluation = train_rm.evaluate(run, indices, utils.StopRequest())
+        channel.answer(
+            **clock.read(), loss=evaluation.metrics["loss"], accuracy=evaluation.metrics["accuracy"],
+            pairs=evaluation.pairs, peak_gib=harness.peak_gib(run.model.device),
+        )  # fmt: skip
+    channel.answer()
+
+
+def score_file(run: Any, channel: harness.Channel) -> None:
+    """What `eval_rm.py` does with the test file, but for drawing the report: from its bytes to all figures."""
+    from evaluation import analysis, eval_data, evaluator
+    from modeling import scorer as scoring
+
+    limits, clock = evaluator.Limits(), harness.Clock(run.model.device)
+    data = eval_data.find(run.config.dataset, "test", None)
+    scorer = scoring.Scorer.of(
+        run.model, limits.max_length, limits.batch_size, limits.tokens_per_batch, limits.precision
+    )
+    while channel.receive()["do"] != "end":
+        clock.start()
+        table, log = analysis.score(scorer, data, run.folder / "report", lambda: None, "the test file")
+        figures = analysis.measure(table)
+        channel.answer(
+            **clock.read(), loss=figures["calibration"]["log_loss"], accuracy=figures["accuracy"],
+            pairs=figures["n"], peak_gib=harness.peak_gib(run.model.device),
+        )  # fmt: skip
+        log.delete()  # or the next time would find it all scored
+    channel.answer()
+
+
+def log_and_save(run: Any, channel: harness.Channel) -> None:
+    """A few real steps, then what logging and saving take, with the run's own files; answers one message."""
+    message = channel.receive()
+    clock, key, times = harness.Clock(run.model.device), message["key"], message["times"]
+    steps = time_steps(run, clock, message["steps"], key)
+    clock.start()
+    log_steps(run, times)
+    log = clock.read()[key] / times
+    rewards = sample_of_rewards(run, message["eval_pairs"])
+    clock.start()
+    note_evaluations(run, rewards, times)
+    eval_log = clock.read()[key] / times
+    saves = []
+    for _ in range(message["saves"]):
+        run.step += 1  # each checkpoint is a folder of its own
+        clock.start()
+        folder = run.save()
+        saves.append(clock.read()[key])
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    channel.answer(steps=steps, log=log, eval_log=eval_log, saves=saves, checkpoint_bytes=size)
+    channel.receive()
+    channel.answer()
+
+
+def time_steps(run: Any, clock: harness.Clock, count: int, key: str) -> list[float]:
+    import train_rm
+
+    times, first = [], run.step
+
+    def note() -> None:
+        if run.step > first + len(times):
+            times.append(clock.read()[key])
+            clock.start()
+            if len(times) == count:
+                raise Ended
+
+    clock.start()
+    with contextlib.suppress(Ended):
+        train_rm.train(run, Watching(note))
+    return times
+
+
+def log_steps(run: Any, times: int) -> None:
+    """Write and show a step's metrics; the board is closed, as its file's thread works on while a training computes."""
+    from training import logger
+
+    metrics = {tag: values[-1] for tag, values in logged_scalars(run).items() if not tag.endswith("_by_examples")}
+    board = logger.Board(Path(run.config.log_dir) / f"{run.folder.name}-steps")
+    shown = logger.Progress(times, 0)
+    for step in range(1, times + 1):
+        board.scalars(metrics, step, run.config.pairs_per_step * step)
+        shown.step(step, metrics)
+    board.close()
+    shown.close()
+
+
+def sample_of_rewards(run: Any, pairs: int) -> Any:
+    """Rewards (N, 2) of as many pairs as the run evaluates, from a few real ones: their number is what takes time."""
+    import train_rm
+
+    wanted = run.config.eval_num_batches * run.config.batch_size
+    rewards = train_rm.evaluate(run, np.arange(min(pairs, len(run.test_pairs))), utils.StopRequest()).rewards
+    return rewards.repeat(-(-wanted // len(rewards)), 1)[:wanted]
+
+
+def note_evaluations(run: Any, rewards: Any, times: int) -> None:
+    """All that `train_rm.evaluate_and_show` writes, and the histogram of the step before it."""
+    from training import logger
+
+    board = logger.Board(Path(run.config.log_dir) / f"{run.folder.name}-evaluations")
+    names = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected")
+    for step in range(1, times + 1):
+        board.histogram("train/rewards", rewards[: run.config.pairs_per_step], step)
+        run.note_evaluation(len(rewards) // 2, len(rewards))
+        board.scalars(dict.fromkeys((f"eval/{name}" for name in names), 0.5), step, step)
+        board.histogram("eval/rewards_chosen", rewards[:, 0], step)
+        board.histogram("eval/rewards_rejected", rewards[:, 1], step)
+    board.close()
+
+
+def logged_scalars(run: Any) -> dict[str, list[float]]:
+    """What the run wrote for TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = Path(run.config.log_dir) / run.folder.name
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+JOBS = {"train": train, "evaluate": evaluate, "score_file": score_file, "log_and_save": log_and_save}
+
+
+def main() -> None:
+    channel = harness.Channel()
+    settings = channel.receive()
+    run = open_run(settings["flags"])
+    channel.answer(peak_gib=harness.peak_gib(run.model.device), config=dataclasses.asdict(run.config))
+    JOBS[settings["job"]](run, channel)
+    run.release()
+    sys.stderr.flush()
+    os._exit(0)  # nothing is left to do, and taking gigabytes apart takes time
+
+
+if __name__ == "__main__":
+    main()

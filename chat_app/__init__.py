@@ -1,0 +1,1 @@
+"""Behind chat.py: the page, its models, conversations and votes."""

@@ -1,0 +1,73 @@
+"""Preferences that people give on the page, appended to a JSONL file that `train_rm.py --dataset` takes as it stands.
+
+A row is {"prompt": messages, "chosen": [reply], "rejected": [reply], "vote": …, "time": …}. A tie and "both bad" are
+kept too, with A as `chosen`: their `vote` says that nothing was preferred, so training counts them and leaves them out.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import utils
+from common import atomic_files, file_locks
+from data_pipeline.parsing import Messages
+
+VOTES = {"a": "A is better", "b": "B is better", "tie": "Tie", "both_bad": "Both bad"}
+
+
+def row_of(prompt: Messages, reply_a: str, reply_b: str, vote: str) -> dict[str, Any]:
+    """One vote as a row of preference data. Raises ValueError if it says nothing that one could train on."""
+    if vote not in VOTES:
+        raise ValueError(f"the vote {vote!r} is none of {', '.join(VOTES)}")
+    if not prompt or not any(message["content"].strip() for message in prompt if message["role"] == "user"):
+        raise ValueError("there is no prompt yet: a vote needs what the two replies answer")
+    if not reply_a.strip() or not reply_b.strip():
+        raise ValueError(f"reply {'B' if reply_a.strip() else 'A'} is empty: a vote needs two replies")
+    if reply_a.strip() == reply_b.strip():
+        raise ValueError("both replies are the same: there is nothing to prefer")
+    chosen, rejected = (reply_b, reply_a) if vote == "b" else (reply_a, reply_b)
+    return {
+        "prompt": prompt,
+        "chosen": [{"role": "assistant", "content": chosen.strip()}],
+        "rejected": [{"role": "assistant", "content": rejected.strip()}],
+        "vote": vote,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def append(path: Path, row: dict[str, Any]) -> int:
+    """Add a row to the file and flush it to the disk; returns how many rows there are now.
+
+    Safe from several threads and processes at once. If the disk does not take all of it, the file is cut back to what
+    it was and DiskOrNetworkError is raised.
+    """
+    line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"  # half a character becomes "?"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with file_locks.exclusive(path.with_name(f".{path.name}.lock")), path.open("ab+", 0) as file:
+            size = file.seek(0, 2)
+            if size:
+                file.seek(size - 1)
+                line = line if file.read(1) == b"\n" else b"\n" + line  # somebody edited it by hand
+            try:
+                if file.write(line) != len(line):  # unbuffered, so that nothing is left to be written after a failure
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+                atomic_files.flush_to_disk(path)
+            except OSError:
+                file.truncate(size)
+                raise
+            file.seek(0)
+            return sum(1 for text in file if text.strip())
+    except OSError as error:
+        raise utils.DiskOrNetworkError(
+            "the vote was not saved",
+            where=path,
+            found=error.strerror or error,
+            safe="the votes before it are as they were",
+            next="make room or mend the folder's rights, then vote again",
+        ) from error

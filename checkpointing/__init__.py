@@ -1,0 +1,1 @@
+"""What a run keeps on disk: run folders, manifests, checkpoints."""

@@ -1,0 +1,401 @@
+"""Checkpoints: what makes a training resumable, published all or nothing.
+
+A checkpoint is a folder `<output_dir>/<run>/step-N` that anyone's tools can load as a model; beside the weights and the
+tokenizer lie
+
+    optimizer.safetensors     AdamW's moments, by parameter name
+    random_state.safetensors  the generators' states (dropout) as they were after step N
+    training_state.json       the position: step, examples seen, what data it was
+    train_config.json         every setting of the run
+    manifest.json             size and SHA-256 of every other file; written last (records.py)
+
+Nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import utils
+from checkpointing import run_folder as records
+from checkpointing.run_folder import MANIFEST, OPTIMIZER, own_checksum, write_manifest
+from common import atomic_files
+from models import RewardModel
+from training.distributed import World
+from utils import CheckpointError, DiskOrNetworkError
+
+RANDOM_STATE = "random_state.safetensors"
+SMALL_FILES_BYTES = 2**18  # random state and JSON files
+POSITION, CONFIG = "training_state.json", "train_config.json"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a training stands after `step`."""
+
+    step: int
+    examples_seen: int
+    data_fingerprint: str  # SHA-256 of the training pairs' token ids
+    num_pairs: int
+    tokens_per_batch: int  # the budget in use, which is smaller than the one asked for if memory ran out
+    skipped_steps: int = 0  # steps whose loss or gradient was not finite
+    eval_accuracy: float | None = None  # if this step was evaluated
+    base_fingerprint: str | None = None  # of the model under an adapter
+    eval_pairs: int | None = None  # how many pairs eval_accuracy is of
+
+
+def random_state() -> dict[str, Tensor]:
+    """The states of every generator that training draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_random_state(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    if "mps" in states and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"])
+
+
+def trained_parameters(model: RewardModel) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.classifier.named_parameters() if parameter.requires_grad}
+
+
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint holds of the model and the optimizer: whole tensors, wherever they came from."""
+
+    model: dict[str, Tensor]  # by the module's names
+    optimizer: dict[str, Tensor]
+
+
+def gather_state(model: RewardModel, optimizer: torch.optim.Optimizer, world: World) -> State:
+    """Whole tensors of model and optimizer; what lies spread over processes comes to the CPU of the main one.
+
+    All processes must call it where the weights are spread; the others get an empty state.
+    """
+    state = State(*({} for _ in range(2)))
+    for tensors, found in ((model.state(), state.model), (_optimizer_tensors(model, optimizer), state.optimizer)):
+        for name, tensor in tensors.items():
+            whole = world.whole(tensor)
+            if world.is_main:
+                found[name] = whole
+    return state
+
+
+def save(
+    run_folder: Path,
+    model: RewardModel,
+    state: State,
+    states: dict[str, Tensor],
+    position: Position,
+    config: dict[str, Any],
+) -> Path:
+    """Write `step-N` under a temporary name and publish it by renaming; returns its path once it is on disk.
+
+    Before the renaming every tensor is read back and compared with the one in memory, one at a time. Raises
+    DiskOrNetworkError if the disk is full, or would be; whatever was published before stays as it was.
+    """
+    final = utils.step_folder(run_folder, position.step)
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        refuse_full_disk(run_folder, model)
+        with atomic_files.published_folder(final) as folder:
+            model.save(folder, state.model)
+            save_file(state.optimizer, folder / OPTIMIZER)
+            save_file(states, folder / RANDOM_STATE)
+            _compare_with_memory(folder, model.names_in_file(state.model) | state.optimizer | states)
+            utils.write_json(folder / POSITION, asdict(position))
+            utils.write_json(folder / CONFIG, config)
+            write_manifest(folder, position.step)
+    except (OSError, SafetensorError) as error:
+        # safetensors wraps the disk's own error in one of its own, as text
+        is_disk = utils.disk_full_cause(error) is not None or "os error" in str(error)
+        if isinstance(error, FileExistsError) or not is_disk:
+            raise
+        raise DiskOrNetworkError(
+            f"step {position.step} could not be saved",
+            where=final,
+            found=f"{error}{_free_space(run_folder)}",
+            safe=_newest_saved(run_folder),
+            next=_after_making_room(run_folder),
+        ) from error
+    return final
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        return f" ({utils.format_bytes(shutil.disk_usage(folder).free)} free)"
+    except OSError:  # the folder may be what is wrong
+        return ""
+
+
+def refuse_full_disk(run_folder: Path, model: RewardModel) -> None:
+    """Raise before anything is written if a checkpoint of this model will not fit."""
+    # AdamW keeps two moments for each parameter that is trained
+    tensors = [*model.names_in_file(model.state()).values(), *2 * list(trained_parameters(model).values())]
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors) + SMALL_FILES_BYTES
+    needed += len(model.tokenizer.backend_tokenizer.to_str().encode())
+    free = shutil.disk_usage(run_folder).free
+    if needed > free:
+        raise DiskOrNetworkError(
+            "the disk has no room for the next checkpoint",
+            where=run_folder,
+            found=f"{needed:,} bytes needed, {free:,} free",
+            safe=_newest_saved(run_folder),
+            next=_after_making_room(run_folder),
+        )
+
+
+def _after_making_room(run_folder: Path) -> str:
+    has_steps = bool(utils.step_folders(run_folder))
+    return "make room, then " + (f"python train_rm.py --resume_from {run_folder}" if has_steps else "start again")
+
+
+def _newest_saved(run_folder: Path) -> str:
+    steps = utils.step_folders(run_folder)
+    return f"{steps[-1].name} is untouched" if steps else "no step of this run was saved before"
+
+
+def _compare_with_memory(folder: Path, expected: dict[str, Tensor]) -> None:
+    """Read every tensor back and compare; only one at a time is in memory twice."""
+    found = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                wanted, got = expected.get(name), file.get_tensor(name)
+                if wanted is None or not _is_same(wanted.cpu(), got):
+                    raise DiskOrNetworkError("what was written is not what is in memory", where=path, found=name)
+                found.add(name)
+    if lost := expected.keys() - found:
+        raise DiskOrNetworkError("the checkpoint lacks what is in memory", where=folder, found=sorted(lost)[0])
+
+
+def _is_same(first: Tensor, second: Tensor) -> bool:
+    """Bit by bit: NaN is not equal to itself, and what is compared here is a disk."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)))
+
+
+def refuse_non_finite_weights(state: State, run_folder: Path, step: int) -> None:
+    """Raise before weights that are not finite would become a checkpoint: a huge learning rate can do that to them."""
+    for name, weights in state.model.items():
+        if not weights.isfinite().all():
+            raise utils.UserError(
+                f"the weights are not finite after step {step}, so it is not saved",
+                found=name,
+                safe=_newest_saved(run_folder),
+                next="a smaller --lr or --weight_decay, or more --warmup_steps",
+            )
+
+
+def prune(run_folder: Path, keep: int) -> list[Path]:
+    """Delete all but the newest `keep` steps and the best one; 0 keeps all. Returns what was deleted."""
+    steps = utils.step_folders(run_folder)
+    kept = {*steps[-keep:], utils.best_step(run_folder)} if keep else set(steps)
+    pruned = [path for path in steps if path not in kept and not path.is_symlink()]  # a link is not ours
+    for path in pruned:
+        # out of sight first: a kill in the middle must not leave half a step behind
+        hidden = path.with_name(f".tmp-pruned-{path.name}")
+        path.rename(hidden)
+        shutil.rmtree(hidden)
+    return pruned
+
+
+def later_steps(run_folder: Path, step: int) -> list[Path]:
+    return [path for path in utils.step_folders(run_folder) if (utils.step_of(path) or 0) > step]
+
+
+def set_aside_later_steps(run_folder: Path, step: int) -> Path | None:
+    """Move the steps after `step` out of a resumed run's way."""
+    later = later_steps(run_folder, step)
+    if not later:
+        return None
+    aside = run_folder / f"superseded-{utils.timestamp()}"
+    aside.mkdir(exist_ok=True)
+    for path in later:
+        path.rename(aside / path.name)
+    return aside
+
+
+def _optimizer_tensors(model: RewardModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {}
+    for name, parameter in trained_parameters(model).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}/{name}"] = value.contiguous()
+    return tensors
+
+
+def restore_optimizer(folder: Path, model: RewardModel, optimizer: torch.optim.Optimizer, world: World) -> None:
+    """Put AdamW's moments back. Raises CheckpointError if they are not those of this model's parameters."""
+    tensors = load_file(folder / OPTIMIZER)
+    for name, parameter in trained_parameters(model).items():
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        state = {key: tensors.pop(f"{key}/{name}", None) for key in keys}
+        if any(value is None for value in state.values()) or state["exp_avg"].shape != parameter.shape:
+            raise CheckpointError("the optimizer's state does not fit the model", where=folder / OPTIMIZER, found=name)
+        # Adam's step counters stay where the optimizer wants them: on the device when fused, else on the CPU
+        on_device = optimizer.defaults.get("fused") or parameter.device.type == "cpu"
+        state["step"] = state["step"].to(parameter.device if on_device else "cpu")
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = world.spread_like(state[key], parameter)
+        optimizer.state[parameter] = state
+    if tensors:
+        raise CheckpointError(
+            "the optimizer's state is of another model", where=folder / OPTIMIZER, found=next(iter(tensors))
+        )
+
+
+def read_position(folder: Path) -> Position:
+    content = utils.read_json(folder / POSITION)
+    try:
+        return Position(**content)
+    except TypeError as error:
+        raise _written_by_others(folder / POSITION, error) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings stored with a checkpoint. Raises CheckpointError if they are none of a run's."""
+    content = utils.read_json(folder / CONFIG)
+    try:
+        return dict(content)
+    except (TypeError, ValueError) as error:
+        raise _written_by_others(folder / CONFIG, error) from error
+
+
+def _written_by_others(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        "the checkpoint does not hold what a training wrote",
+        where=file,
+        found=f"{type(error).__name__}: {error}",
+        next="bring the file back from a copy, or resume from another step",
+    )
+
+
+def refuse_missing_parts(folder: Path) -> None:
+    """Raise CheckpointError if a checkpoint, sound as it may be, lacks what going on from it takes."""
+    refuse_without_optimizer(folder)
+    for name in (OPTIMIZER, RANDOM_STATE, POSITION, CONFIG):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                "this checkpoint holds a model but not all of a training",
+                where=folder / name,
+                found="no such file, and the manifest names none",
+                safe="the model itself can be used",
+                next="resume from another step, or start a new run with --model and this folder",
+            )
+
+
+def read_random_state(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / RANDOM_STATE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding and checking
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find(resume_from: str) -> Path:
+    """The `step-N` folder that `--resume_from` means: itself, or the newest sound one of a run folder."""
+    path = Path(resume_from).expanduser()
+    path = path.resolve() if path.name in ("", "..") else path  # "." has no name
+    if path.parent.name == "":  # `step-6` typed inside its run's folder
+        path = path.absolute()
+    if not path.is_dir():
+        parent = path.parent
+        siblings = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
+        raise utils.UserError(
+            f"--resume_from names no folder{utils.nearest(path.name, siblings)}",
+            where=path.absolute(),
+            found=f"{parent} holds {', '.join(siblings[:8]) or 'no folders'}",
+            next="a step-N folder, or a run's folder for its newest step",
+        )
+    if utils.step_of(path) is not None or (path / MANIFEST).exists():
+        verify(path)
+        return path
+    steps = utils.step_folders(path)
+    if not steps:
+        raise CheckpointError("no checkpoint there", where=path.absolute(), next="a folder that holds step-N folders")
+    damaged = []
+    for step in reversed(steps):
+        if (trouble := problem(step)) is None:
+            for file, found in damaged:
+                print(f"{file.parent.name} is damaged ({file.name}: {found}); going on from {step.name}", flush=True)
+            return step
+        damaged.append(trouble)
+    raise CheckpointError(
+        "every checkpoint of this run is damaged",
+        where=damaged[0][0],
+        found=damaged[0][1],
+        next="bring the files back from a copy, or start a new run",
+    )
+
+
+def refuse_without_optimizer(folder: Path) -> None:
+    """Raise CheckpointError for a step that manage_runs.py shrank to its weights: nothing could go on from it."""
+    if records.has_optimizer(folder):
+        return
+    sound = [step for step in utils.step_folders(folder.parent) if records.has_optimizer(step) and not problem(step)]
+    others = f"{', '.join(step.name for step in sound)} still {'has' if len(sound) == 1 else 'have'} it"
+    raise CheckpointError(
+        "this checkpoint has no optimizer state any more, so training cannot go on from it",
+        where=folder,
+        found="manage_runs.py removed it: the step was shrunk to its weights",
+        safe=f"the weights are whole (chat.py loads them); {others if sound else 'no other step of this run has it'}",
+        next=f"python train_rm.py --resume_from {sound[-1]}" if sound
+        else "python manage_runs.py --undo, if that was its last deletion, brings it back",
+    )  # fmt: skip
+
+
+def verify(folder: Path) -> None:
+    """Raise CheckpointError if any file is missing, changed or cut; name the newest sound step before it."""
+    found = problem(folder)
+    if found is None:
+        return
+    number = utils.step_of(folder) or 0
+    earlier = [step for step in utils.step_folders(folder.parent) if (utils.step_of(step) or 0) < number]
+    sound = next((step for step in reversed(earlier) if problem(step) is None), None)
+    raise CheckpointError(
+        "the checkpoint is damaged",
+        where=found[0],
+        found=found[1],
+        safe=f"{sound.name} is complete" if sound else "no earlier step of this run is complete",
+        next=f"python train_rm.py --resume_from {sound}" if sound else None,
+    )
+
+
+def problem(folder: Path) -> tuple[Path, str] | None:
+    """What is wrong with a checkpoint: (file, what was found and expected); None if every file is as it was written."""
+    manifest = folder / MANIFEST
+    try:
+        content = utils.read_json(manifest)
+        checksum = content.pop("sha256")
+        expected = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return manifest, f"no readable manifest ({type(error).__name__}: {error})"
+    if checksum != own_checksum(content):
+        return manifest, "its content changed; its SHA-256 is not the one it names"
+    if utils.step_of(folder) not in (None, content["step"]):
+        return manifest, f"it is of step {content['step']}; the folder was renamed"
+    for path, (size, checksum) in expected.items():
+        if not path.is_file():
+            return path, f"no such file; the manifest says {size:,} bytes"
+        if path.stat().st_size != size:
+            return path, f"{path.stat().st_size:,} bytes; the manifest says {size:,}"
+        if utils.sha256_of(path) != checksum:
+            return path, "its content changed; its SHA-256 is not the manifest's"
+    return None

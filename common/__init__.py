@@ -1,0 +1,1 @@
+"""What every script needs and that knows nothing of models, data or runs: flags, the hub, files, locks."""

@@ -1,0 +1,245 @@
+"""What a reward model is asked to compare: which files, which rows of them, and each row as right and wrong dialogues.
+
+Rows are read as training reads them (rows.py); on top of that come RewardBench 2's, one prompt with several right or
+wrong replies, and folders of files, which are broken down by file.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from common import hub
+from data_pipeline import parsing
+from data_pipeline.parsing import Messages, Pair, Source
+from evaluation import reward_bench
+from utils import UserError, nearest
+
+SPLITS = {"train": ("train",), "test": parsing.TEST_NAMES}
+SUBSET_COLUMNS = ("subset", "kind")  # the first that a row has
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file or split, and the name that its rows are broken down by if it is one of several."""
+
+    name: str
+    source: Source
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Dialogues that end in a right reply, and dialogues that end in a wrong one; for a pair one of each."""
+
+    right: tuple[Messages, ...]
+    wrong: tuple[Messages, ...]
+    subset: str
+    key: str  # the row's `id`, if it has one
+    is_listed: bool  # whether the row had lists of replies, as RewardBench 2's have
+
+    @property
+    def dialogues(self) -> list[Messages]:
+        return [*self.right, *self.wrong]
+
+    @property
+    def is_pair(self) -> bool:
+        return len(self.right) == len(self.wrong) == 1
+
+    @property
+    def turns(self) -> int:
+        """How often the user speaks in the first right dialogue."""
+        return sum(message["role"] == "user" for message in self.right[0])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the data: what it compares, or the key of `rows.LEFT_OUT` that says why it compares nothing."""
+
+    position: int  # counted from 0 over all rows that are looked at
+    part: int
+    number: int  # line or row number in its file
+    content: Comparison | str
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows to compare: parts, the column that names subsets, and which rows of them (all if None)."""
+
+    parts: tuple[Part, ...]
+    subset_column: str | None = None
+    chosen_rows: frozenset[tuple[int, int]] | None = None  # (part, number)
+    notes: tuple[str, ...] = ()  # what the user should know of how the files were chosen
+
+    def fingerprint(self) -> list[Any]:
+        """Changes whenever the rows do, or their order or choice."""
+        chosen = None if self.chosen_rows is None else sorted(self.chosen_rows)
+        return [[part.source.fingerprint() for part in self.parts], self.subset_column, chosen]
+
+    def read(self) -> Iterator[Row]:
+        """The rows in order. UserError says what is broken where."""
+        position = 0
+        for part_number, part in enumerate(self.parts):
+            for number, row in parsing.read_rows(part.source):
+                if self.chosen_rows is not None and (part_number, number) not in self.chosen_rows:
+                    continue
+                content = self._parse(part, number, row)
+                if part.source.part != "all" and (part.source.part == "test") != parsing.is_held_out(row):
+                    continue
+                yield Row(position, part_number, number, content)
+                position += 1
+
+    def _parse(self, part: Part, number: int, row: Any) -> Comparison | str:
+        def refuse(problem: str) -> UserError:
+            return UserError(
+                f"a row of the data cannot be used: {problem}", where=part.source.place(number),
+                next="wants chosen and rejected: a text, a list of messages, or for several replies a list of those",
+            )  # fmt: skip
+
+        parsing.check_columns(part.source, number, row)
+        subset = self._subset(part, row, refuse)
+        right, wrong = (_replies(row[column], column, refuse) for column in ("chosen", "rejected"))
+        # each right reply beside the first wrong one, and each wrong one beside the first right one
+        sides = [(reply, wrong[0]) for reply in right], [(right[0], reply) for reply in wrong]
+        pairs: list[list[Pair]] = []
+        for side in sides:
+            parsed = [parsing.parse_pair({**row, "chosen": a, "rejected": b}, refuse) for a, b in side]
+            if faults := [pair for pair in parsed if isinstance(pair, str)]:
+                return faults[0]
+            pairs.append(parsed)
+        key = str(row.get("id") or "")
+        is_listed = right[0] is not row["chosen"] or wrong[0] is not row["rejected"]
+        return Comparison(
+            tuple(p.chosen for p in pairs[0]), tuple(p.rejected for p in pairs[1]), subset, key, is_listed
+        )
+
+    def _subset(self, part: Part, row: dict[str, Any], refuse: Any) -> str:
+        if self.subset_column is None and len(self.parts) > 1:
+            return part.name
+        columns = (self.subset_column,) if self.subset_column else SUBSET_COLUMNS
+        column = next((name for name in columns if name in row), None)
+        if column is None and self.subset_column:
+            raise refuse(f"no column {self.subset_column!r} (--subset_column){nearest(self.subset_column, row)}")
+        value = row.get(column)
+        return "" if value is None else str(value).encode("utf-8", "replace").decode()
+
+
+def _replies(value: Any, column: str, refuse: Any) -> list[Any]:
+    """One reply or several: a list of texts or of message lists is several, a list of messages is one."""
+    if not isinstance(value, list) or any(isinstance(item, dict) for item in value):
+        return [value]
+    if not value:
+        raise refuse(f"{column!r} is an empty list")
+    return value
+
+
+def is_of_benchmark(row: Any) -> bool:
+    """Whether a row can only come from a benchmark: several replies to one prompt, or a subset of RewardBench's."""
+    if not isinstance(row, dict):
+        return False
+    sides = [row.get("chosen"), row.get("rejected")]
+    several = any(isinstance(side, list) and side and not isinstance(side[0], dict) for side in sides)
+    return several or row.get("subset") in reward_bench.SUBSETS
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find(dataset: str, split: str, subset_column: str | None) -> Data:
+    """The files or hub splits that `--dataset` and `--split` mean; "all" is every row there is.
+
+    Of a file, and of a folder with train.* and no test.*, `test` is what training holds out. A folder with neither is
+    taken file by file, or folder by folder if its folders have files of the split, as HH-RLHF's own repository has.
+    """
+    hub.refuse_missing_path(dataset, "--dataset")
+    path = Path(dataset).expanduser()
+    notes: list[str] = []
+    if path.is_file():
+        parts = [Part("", _in_file(path, split))]
+    elif path.is_dir():
+        parts, notes = _in_folder(path, split)
+    else:
+        parts = [Part("", source) for source in _on_hub(dataset, split)]
+    for source in (part.source for part in parts if part.source.part != "all"):
+        whom = (
+            f"the {split} split of {source.name}: by prompt, 1 in {parsing.HELD_OUT_IN} is held out, as in train_rm.py"
+        )
+        notes.append(f"{whom}; --split all takes every row")
+    return Data(tuple(parts), subset_column, notes=tuple(notes))
+
+
+def _in_file(path: Path, split: str) -> Source:
+    train, test = parsing.find_sources(str(path))
+    whole = replace(test, part="all")
+    if split not in (*SPLITS, "all"):
+        raise UserError(f"--split {split}: a single file has train, test and all", where=path)
+    first = next((row for _, row in itertools.islice(parsing.read_rows(whole), 1)), None)
+    if split == "all" or is_of_benchmark(first):  # nobody trains on a benchmark, so nothing of it was held out
+        return whole
+    return train if split == "train" else test
+
+
+def _in_folder(folder: Path, split: str) -> tuple[list[Part], list[str]]:
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name.endswith(hub.DATA_SUFFIXES))
+    if split == "all" and files:
+        return [Part(_stem(path), _whole(path)) for path in files], []
+    if split in SPLITS and parsing.file_in(folder, ("train",)):
+        return [Part("", parsing.find_sources(str(folder))[split == "test"])], []
+    if found := parsing.file_in(folder, SPLITS.get(split, (split,))):
+        return [Part("", _whole(found))], []
+    if files:
+        if split not in SPLITS:
+            raise UserError(f"--split {split}: no such file", where=folder, found=", ".join(p.name for p in files[:8]))
+        return [Part(_stem(path), _whole(path)) for path in files], []
+    parts, without = [], []
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        stems = [name for names in SPLITS.values() for name in names] if split == "all" else SPLITS.get(split, (split,))
+        found_here = [path for stem in stems if (path := parsing.file_in(inner, (stem,)))]
+        parts += [Part(inner.name, _whole(path)) for path in found_here[: None if split == "all" else 1]]
+        without += [] if found_here else [inner.name]
+    if not parts:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise UserError(f"--dataset is a folder without a {split} file", where=folder, found=found)
+    return parts, [f"left aside: {name}, a folder without a {split} file" for name in without]
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(next(suffix for suffix in hub.DATA_SUFFIXES if path.name.endswith(suffix)))
+
+
+def _whole(path: Path) -> Source:
+    return Source(str(path), path)
+
+
+def _on_hub(dataset: str, split: str) -> list[Source]:
+    if split in SPLITS:
+        return [parsing.find_sources(dataset)[split == "test"]]
+    splits = parsing.hub_splits(dataset)
+    names = list(splits) if split == "all" else [split]
+    if split not in (*splits, "all"):
+        raise UserError(
+            f"--split {split}: {dataset} has no such split{nearest(split, splits)}", found=", ".join(splits)
+        )
+    return [Source(f"{dataset} {name}", hub_split=name, hub_rows=splits[name]) for name in names]
+
+
+def sample(data: Data, size: int) -> Data:
+    """`size` rows spread over all of them, the same every time; all of them if there are no more."""
+    from data_pipeline import packing
+
+    places = [(part, number) for part, number in _places(data)]
+    if not size or size >= len(places):
+        return data
+    return replace(data, chosen_rows=frozenset(places[i] for i in packing.fixed_sample(len(places), size, seed=0)))
+
+
+def _places(data: Data) -> Iterator[tuple[int, int]]:
+    for part_number, part in enumerate(data.parts):
+        for number, row in parsing.read_rows(part.source):
+            is_dict = isinstance(row, dict) and row.get("chosen") is not None  # what is not is refused when it is read
+            if part.source.part == "all" or not is_dict or (part.source.part == "test") == parsing.is_held_out(row):
+                yield part_number, number

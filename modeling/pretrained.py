@@ -1,0 +1,214 @@
+"""Weight files in and out: tokenizers, pretrained models, LoRA adapters, saving.
+
+All of it for transformers' own classes; models.py wraps what is opened here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common import hub
+from utils import CheckpointError, UserError, first_line, nearest
+
+# For bases without a template of their own: ChatML, the form that Qwen uses.
+CHATML_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TRY_OFFLINE = "python train_rm.py --demo   (offline), or --model FOLDER with a downloaded model"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters (arXiv 2106.09685): W + alpha/r · B·A on each of `target_modules`."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a hub id or folder, with a chat template and a pad token that scoring can rely on."""
+    from transformers import AutoTokenizer
+
+    hub.refuse_missing_path(name, "--model")
+    where_to_look = _where_to_look(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where_to_look)
+    except Exception as error:  # see open_model
+        raise UserError(
+            "no tokenizer can be opened there",
+            where=name,
+            found=f"{type(error).__name__}: {first_line(error)}",
+            next="a model's folder (for a checkpoint its step-N), or a hub id",
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError("this model has no fast tokenizer, and slow ones take hours here", where=name)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = CHATML_TEMPLATE
+    _choose_pad_token(tokenizer)
+    return tokenizer
+
+
+def _choose_pad_token(tokenizer: Any) -> None:
+    """Make sure that there is a pad token and that no templated dialogue ends in it.
+
+    The stock classification models read the rightmost token that is not the pad token. A template that ends in <eos>
+    under a tokenizer that pads with <eos> would be read one token early, there and only there.
+    """
+    dialogue = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        last_token = tokenizer.apply_chat_template(dialogue, return_dict=False)[-1]
+    except Exception as error:  # templates are programs of others
+        raise UserError(
+            "the model's chat template does not take a plain question and answer",
+            where=tokenizer.name_or_path,
+            found=f"{type(error).__name__}: {first_line(error)}",
+            next="mend its chat_template.jinja, or remove it: then ChatML is used",
+        ) from error
+    special = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token]
+    for token in [*special, *tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder]:
+        if token is not None and tokenizer.convert_tokens_to_ids(token) != last_token:
+            tokenizer.pad_token = token
+            return
+    raise UserError("this tokenizer has no special token that could serve as padding", where=tokenizer.name_or_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Opening and saving
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _where_to_look(name: str) -> dict[str, Any]:
+    if hub.looks_like_a_path(name):
+        return {"local_files_only": True}
+    return {"local_files_only": hub.only_local_copy(name, "model", "--model", TRY_OFFLINE)}
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the table of missing weights: a new head is what creating means, and we check the rest ourselves."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # PEFT asks transformers about gradient checkpointing under a name that is on its way out
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*")
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def open_model(auto_class: Any, name: str, **options: Any) -> tuple[nn.Module, set[str]]:
+    """A transformers model in fp32 and the names of the weights that its files did not hold."""
+    if (Path(name) / "adapter_config.json").exists():
+        raise UserError(
+            "--model names a LoRA adapter, and training starts from a whole model",
+            where=name,
+            next=f"python train_rm.py --resume_from {name}   (to train the adapter on), or name its base model",
+        )
+    hub.refuse_missing_path(name, "--model")
+    options = {"dtype": torch.float32, "trust_remote_code": False, **_where_to_look(name), **options}
+    with quiet_transformers():
+        try:
+            try:
+                model, info = auto_class.from_pretrained(
+                    name, output_loading_info=True, attn_implementation="sdpa", **options
+                )
+            except ValueError as error:  # the architecture has no sdpa; `can_pack` will notice
+                if "attn_implementation" not in str(error) and "scaled_dot_product_attention" not in str(error):
+                    raise
+                model, info = auto_class.from_pretrained(
+                    name, output_loading_info=True, attn_implementation="eager", **options
+                )
+        except Exception as error:  # a foreign folder can be wrong in any way, and each library has its own errors
+            raise UserError(
+                "this model cannot be opened",
+                where=name,
+                found=f"{type(error).__name__}: {first_line(error)}",
+                next="a folder with config.json, model.safetensors and a tokenizer, or a hub id",
+            ) from error
+    # Weights read from a file lie in it as it was mapped, at any alignment, and some matrix products round differently
+    # by alignment: a resumed run would differ in the last bit. Memory of our own is always aligned.
+    for path, parameter in model.named_parameters():
+        parameter.data = parameter.data.clone()
+        if not parameter.isfinite().all():
+            raise UserError(
+                "the model's weights are not all finite numbers", where=name, found=path, next="fetch or make it again"
+            )
+    return model, set(info["missing_keys"])
+
+
+def add_lora(model: nn.Module, lora: LoraSettings, task_type: str, seed: int) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    known = sorted({path.split(".")[-1] for path, module in model.named_modules() if isinstance(module, nn.Linear)})
+    known = [name for name in known if name not in ("score", "classifier", "lm_head")] or _conv1d_names(model)
+    if wrong := [name for name in lora.target_modules if name not in known]:
+        guesses = "".join(nearest(name, known) for name in wrong[:1])
+        raise UserError(
+            f"--lora_target_modules: this model has no {', '.join(wrong)}{guesses}", found=f"it has {', '.join(known)}"
+        )
+    torch.manual_seed(seed)  # the adapters' A matrices are drawn at random
+    config = LoraConfig(
+        task_type=task_type,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules),
+        fan_in_fan_out=not any(isinstance(module, nn.Linear) for path, module in model.named_modules() if "." in path),
+    )
+    with quiet_transformers():
+        wrapped = get_peft_model(model, config)
+    base = Path(wrapped.peft_config["default"].base_model_name_or_path)
+    if base.exists():  # an absolute path opens from every working folder
+        wrapped.peft_config["default"].base_model_name_or_path = str(base.absolute())
+    return wrapped
+
+
+def _conv1d_names(model: nn.Module) -> list[str]:
+    """GPT-2 keeps its weights in transformers' Conv1D, which is a Linear with the matrix transposed."""
+    return sorted({path.split(".")[-1] for path, module in model.named_modules() if type(module).__name__ == "Conv1D"})
+
+
+def save_model(
+    model: nn.Module, peft_model: nn.Module | None, tokenizer: Any, folder: Path, state: dict[str, Tensor] | None = None
+) -> None:
+    with quiet_transformers():
+        if peft_model is None:
+            model.save_pretrained(folder, state_dict=state)
+        else:
+            # "auto" would ask the hub whether the base's vocabulary was resized; ours never is
+            peft_model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+            (folder / "README.md").unlink(missing_ok=True)  # an empty model card
+        tokenizer.save_pretrained(folder)
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").exists()
+
+
+def base_of_adapter(folder: Path) -> str:
+    """The hub id or folder of the model that an adapter was trained on."""
+    try:
+        return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError("the adapter's configuration cannot be read", where=folder, found=error) from error

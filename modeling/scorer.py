@@ -1,0 +1,340 @@
+"""From dialogues to rewards: opening a reward model, tokenising in chunks, scoring packed, keeping scores as they come.
+
+Everything is scored as pairs of sequences that share their beginning once, as in training; a dialogue that is left
+over goes with itself, which costs one token more. Only one chunk of text is in memory at a time, and the next one is
+read and tokenised while the model works.
+
+Letters: N pairs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+import models
+import utils
+from chat_app import model_list
+from common import hub
+from data_pipeline import packing
+from data_pipeline.parsing import Messages
+from evaluation.eval_data import Comparison, Row
+from evaluation.scores import ScoreLog
+from modeling import devices
+from utils import UserError
+
+ROWS_AT_A_TIME = 2048
+NOT_MODEL_FILES = ("*.gguf", "*.onnx", "*.msgpack", "*.h5", "*.ot", "optimizer*", "original/*")  # of hub repositories
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Opening
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_model(name: str, flag: str = "--model") -> Path:
+    """The folder of a reward model: a checkpoint (verified), a run's newest sound one, any model's, or a hub id's copy.
+
+    UserError if it is no reward model with one label; CheckpointError if a checkpoint is damaged.
+    """
+    hub.refuse_missing_path(name, flag)
+    is_local = Path(name).expanduser().exists()
+    folder = model_list.sound_checkpoint(name) if is_local else _copy_from_hub(name, flag)
+    kind = model_list.kind_of(folder)
+    if kind != "reward":
+        found = "a model that writes" if kind else "no config.json of a model in it"
+        raise UserError(
+            f"{flag} names no reward model", where=folder, found=found,
+            next="wants a checkpoint of train_rm.py, or a model for sequence classification with one label",
+        )  # fmt: skip
+    if models.is_adapter(folder):  # its head is looked at when it is opened
+        return folder
+    # transformers writes the labels down unless there are two, which is its default
+    labels = model_list.read_settings(folder / "config.json").get("id2label") or ["LABEL_0", "LABEL_1"]
+    if len(labels) != 1:
+        names = list(labels.values()) if isinstance(labels, dict) else labels
+        raise UserError(
+            f"{flag} has {len(labels)} labels, and a reward model has one",
+            where=folder,
+            found=", ".join(map(str, names[:6])),
+        )
+    return folder
+
+
+def _copy_from_hub(name: str, flag: str) -> Path:
+    instead = "python train_rm.py --demo   (offline), or a folder with a downloaded model"
+    local_only = hub.only_local_copy(name, "model", flag, instead)
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.snapshot_download(
+            name, ignore_patterns=list(NOT_MODEL_FILES), local_files_only=local_only
+        )
+    except Exception as error:  # which class depends on the HTTP library underneath
+        raise utils.DiskOrNetworkError(
+            f"{name} cannot be fetched", found=f"{type(error).__name__}: {error}", next="try again, or name a folder"
+        ) from error
+    return Path(found)
+
+
+@dataclass
+class Scorer:
+    """A reward model ready to score, and how much of the device it may take at once."""
+
+    model: models.RewardModel
+    max_length: int
+    batch_size: int
+    tokens_per_batch: int
+    fingerprint: str  # of weights, tokenizer and arithmetic
+
+    @classmethod
+    def of(
+        cls, model: models.RewardModel, max_length: int, batch_size: int, tokens_per_batch: int, precision: str
+    ) -> Scorer:
+        """Put a model on the device for scoring."""
+        model.autocast_dtype = torch.bfloat16 if precision == "bf16" else None
+        model.eval()
+        limit = model.most_positions()
+        tokenizer = model.tokenizer.backend_tokenizer
+        tokenizer.no_padding()  # some published tokenizers pad or cut on their own
+        tokenizer.no_truncation()
+        max_length = min(max_length, limit or max_length)
+        described = [fingerprint_of(model), precision, max_length]
+        if model.device.type == "cpu":
+            model.to(models.pick_device())
+        devices.keep_heap(model.device)
+        if model.peft_model is not None and model.autocast_dtype:
+            model.store_frozen_weights(model.autocast_dtype)
+        model.use_attention()
+        return cls(model, max_length, batch_size, tokens_per_batch, _hash_of(described))
+
+    def rewards(
+        self, jobs: list[list[np.ndarray]], between: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[int, list[float]]]:
+        """Yield (job, its sequences' rewards) as jobs are done; a job is a list of token sequences.
+
+        The sequences of one job should share their beginnings. If the device runs out of memory, what is left goes
+        on with half the token budget, which stays.
+        """
+        pairs, owners, places = [], [], []
+        for number, job in enumerate(jobs):
+            # equal sequences are scored once: elsewhere in a row, rounding could tell them apart
+            known: dict[bytes, int] = {}
+            places.append([known.setdefault(sequence.tobytes(), len(known)) for sequence in job])
+            distinct = [job[places[number].index(place)] for place in range(len(known))]
+            for first in range(0, len(distinct), 2):
+                second = min(first + 1, len(distinct) - 1)
+                pairs.append((distinct[first], distinct[second]))
+                owners.append((number, first, second))
+        results = [[math.nan] * (max(place) + 1) for place in places]
+        missing = [-(-len(result) // 2) for result in results]
+        if not pairs:
+            return
+        for index, values in self._score(TokenPairs(pairs), between):
+            number, first, second = owners[index]
+            results[number][first], results[number][second] = values
+            missing[number] -= 1
+            if not missing[number]:
+                yield number, [results[number][place] for place in places[number]]
+
+    def _score(self, dataset: TokenPairs, between: Callable[[], None]) -> Iterator[tuple[int, tuple[float, float]]]:
+        """Yield (pair, its two rewards) in the order of the micro-batches."""
+        left = np.arange(len(dataset))
+        device, pad_id = self.model.device, self.model.tokenizer.pad_token_id
+        packs = self.model.packs_up_to(int(dataset.longest_sides().max()))
+        costly_width = self.model.costly_width() if packs else None
+        while len(left):
+            plans = packing.plan_step(dataset, left, self.tokens_per_batch, self.batch_size, costly_width)
+            built = packing.prefetched(plans, lambda plan: packing.build(dataset, plan, pad_id))
+            launched: tuple[np.ndarray, Tensor] | None = None
+            done: list[np.ndarray] = []
+            with contextlib.closing(built):
+                for plan, batch in zip(plans, built, strict=True):
+                    between()
+                    try:
+                        with torch.inference_mode():
+                            rewards = self.model(*batch.to(device).inputs()).view(-1, 2)  # (N, 2)
+                    except RuntimeError as error:
+                        self.tokens_per_batch = smaller_budget(plan, device, error)
+                        break
+                    if launched:  # fetched one batch late, so that the device never waits for us
+                        yield from _fetched(*launched)
+                    launched = plan.indices, rewards
+                    done.append(plan.indices)
+            if launched:
+                yield from _fetched(*launched)
+            left = np.setdiff1d(left, np.concatenate(done)) if done else left
+            if len(left):
+                devices.free(device)  # not in the `except`, where the traceback still holds activations
+
+
+def smaller_budget(tried: packing.MicroBatchPlan, device: Any, error: RuntimeError) -> int:
+    """The token budget to go on with after running out of memory; any other error is raised again."""
+    if not utils.is_out_of_memory(error):
+        raise error
+    if tried.pairs == 1:
+        raise UserError(
+            f"a single pair of {tried.computed_tokens:,} tokens does not fit the memory of {device}",
+            next="a smaller --max_length",
+        ) from error
+    utils.say_if_heard(f"out of memory at {tried.computed_tokens:,} tokens a batch; going on with half of it")
+    return tried.computed_tokens // 2
+
+
+def _fetched(indices: np.ndarray, rewards: Tensor) -> Iterator[tuple[int, tuple[float, float]]]:
+    for index, (first, second) in zip(indices, rewards.tolist(), strict=True):
+        yield int(index), (first, second)
+
+
+def fingerprint_of(model: models.RewardModel) -> str:
+    """What tells a model from any other: a hash over all its weights, its tokenizer and its chat template."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.classifier.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    digest.update(model.tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(str(model.tokenizer.chat_template).encode())
+    return digest.hexdigest()
+
+
+def _hash_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenising
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TokenPairs:
+    """Pairs of token sequences in memory, with what packing.py wants of a `data.PairDataset`."""
+
+    def __init__(self, pairs: list[tuple[np.ndarray, np.ndarray]]):
+        self._pairs = pairs
+        prefixes = [data.shared_prefix(first, second) for first, second in pairs]
+        tails = [(p, len(a) - p, len(b) - p) for p, (a, b) in zip(prefixes, pairs, strict=True)]
+        self.lengths = np.array(tails, dtype=np.int32)  # (N, 3)
+        self.packed_lengths = self.lengths.sum(axis=1)  # (N,)
+        self.margins = np.zeros(len(pairs), dtype=np.float32)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def longest_sides(self) -> np.ndarray:
+        return self.lengths[:, 0] + self.lengths[:, 1:].max(axis=1)
+
+    def tokens(self, index: int) -> np.ndarray:
+        first, second = self._pairs[index]
+        return np.concatenate([first, second[self.lengths[index, 0] :]])
+
+    def sequences(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._pairs[index]
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """The dialogues of one job as token ids, and the tokens of each last reply alone."""
+
+    ids: list[np.ndarray]
+    reply_lengths: list[int]
+
+
+def tokenise(jobs: Sequence[list[Messages]], tokenizer: Any, max_length: int) -> list[Tokenised | str]:
+    """Template and tokenise jobs of dialogues; a key of `rows.LEFT_OUT` for those that cannot be scored."""
+    results: list[Tokenised | str] = []
+    texts: list[str] = []  # in twos, as `data.encode_pairs` wants them
+    replies: list[str] = []
+    spans: list[tuple[int, int]] = []  # (job, dialogues of it)
+    for job in jobs:
+        try:
+            rendered = tokenizer.apply_chat_template(job, tokenize=False)
+        except Exception as error:  # templates raise what they like; their own complaint is jinja2's TemplateError
+            if type(error).__name__ != "TemplateError":
+                raise
+            results.append("template")
+            continue
+        spans.append((len(results), len(job)))
+        texts += rendered + rendered[-1:] * (len(job) % 2)
+        replies += [messages[-1]["content"] for messages in job]
+        results.append("template")  # until its ids are there
+    backend = tokenizer.backend_tokenizer
+    encoded = iter(data.encode_pairs(texts, backend, data.cut_tokens(tokenizer)))
+    lengths = iter([len(found.ids) for found in backend.encode_batch_fast(replies, add_special_tokens=False)])
+    for number, size in spans:
+        ids = [next(encoded) for _ in range(size + size % 2)][:size]
+        reply_lengths = [next(lengths) for _ in range(size)]
+        if all(len(sequence) for sequence in ids):
+            is_too_long = max(map(len, ids)) > max_length
+            results[number] = "too_long" if is_too_long else Tokenised(ids, reply_lengths)
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A whole dataset
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def score_rows(
+    scorer: Scorer,
+    rows: Iterator[Row],
+    log: ScoreLog,
+    seen: Callable[[Row], None],
+    between: Callable[[], None],
+) -> None:
+    """Score every row that the log does not hold yet; `seen` is told of each row, in order, by the reading thread."""
+    tokenizer = scorer.model.tokenizer
+
+    def next_chunk() -> list[tuple[int, Tokenised | str]] | None:
+        chunk: list[tuple[int, Any]] = []
+        for row in rows:
+            seen(row)
+            if row.position not in log:
+                chunk.append((row.position, row.content))
+            if len(chunk) == ROWS_AT_A_TIME:
+                break
+        if not chunk:
+            return None
+        wanted = [content.dialogues for _, content in chunk if not isinstance(content, str)]
+        tokenised = iter(tokenise(wanted, tokenizer, scorer.max_length))
+        return [
+            (at, content if isinstance(content, str) else checked(content, next(tokenised))) for at, content in chunk
+        ]
+
+    def checked(content: Comparison, found: Tokenised | str) -> Tokenised | str:
+        """Different texts may be the same tokens, and then nothing is compared."""
+        if isinstance(found, str):
+            return found
+        right, wrong = found.ids[: len(content.right)], found.ids[len(content.right) :]
+        return "identical" if any(np.array_equal(a, b) for a in right for b in wrong) else found
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(next_chunk)
+        while (chunk := ahead.result()) is not None:
+            jobs = [(at, found) for at, found in chunk if not isinstance(found, str)]
+            for at, found in chunk:
+                if isinstance(found, str):
+                    log.leave_out(at, found)
+            ahead = reader.submit(next_chunk)
+            for number, rewards in scorer.rewards([found.ids for _, found in jobs], between):
+                refuse_non_finite(rewards)
+                log.add(jobs[number][0], rewards, jobs[number][1].reply_lengths)
+                log.flush()
+
+
+def refuse_non_finite(rewards: Sequence[float]) -> None:
+    if not all(map(math.isfinite, rewards)):
+        raise UserError(
+            "the model gave a reward that is not a finite number", found=rewards,
+            next="--precision fp32, if the model was not meant for bf16",
+        )  # fmt: skip

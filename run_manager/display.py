@@ -1,0 +1,306 @@
+"""How runs are shown: one table, plain lines, one run in detail, JSON.
+
+A terminal that is wide enough gets a table; narrow terminals, pipes and very long lists get plain lines, each complete.
+No name is ever shortened, and none reaches the terminal with signs that it would obey.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import shutil
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import utils
+from checkpointing import run_folder
+from run_manager import inventory
+from run_manager.inventory import Accuracy, Roots, RunInfo
+from utils import printable
+
+if TYPE_CHECKING:
+    import plotext
+    from tensorboard.backend.event_processing import event_accumulator
+else:  # loaded when first used: `--list | grep` needs none of them
+    plotext, event_accumulator = map(
+        utils.lazy_import, ("plotext", "tensorboard.backend.event_processing.event_accumulator")
+    )
+
+MOST_TABLE_ROWS = 200  # rich takes a second for a thousand
+STATE_STYLES = {
+    run_folder.RUNNING: "cyan",
+    run_folder.FINISHED: "green",
+    run_folder.STOPPED: "yellow",
+    run_folder.CRASHED: "red",
+}
+HEADS = ["#", "name", "started", "state", "base model", "training", "steps", "best accuracy", "last accuracy",
+         "checkpoints", "size", "logs"]  # fmt: skip
+RIGHT = {"#", "steps", "checkpoints", "size", "logs"}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cells_of(number: int, run: RunInfo) -> list[str]:
+    """A run's row, one text a column of HEADS."""
+    last, best = run.last_and_best()
+    done, planned = run.steps_done, run.planned_steps
+    steps = "-" if done is None else f"{done:,} of {'?' if planned is None else f'{planned:,}'}"
+    has_folder = run.folder is not None
+    return [
+        str(number),
+        printable(run.name),
+        local_time(run.started),
+        run.state if has_folder else "logs only",
+        printable(run.base_model),
+        run.training,
+        steps,
+        accuracy_text(best),
+        accuracy_text(last),
+        str(len(run.steps)) if has_folder else "-",
+        utils.format_bytes(run.checkpoint_bytes) if has_folder else "-",
+        utils.format_bytes(run.log_bytes) if run.log_folder else "-",
+    ]
+
+
+def local_time(when: datetime | None) -> str:
+    return when.astimezone().strftime("%Y-%m-%d %H:%M") if when else "?"
+
+
+def accuracy_text(found: Accuracy | None) -> str:
+    """'71.9% (66.1-77.0)': accuracy and its 95 % interval."""
+    if found is None:
+        return "-"
+    interval = found.interval
+    return f"{found.value:.1%}" + (f" ({100 * interval[0]:.1f}-{100 * interval[1]:.1f})" if interval else "")
+
+
+def show_runs(runs: list[RunInfo], notes: list[str]) -> None:
+    """The list, on standard output."""
+    rows = [cells_of(number, run) for number, run in enumerate(runs, 1)]
+    if not (sys.stdout.isatty() and len(rows) <= MOST_TABLE_ROWS and show_table(rows)):
+        print("\n".join(plain_lines(HEADS, rows)))
+    checkpoints, logs = (sum(getattr(run, name) for run in runs) for name in ("checkpoint_bytes", "log_bytes"))
+    count = "1 run" if len(runs) == 1 else f"{len(runs):,} runs"
+    print(f"{count}, {utils.format_bytes(checkpoints)} of checkpoints, {utils.format_bytes(logs)} of logs")
+    for note in notes:
+        print(f"  {note}")
+
+
+def show_table(rows: list[list[str]]) -> bool:
+    """A table on the terminal; False if it is too narrow for whole names."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for head in ("#", "name", "started", "state", "base model", "steps", "best", "last", "checkpoints", "on disk"):
+        table.add_column(head, no_wrap=True, justify="right" if head in RIGHT or head == "on disk" else "left")
+    for number, name, started, state, model, training, steps, best, last, count, size, logs in rows:
+        two_lines = [
+            number, name, started.replace(" ", "\n"), Text(state, STATE_STYLES.get(state, "")), f"{model}\n{training}",
+            steps.replace(" of ", "\nof "), best.replace(" ", "\n"), last.replace(" ", "\n"), count,
+            f"{size}\n{logs} logs",
+        ]  # fmt: skip
+        table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in two_lines))
+    as_wide_as_it_wants = console.options.update(max_width=10_000)
+    if console.measure(table, options=as_wide_as_it_wants).maximum > console.width:
+        return False
+    console.print(table)
+    return True
+
+
+def plain_lines(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """Aligned columns, two spaces apart."""
+    from rich.cells import cell_len  # how wide a sign is on a terminal
+
+    def width_of(text: str) -> int:
+        return len(text) if text.isascii() else cell_len(text)
+
+    widths = [max(map(width_of, column)) for column in zip(heads, *rows, strict=True)]
+    lines = []
+    for row in [heads, *rows]:
+        padded = []
+        for head, text, width in zip(heads, row, widths, strict=True):
+            gap = " " * (width - width_of(text))
+            padded.append(gap + text if head in RIGHT else text + gap)
+        lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def as_object(run: RunInfo) -> dict[str, Any]:
+    """A run for --json; unknown things are null."""
+
+    def accuracy(found: Accuracy | None) -> dict[str, Any] | None:
+        if found is None:
+            return None
+        return {"step": found.step, "accuracy": found.value, "pairs": found.pairs, "interval": found.interval}
+
+    last, best = run.last_and_best()
+    model = run.config.get("model")
+    return {
+        "name": run.name,
+        "state": run.state,
+        "cause": run.cause,
+        "started": run.started.isoformat() if run.started else None,
+        "ended": run.record.ended if run.record else None,
+        "base_model": model if type(model) is str else None,
+        "training": None if run.training == "?" else run.training.lower(),
+        "steps_done": run.steps_done,
+        "planned_steps": run.planned_steps,
+        "best": accuracy(best),
+        "last": accuracy(last),
+        "checkpoints": [step.folder.name for step in run.steps],
+        "checkpoint_bytes": run.checkpoint_bytes,
+        "log_bytes": run.log_bytes,
+        "folder": os.fspath(run.folder) if run.folder else None,
+        "log_folder": os.fspath(run.log_folder) if run.log_folder else None,
+        "resumed_from": run.record.resumed_from if run.record else None,
+        "notes": run.notes,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def show_run(run: RunInfo, runs: list[RunInfo], roots: Roots, other: RunInfo | None) -> None:
+    """Everything about one run, on standard output."""
+    print("\n".join([*summary_lines(run), "", *config_lines(run, other)]))
+    if run.folder:
+        print("\n".join(["", *step_lines(run, runs, roots)]))
+    if run.log_folder:
+        print("\n".join(["", *curve_lines(run.log_folder)]))
+    if commands := command_lines(run):
+        print("\n".join(["", "next:", *commands]))
+
+
+def summary_lines(run: RunInfo) -> list[str]:
+    _, name, started, state, model, training, steps, best, last, _, size, logs = cells_of(0, run)
+    lines = [f"{name}: {state}" + (f" ({printable(run.cause)})" if run.cause else "")]
+    lines.append(f"  started      {started}")
+    if run.record and run.record.ended:
+        lines.append(f"  ended        {local_time(datetime.fromisoformat(run.record.ended))}")
+    if run.record and run.state == run_folder.RUNNING:
+        lines.append(f"  process      {run.record.process} on {printable(run.record.host)}")
+    if run.record and run.record.resumed_from:
+        lines.append(f"  resumed from {printable(run.record.resumed_from)}")
+    lines += [f"  model        {model}, {training}", f"  steps        {steps}"]
+    for title, text, found in zip(("best", "last"), (best, last), reversed(run.last_and_best()), strict=True):
+        pairs = f", {found.pairs:,} pairs" if found and found.pairs else ""
+        lines.append(f"  {title:<12} {text}" + (f" at step {found.step:,}{pairs}" if found else ""))
+    lines += [f"  checkpoints  {size}" + (f" in {printable(str(run.folder))}" if run.folder else "")]
+    lines += [f"  logs         {logs}" + (f" in {printable(str(run.log_folder))}" if run.log_folder else "")]
+    return lines + [f"  note         {note}" for note in run.notes]
+
+
+def config_lines(run: RunInfo, other: RunInfo | None) -> list[str]:
+    """The settings that differ from the defaults of when it was trained, or from another run's."""
+    mine = {name: value for name, value in run.config.items() if name not in ("run_name", "output_dir", "log_dir")}
+    if not mine:
+        return ["configuration: unknown"]
+    if other is not None:
+        names = [name for name in {**mine, **other.config} if name not in ("run_name", "output_dir", "log_dir")]
+        rows = [[name, shown(mine.get(name)), shown(other.config.get(name))] for name in names]
+        rows = [row for row in rows if row[1] != row[2]]
+        heads = ["  setting", printable(run.name), printable(other.name)]
+        title = f"configuration against {printable(other.name)}:"
+    elif run.record:
+        rows = [
+            [name, shown(mine[name]), shown(run.record.changed[name])] for name in mine if name in run.record.changed
+        ]
+        heads, title = ["  setting", "here", "default"], "configuration against the defaults:"
+    else:
+        rows = [[name, shown(value)] for name, value in mine.items()]
+        heads, title = ["  setting", "here"], "configuration (the defaults of that time are not recorded):"
+    if not rows:
+        return [title + " no difference"]
+    return [title, *plain_lines(heads, [[f"  {row[0]}", *row[1:]] for row in rows])]
+
+
+def shown(value: Any) -> str:
+    return "-" if value is None else printable(str(value))
+
+
+def step_lines(run: RunInfo, runs: list[RunInfo], roots: Roots) -> list[str]:
+    best, last = inventory.best_and_last(run)
+    sources = inventory.resumed_by(run, runs, roots)
+    rows = []
+    for step in run.steps:
+        marks = ["best"] * (step is best) + ["last"] * (step is last)
+        if others := sources.get(step.folder.name):
+            marks.append(f"{', '.join(map(printable, others))} went on from here")
+        if (run.folder / "reports" / step.folder.name / "report.html").is_file():
+            marks.append(f"reports/{step.folder.name}/report.html")
+        optimizer = utils.format_bytes(step.optimizer_bytes) if step.optimizer_bytes else "removed"
+        row = [f"  {step.folder.name}", utils.format_bytes(step.bytes), optimizer, accuracy_text(step.accuracy())]
+        rows.append([*row, ", ".join(marks)])
+    heads = ["  step", "size", "of that optimizer", "accuracy", ""]
+    lines = ["checkpoints:", *plain_lines(heads, rows)] if rows else ["checkpoints: none"]
+    for path, size in run.leftovers:
+        what = "set aside on resuming" if path.name.startswith("superseded-") else "left by a killed save"
+        lines.append(f"  {printable(path.name)}: {what}, {utils.format_bytes(size)}")
+    return lines
+
+
+def curve_lines(log_folder: Path) -> list[str]:
+    """The loss over steps as a small plot, from TensorBoard's event files."""
+    logging.getLogger("tensorboard").setLevel(logging.CRITICAL)  # its remarks about a torn last record
+    if any(not (log_folder / name).is_file() for name in inventory.event_files(log_folder)):
+        return ["loss: the logs hold something that is no ordinary file"]
+    try:
+        events = event_accumulator.EventAccumulator(str(log_folder), size_guidance={"scalars": 2000}).Reload()
+        tags = [tag for tag in ("train/loss", "eval/loss") if tag in events.Tags()["scalars"]]
+        curves = {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
+    except Exception as error:  # whatever lies in a foreign or torn file, the rest of the page is fine
+        return [f"loss: the logs cannot be read ({type(error).__name__}: {printable(str(error))})"]
+    if not any(curves.values()):
+        return ["loss: nothing was logged"]
+    try:
+        "⠿─".encode(sys.stdout.encoding or "ascii")
+        markers = {"train/loss": "braille", "eval/loss": "●"}
+    except UnicodeEncodeError:
+        markers = {"train/loss": ".", "eval/loss": "o"}
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plotsize(min(100, shutil.get_terminal_size((80, 24)).columns), 14)
+    for tag, points in curves.items():
+        steps, values = zip(*points, strict=True)
+        draw = plotext.plot if tag == "train/loss" and len(points) > 1 else plotext.scatter
+        draw(list(steps), list(values), marker=markers[tag])
+    ascii_frame = {"─": "-", "│": "|", "┌": "+", "┐": "+", "└": "+", "┘": "+", "├": "+", "┤": "+", "┬": "+", "┴": "+"}
+    plot = plotext.uncolorize(plotext.build())
+    if markers["train/loss"] == ".":
+        plot = plot.translate(str.maketrans(ascii_frame))
+    legend = ", ".join(f"{tag} {'line' if tag == 'train/loss' else markers[tag]}" for tag in curves)
+    return [f"loss by step ({legend}):", *(line.rstrip() for line in plot.splitlines())]
+
+
+def command_lines(run: RunInfo) -> list[str]:
+    """What to type to go on with a run."""
+    best, last = inventory.best_and_last(run)
+    lines = []
+    with_optimizer = [step for step in run.steps if step.optimizer_bytes]
+    if with_optimizer and run.state != run_folder.RUNNING:
+        source = run.folder if with_optimizer[-1] is last else with_optimizer[-1].folder
+        epochs = run.record.config.get("epochs") if run.record and run.state == run_folder.FINISHED else None
+        more = f" --epochs {epochs + 1} --max_steps 0" if isinstance(epochs, int) else ""  # it is at its end
+        lines.append(f"  python train_rm.py --resume_from {quoted(source)}{more}")
+    if chosen := best or last:
+        lines.append(f"  python chat.py --model {quoted(chosen.folder)}")
+        lines.append(f"  python eval_rm.py --model {quoted(chosen.folder)}")
+    if run.log_folder:
+        lines.append(f"  tensorboard --logdir {quoted(run.log_folder)}")
+    return lines
+
+
+def quoted(path: Path) -> str:
+    """A path as a shell takes it; one with signs that no terminal should see cannot be typed and stands as codes."""
+    return shlex.quote(printable(str(path)))

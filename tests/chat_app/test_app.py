@@ -1,0 +1,610 @@
+"""The page in a real browser: what a person sees and does, at desktop and phone width, by mouse and by keyboard alone.
+
+`SCREENSHOTS=docs SCREENSHOT_MODEL=checkpoints/rm/first python -m pytest tests/test_page.py -k demos` also writes the
+README's picture, with the rewards of that run.
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.chat_app.test_chat import Server, free_port
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+expect = sync_api.expect
+expect.set_options(timeout=60_000)  # a busy machine is slow, and no fault
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page is not tried in a browser")
+
+QUESTION = "What should I know about bread?"
+HOSTILE = "<img src=x onerror=\"document.title='owned'\"><b>bold</b> & </textarea> if a < b:\n    c &lt; d"
+# Gradio's own words when a page is left while it is asking something
+ON_LEAVING = (
+    r"^AbortError: (signal is|BodyStreamBuffer was) aborted|^Unexpected error Connection errored out|^Failed to fetch"
+)
+# A tab that is hidden and shown again all the time, and so busy that what comes meanwhile comes all at once
+HIDING = """
+let asked = 0;
+Object.defineProperty(Document.prototype, "visibilityState", { get: () => asked++ % 2 ? "hidden" : "visible" });
+setInterval(() => { const start = performance.now(); while (performance.now() - start < 400); }, 500);
+"""
+PHONE = {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def server(reward_checkpoint, tmp_path_factory):
+    votes_file = tmp_path_factory.mktemp("votes") / "preferences.jsonl"
+    model = os.environ.get("SCREENSHOT_MODEL", reward_checkpoint)
+    output_dir = Path(model).parent if "SCREENSHOT_MODEL" in os.environ else reward_checkpoint.parent.parent
+    arguments = ["--model", model, "--output_dir", output_dir]
+    with Server(*arguments, "--port", free_port(), "--votes_file", votes_file) as running:
+        running.votes_file = votes_file
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def open_page(browser, server):
+    """Open the page in a browser of its own; at the end nothing may have gone wrong in it or left this machine."""
+    contexts, troubles = [], []
+
+    def open_it(hiding=False, **options):
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        contexts.append(context)
+        page = context.new_page()
+        if hiding:
+            page.add_init_script(HIDING)
+        page.on("console", lambda message: message.type == "error" and troubles.append(message.text))
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("request", lambda request: is_foreign(request.url) and troubles.append(f"asked for {request.url}"))
+        page.goto(server.url)
+        expect(message_box(page)).to_be_visible()
+        return page
+
+    def is_foreign(url):
+        return not url.startswith((server.url, server.url.replace("http", "ws"), "data:", "blob:"))
+
+    yield open_it
+    for context in contexts:
+        context.close()
+    assert [trouble for trouble in troubles if not re.search(ON_LEAVING, trouble)] == []
+
+
+def message_box(page):
+    return page.locator("#message textarea")
+
+
+def replies(page):
+    return page.locator("#chat .bot.message")
+
+
+def rewards(page):
+    return page.locator("#chat small.footer")
+
+
+def send(page, text, length=24):
+    expect(page.locator("#message button.submit-button")).to_be_visible()  # an earlier reply has ended
+    set_slider(page, "Max new tokens", length)
+    if length > 1000:  # drawn at random, the end would come sooner or later
+        set_slider(page, "Temperature", 0)
+    message_box(page).fill(text)
+    message_box(page).press("Enter")
+
+
+def ask(page, text, count=1, length=24):
+    """Send a message and wait until the chat's `count`th reply has its reward."""
+    send(page, text, length)
+    expect(rewards(page)).to_have_count(count)
+    expect(page.locator("#message button.submit-button, #message button.stop-button")).to_have_count(1)
+    expect(page.locator("#message button.submit-button")).to_be_visible()
+
+
+def wait_for_words(page):
+    """Until the reply that is being written has words: before that, stopping it leaves nothing that could be scored."""
+    expect(page.locator("#chat .bot .md").last).not_to_be_empty()
+
+
+def set_slider(page, label, value):
+    box = page.get_by_label(f"number input for {label}")
+    if not box.is_visible():
+        page.get_by_role("button", name="How to reply").click()
+
+    def fill():
+        box.fill(str(value))
+        box.press("Tab")
+        expect(box).to_have_value(str(value), timeout=2_000)
+
+    try:
+        fill()
+    except AssertionError:  # Gradio was still putting the opened accordion together, with the values it began with
+        fill()
+
+
+def wait_until_kept(page, count):
+    """Until the browser keeps `count` replies, all conversations together: a reply is kept just after it is shown."""
+    page.wait_for_function(
+        """count => Object.keys(localStorage).filter(key => key.startsWith("rl-with-rm/conversation/"))
+        .flatMap(key => JSON.parse(localStorage.getItem(key)).conversation.messages)
+        .filter(message => message.role === "assistant").length === count""",
+        arg=count,
+    )
+
+
+def picture(page, name, **options):
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png", **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chat
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_opens_and_says_who_talks_and_who_scores(open_page):
+    page = open_page()
+    expect(message_box(page)).to_be_editable()
+    expect(page.locator("#status")).to_contain_text("parameters, fp32 on cpu")
+    expect(page.locator("#status")).to_contain_text("bread / step-2 (newest)")
+
+
+def test_a_reply_streams_in_and_gets_its_reward(open_page):
+    page = open_page()
+    send(page, QUESTION, length=1500)
+    started = time.perf_counter()
+    wait_for_words(page)
+    written = page.locator("#chat .bot .md")
+    lengths = []
+    while len(set(lengths)) < 4 and time.perf_counter() - started < 30:
+        lengths.append(len(written.inner_text()))
+    assert len(set(lengths)) == 4 and lengths == sorted(lengths)
+    page.locator("#message button.stop-button").click()
+    expect(rewards(page)).to_have_text(re.compile(r"^reward [+-]\d+\.\d{3}$"), timeout=5_000)
+
+
+def test_stop_ends_the_writing_within_a_second_and_the_next_message_is_answered(open_page):
+    page = open_page()
+    send(page, QUESTION, length=1900)
+    wait_for_words(page)
+    page.locator("#message button.stop-button").click()
+    page.wait_for_timeout(1000)
+    stopped_at = replies(page).first.inner_text()
+    page.wait_for_timeout(700)
+    assert replies(page).first.inner_text() == stopped_at
+    ask(page, "And now?", count=2)
+    expect(rewards(page).first).to_contain_text("of this chat's 2 replies")
+
+
+@pytest.mark.parametrize("click", ["Stop", "New chat"])
+def test_a_reply_that_is_stopped_before_its_first_word_is_not_written_later(open_page, click):
+    page = open_page()
+    page.get_by_label("Toggle Sidebar").click()
+    send(page, QUESTION, length=1900)
+    page.locator("#message button.stop-button" if click == "Stop" else "#new-chat").click()
+    expect(page.locator("#message button.submit-button")).to_be_visible()
+    page.wait_for_timeout(700)
+    shown = page.locator("#chat").inner_text()
+    page.wait_for_timeout(700)
+    assert page.locator("#chat").inner_text() == shown
+    ask(page, "And now?", length=8, count=rewards(page).count() + 1)
+
+
+def test_who_has_to_wait_sees_the_place_in_the_queue_and_is_served(open_page):
+    first, second, third = (open_page() for _ in range(3))
+    send(first, QUESTION, length=1900)
+    wait_for_words(first)
+    send(second, QUESTION)
+    send(third, QUESTION)
+    expect(third.locator("#chat")).to_contain_text(re.compile(r"queue: \d/\d"))
+    first.locator("#message button.stop-button").click()
+    for waiting in (second, third):
+        expect(rewards(waiting)).to_have_count(1)
+
+
+def test_what_was_written_is_shown_letter_by_letter_and_runs_nowhere(open_page):
+    page = open_page()
+    ask(page, HOSTILE)
+    shown = page.locator("#chat .user .md").first
+    assert shown.inner_text() == HOSTILE
+    assert page.locator("#chat img, #chat b").count() == 0 and page.title() != "owned"
+    page.get_by_label("Copy message").first.click()
+    assert page.evaluate("navigator.clipboard.readText()") == HOSTILE
+    page.get_by_label("Copy message").last.click()  # without the reward that stands below it
+    reply = replies(page).locator(".md").first.inner_text()
+    assert page.evaluate("navigator.clipboard.readText()").strip() == reply.strip()
+
+
+def test_a_message_can_be_edited_as_it_was_written(open_page):
+    page = open_page()
+    ask(page, HOSTILE)
+    page.get_by_label("Edit").first.click()
+    box = page.locator("textarea.edit-textarea")
+    expect(box).to_have_value(HOSTILE)
+    box.fill("Is <i>rye</i> bread?")
+    page.get_by_label("Submit", exact=True).first.click()
+    expect(page.locator("#chat .user.message")).to_contain_text("Is <i>rye</i> bread?")
+    expect(rewards(page)).to_have_count(1)
+    expect(page.locator("#chat .user.message")).to_have_count(1)
+
+
+def test_retry_writes_another_reply_and_undo_gives_the_message_back(open_page):
+    page = open_page()
+    ask(page, QUESTION)
+    first = replies(page).first.inner_text()
+    page.get_by_label("Retry").last.click()
+    expect(replies(page).first).not_to_have_text(first)
+    expect(rewards(page)).to_have_count(1)
+    page.get_by_label("Undo").last.click()
+    expect(replies(page)).to_have_count(0)
+    expect(message_box(page)).to_have_value(QUESTION)
+
+
+def test_the_best_of_four_is_shown_and_the_others_are_one_click_away(open_page):
+    page = open_page()
+    set_slider(page, "Best of N", 4)
+    ask(page, QUESTION)
+    options = page.locator("#chat .option, #chat button.option")
+    expect(options).to_have_count(3)
+    best = float(re.search(r"[+-]\d+\.\d+", rewards(page).inner_text()).group())
+    others = [float(re.search(r"of 4, ([+-]\d+\.\d+):", text).group(1)) for text in options.all_inner_texts()]
+    assert best >= others[0] >= others[1] >= others[2]
+    picture(page, "best-of-4")
+    options.last.click()
+    expect(rewards(page)).to_contain_text(f"{others[2]:+.3f}")
+    expect(options.last).to_contain_text(f"1st of 4, {best:+.3f}")
+
+
+def test_conversations_are_kept_in_the_browser_and_found_again(open_page):
+    page = open_page()
+    ask(page, "The first talk")
+    page.get_by_label("Toggle Sidebar").click()
+    page.locator("#new-chat").click()
+    expect(replies(page)).to_have_count(0)
+    ask(page, "The second talk")
+    wait_until_kept(page, 2)
+    page.reload()
+    expect(page.locator("#chat .user.message")).to_have_text(re.compile("The second talk"))
+    expect(rewards(page)).to_have_count(1)
+    page.get_by_label("Toggle Sidebar").click()
+    page.get_by_role("radio", name="The first talk").click()
+    expect(page.locator("#chat .user.message")).to_have_text(re.compile("The first talk"))
+    ask(page, "Still the first", count=2)
+    page.get_by_role("button", name="Delete this chat").click()
+    expect(page.get_by_role("radio")).to_have_count(1)
+    page.reload()
+    expect(page.locator("#chat .user.message")).to_have_text(re.compile("The second talk"))
+
+
+def test_a_new_chat_in_the_middle_of_a_reply_stays_new_and_what_was_written_is_kept(open_page):
+    page = open_page()
+    page.get_by_label("Toggle Sidebar").click()
+    send(page, QUESTION, length=1900)
+    wait_for_words(page)
+    page.wait_for_timeout(500)
+    page.locator("#new-chat").click()
+    expect(replies(page)).to_have_count(0)
+    page.wait_for_timeout(1500)
+    expect(replies(page)).to_have_count(0)
+    page.get_by_role("radio", name=QUESTION).click()
+    expect(rewards(page)).to_have_count(1)
+    assert len(replies(page).first.inner_text()) > 20
+
+
+def test_a_page_that_is_reloaded_in_the_middle_of_a_reply_keeps_the_question_and_frees_the_model(open_page):
+    page = open_page()
+    send(page, QUESTION, length=1900)
+    page.wait_for_function("Object.keys(localStorage).some(key => key.startsWith('rl-with-rm/'))")
+    expect(replies(page)).to_have_count(1)
+    page.reload()
+    expect(page.locator("#chat .user.message")).to_have_text(re.compile(QUESTION[:20]))
+    ask(page, "And now?", length=8)
+
+
+def test_a_tab_that_is_hidden_and_shown_again_while_it_is_busy_gets_the_whole_reply(open_page):
+    page = open_page(hiding=True)
+    for count in (1, 2):
+        ask(page, QUESTION, count, length=200)
+
+
+def test_what_is_sent_while_a_reply_is_written_stays_in_the_box(open_page):
+    page = open_page()
+    send(page, QUESTION, length=1900)
+    wait_for_words(page)
+    message_box(page).fill("Second while busy")
+    message_box(page).press("Enter")
+    expect(page.locator(".toast-body")).to_contain_text("a reply is being written")
+    expect(message_box(page)).to_have_value("Second while busy")
+    page.locator("#message button.stop-button").click()
+    expect(rewards(page)).to_have_count(1)
+    expect(page.locator("#chat .user.message")).to_have_count(1)
+
+
+def test_what_cannot_be_written_again_is_refused_before_anything_is_dropped(open_page):
+    page = open_page()
+    ask(page, QUESTION)
+    reply = page.locator("#chat .bot .md").first.inner_text()
+    set_slider(page, "Max new tokens", 5000)
+    page.get_by_label("Retry").last.click()
+    expect(page.locator(".toast-body")).to_contain_text("too long")
+    assert page.locator("#chat .bot .md").first.inner_text() == reply
+    page.get_by_label("Edit").first.click()
+    page.locator("textarea.edit-textarea").fill("   ")
+    page.get_by_label("Submit", exact=True).first.click()
+    expect(page.locator(".toast-body").last).to_contain_text("the message is empty")
+    expect(page.locator("#chat .user.message")).to_contain_text(QUESTION)
+    assert page.locator("#chat .bot .md").first.inner_text() == reply
+
+
+@pytest.mark.parametrize("junk", ["{}", "5", "[]", '"x"', "not JSON", '{"conversation": {"id": 1}}'])
+def test_junk_in_the_browsers_storage_hides_no_conversation(open_page, junk):
+    page = open_page()
+    ask(page, "A good talk")
+    page.evaluate("junk => localStorage.setItem('rl-with-rm/conversation/junk', junk)", junk)
+    page.reload()
+    expect(page.locator("#chat .user.message")).to_have_text(re.compile("A good talk"))
+
+
+def test_two_tabs_that_go_on_with_one_conversation_make_two_of_it(open_page):
+    one = open_page()
+    ask(one, "The start")
+    other = one.context.new_page()
+    other.goto(one.url)
+    expect(other.locator("#chat .user.message")).to_have_count(1)
+    ask(other, "From the other tab", count=2)
+    ask(one, "From this tab", count=2)
+    one.get_by_label("Toggle Sidebar").click()
+    expect(one.get_by_role("radio")).to_have_count(2)
+    texts = one.evaluate("Object.values(localStorage).join()")
+    assert "From the other tab" in texts and "From this tab" in texts
+    one.get_by_role("button", name="Delete this chat").click()  # this tab's, not the other's
+    expect(one.get_by_role("radio")).to_have_count(1)
+    texts = one.evaluate("Object.values(localStorage).join()")
+    assert "From the other tab" in texts and "From this tab" not in texts
+
+
+def test_two_tabs_do_not_overwrite_one_anothers_conversations(open_page):
+    one = open_page()
+    other = one.context.new_page()
+    other.goto(one.url)
+    ask(other, "In the other tab")
+    ask(one, "In this tab")
+    one.reload()
+    one.get_by_label("Toggle Sidebar").click()
+    expect(one.get_by_role("radio")).to_have_count(2)
+
+
+def test_a_refused_message_stays_in_the_box_and_says_why(open_page):
+    page = open_page()
+    set_slider(page, "Max new tokens", 2040)
+    message_box(page).fill(QUESTION)
+    message_box(page).press("Enter")
+    expect(page.locator(".toast-body")).to_contain_text("the model's limit is 2,048")
+    expect(message_box(page)).to_have_value(QUESTION)
+    ask(page, QUESTION)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compare and models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fill_comparison(page, prompt=QUESTION):
+    page.get_by_role("tab", name="Compare").click()
+    page.locator("#prompt textarea").fill(prompt)
+    page.locator("#reply-A textarea").fill("Knead the dough <b>until</b> it is smooth.")
+    page.locator("#reply-B textarea").fill("You are too lazy to bake.")
+
+
+def write_both(page, length):
+    set_slider(page, "Max new tokens", length)
+    page.get_by_role("tab", name="Compare").click()
+    page.locator("#prompt textarea").fill(QUESTION)
+    page.locator("#write-both").click()
+
+
+def test_two_replies_are_compared_and_voted_on(open_page, server):
+    page = open_page()
+    fill_comparison(page)
+    page.locator("#compare").click()
+    expect(page.locator("#verdict")).to_contain_text(re.compile(r"P\(A preferred\) = 0\.\d+"))
+    expect(page.locator("#growth canvas, #growth svg").first).to_be_visible()
+    expect(page.locator(".textspan, .textfield span").nth(10)).to_be_visible()
+    before = server.votes_file.read_text().count("\n") if server.votes_file.exists() else 0
+    page.locator("#vote-b").click()
+    expect(page.locator("#saved")).to_contain_text(f"row {before + 1} of")
+    row = json.loads(server.votes_file.read_text().splitlines()[-1])
+    assert row["prompt"] == [{"role": "user", "content": QUESTION}] and row["vote"] == "b"
+    assert row["chosen"][0]["content"] == "You are too lazy to bake."
+    assert row["rejected"][0]["content"] == "Knead the dough <b>until</b> it is smooth."
+    page.locator("#vote-b").click()
+    expect(page.locator(".toast-body").last).to_contain_text("saved already")
+    assert server.votes_file.read_text().count("\n") == before + 1
+
+
+def test_a_pair_of_the_demos_is_compared_token_by_token(open_page, demo_folder):
+    pairs = [json.loads(line) for line in (demo_folder[1] / "test.jsonl").read_text().splitlines()]
+    pair = next(pair for pair in pairs if pair["kind"] == "polite" and len(pair["chosen"]) < 250)
+    prompt, _, chosen = pair["chosen"].rpartition("\n\nAssistant: ")
+    page = open_page()
+    fill_comparison(page, prompt.strip())
+    page.locator("#reply-A textarea").fill(chosen)
+    page.locator("#reply-B textarea").fill(pair["rejected"].rpartition("\n\nAssistant: ")[2])
+    page.locator("#compare").click()
+    expect(page.locator("#verdict")).to_contain_text("P(A preferred)")
+    expect(page.locator("#growth canvas, #growth svg").first).to_be_visible()
+    shown = "".join(page.locator(".textfield").first.inner_text().split())
+    assert shown == "".join(chosen.split()) + "<|im_end|>"
+    picture(page, "compare", full_page=True)
+
+
+def test_the_model_writes_both_replies_and_they_are_compared(open_page):
+    page = open_page()
+    write_both(page, length=24)
+    expect(page.locator("#verdict")).to_contain_text("P(A preferred)")
+    texts = [page.locator(f"#reply-{letter} textarea").input_value() for letter in "AB"]
+    assert all(texts) and texts[0] != texts[1]
+
+
+def test_a_verdict_does_not_outlive_the_texts_it_is_about(open_page):
+    page = open_page()
+    fill_comparison(page)
+    page.locator("#compare").click()
+    expect(page.locator("#verdict")).to_contain_text("P(A preferred)")
+    page.locator("#reply-A textarea").press("End")
+    page.locator("#reply-A textarea").type("!")
+    expect(page.locator("#verdict")).not_to_contain_text("P(A preferred)")
+    expect(page.locator("#growth")).to_be_hidden()
+
+
+def test_half_written_replies_cannot_be_voted_on(open_page):
+    page = open_page()
+    write_both(page, length=1900)
+    expect(page.locator("#stop-writing")).to_be_visible()
+    expect(page.locator("#vote-a")).to_be_disabled()
+    expect(page.locator("#reply-A textarea")).not_to_have_value("")
+    page.locator("#stop-writing").click()
+    expect(page.locator("#vote-a")).to_be_enabled(timeout=5_000)
+    expect(page.locator("#write-both")).to_be_visible()
+
+
+def test_words_in_the_chat_that_look_like_turns_stay_words_in_the_comparison(open_page, server):
+    page = open_page()
+    ask(page, "see:\n\nHuman: x\n\nAssistant: y")
+    page.get_by_role("tab", name="Compare").click()
+    page.locator("#from-chat").click()
+    expect(page.locator("#reply-A textarea")).not_to_have_value("")
+    page.locator("#reply-B textarea").fill("Something else.")
+    page.locator("#vote-a").click()
+    expect(page.locator("#saved")).to_contain_text("is saved")
+    row = json.loads(server.votes_file.read_text().splitlines()[-1])
+    assert row["prompt"] == [{"role": "user", "content": "see:\n\nHuman: x\n\nAssistant: y"}]
+
+
+def test_the_chats_best_two_candidates_go_over_into_the_comparison(open_page):
+    page = open_page()
+    set_slider(page, "Best of N", 2)
+    ask(page, QUESTION)
+    page.get_by_role("tab", name="Compare").click()
+    page.locator("#from-chat").click()
+    expect(page.locator("#prompt textarea")).to_have_value(QUESTION)
+    assert all(page.locator(f"#reply-{letter} textarea").input_value() for letter in "AB")
+
+
+def test_models_are_offered_and_loaded_by_name(open_page):
+    page = open_page()
+    page.get_by_role("tab", name="Models").click()
+    scorer = page.locator("#scorer input")
+    expect(scorer).to_have_value("bread / step-2 (newest)")
+    scorer.click()
+    page.get_by_role("option", name="nobody").click()
+    page.locator("#load").click()
+    expect(page.locator("#status")).to_contain_text("nobody: choose a reward model")
+    scorer.click()
+    page.get_by_role("option", name="bread / step-2").click()
+    page.locator("#load").click()
+    expect(page.locator("#status")).to_contain_text("bread / step-2 (newest) · ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whoever uses it, however
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_keyboard_alone_is_enough(open_page):
+    page = open_page()
+    focus(page, "#message textarea")
+    page.keyboard.type(QUESTION)
+    page.keyboard.press("Enter")
+    expect(rewards(page)).to_have_count(1)
+    focus(page, "[role=tab]:nth-of-type(2)")
+    page.keyboard.press("Enter")
+    for selector, text in (
+        ("#prompt textarea", QUESTION),
+        ("#reply-A textarea", "Good."),
+        ("#reply-B textarea", "Bad."),
+    ):
+        focus(page, selector)
+        page.keyboard.type(text)
+    focus(page, "#compare")
+    page.keyboard.press("Enter")
+    expect(page.locator("#verdict")).to_contain_text("P(A preferred)")
+
+
+def focus(page, selector):
+    """Press Tab until the element has the focus."""
+    for _ in range(60):
+        if page.evaluate("selector => document.activeElement.matches(selector)", selector):
+            return
+        page.keyboard.press("Tab")
+    raise AssertionError(f"Tab never reaches {selector}")
+
+
+def test_nothing_is_wider_than_a_phone(open_page):
+    page = open_page(viewport=PHONE, has_touch=True, is_mobile=True)
+    ask(page, QUESTION)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    picture(page, "phone")
+    fill_comparison(page)
+    page.locator("#compare").click()
+    expect(page.locator("#verdict")).to_contain_text("P(A preferred)")
+    page.locator("#vote-tie").scroll_into_view_if_needed()
+    expect(page.locator("#vote-tie")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+
+
+CONTRAST = """element => {
+  const numbers = color => {
+    const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+    context.fillStyle = color; context.fillRect(0, 0, 1, 1);
+    return [...context.getImageData(0, 0, 1, 1).data];
+  };
+  const over = (top, below, alpha) => below.map((value, index) => top[index] * alpha + value * (1 - alpha));
+  let background = [255, 255, 255], opacity = 1;
+  const chain = [];
+  for (let node = element; node; node = node.parentElement) chain.unshift(node);
+  for (const node of chain) {
+    const style = getComputedStyle(node), color = numbers(style.backgroundColor);
+    background = over(color, background, color[3] / 255);
+    opacity *= style.opacity;
+  }
+  const ink = over(numbers(getComputedStyle(element).color), background, opacity);
+  const light = color => color.slice(0, 3).map(value => value / 255)
+    .map(value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, value, index) => sum + value * [0.2126, 0.7152, 0.0722][index], 0);
+  const [low, high] = [light(ink), light(background)].sort((a, b) => a - b);
+  return (high + 0.05) / (low + 0.05);
+}"""  # the contrast ratio of WCAG 2.1, section 1.4.3, which wants 4.5
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_are_readable_in_both_colour_schemes(open_page, scheme):
+    page = open_page(color_scheme=scheme)
+    ask(page, QUESTION)
+    dark = page.evaluate("document.body.classList.contains('dark')")
+    assert dark == (scheme == "dark")
+    picture(page, f"chat-{scheme}")
+    for selector in (
+        "#chat .bot .md",
+        "#chat small.footer",
+        "#status dt",
+        "#status dd",
+        "#message textarea",
+    ):
+        ratio = page.locator(selector).first.evaluate(CONTRAST)
+        assert ratio >= 4.5, (selector, ratio)
+    for text in ("0 takes the likeliest token", "Temperature", "Best of N"):
+        ratio = page.get_by_text(text).first.evaluate(CONTRAST)
+        assert ratio >= 4.5, (text, ratio)

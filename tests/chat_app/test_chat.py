@@ -1,0 +1,398 @@
+"""chat.py: the real server through its API, its faults, ten users at once, and who may come in."""
+
+import itertools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+
+import chat
+import models
+from chat_app import app, engine
+from tests.conftest import ROOT
+
+QUESTION = {"role": "user", "content": "What should I know about bread?"}
+ANSWERED = [QUESTION, {"role": "assistant", "content": "Knead it."}]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """chat.py as a process of its own; as a context manager it is stopped on leaving."""
+
+    def __init__(self, *arguments):
+        # Python leaves Ctrl-C alone where a background shell has turned it off, so the child turns it on again
+        start = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        start += "sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0]); "
+        start += "runpy.run_path(sys.argv[0], run_name='__main__')"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", start, str(ROOT / "chat.py"), *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ.copy(),
+        )
+        watchdog = threading.Timer(90, self.process.kill)  # a server that never opens must not hang the tests
+        watchdog.start()
+        self.lines = []
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if found := re.match(r"open (\S+)", line):
+                self.url = found.group(1)
+                break
+        watchdog.cancel()
+        assert hasattr(self, "url"), "".join(self.lines) + self.process.stderr.read()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.stop(signal.SIGTERM)
+
+    def stop(self, number):
+        """Send a signal; returns (exit code, stderr)."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        _, stderr = self.process.communicate(timeout=30)
+        return self.process.returncode, stderr
+
+
+@pytest.fixture(scope="module")
+def server(reward_checkpoint):
+    with Server("--model", reward_checkpoint, "--port", free_port()) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server):
+    return Client(server.url, verbose=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The API
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_reply_streams_and_ends(client):
+    job = client.submit(QUESTION["content"], max_new_tokens=200, api_name="/chat")
+    reply = job.result(timeout=60)
+    pieces = job.outputs()
+    assert len(pieces) > 3
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(pieces))
+    assert reply == pieces[-1] and reply.strip()
+
+
+def test_the_score_of_a_reply_is_the_reward_models(client, reward_checkpoint):
+    reply = client.predict(QUESTION["content"], max_new_tokens=24, api_name="/chat")
+    dialogue = [QUESTION, {"role": "assistant", "content": reply}]
+    in_blocks = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in dialogue]
+    wanted = models.RewardModel.restore(reward_checkpoint).eval().score_dialogues([dialogue])[0]
+    assert client.predict(dialogue, api_name="/score") == pytest.approx(wanted, abs=1e-5)
+    assert client.predict(in_blocks, api_name="/score") == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_comparison_has_both_rewards_the_probability_and_the_reward_after_each_token(client, reward_checkpoint):
+    replies = ("Knead it well.", "No.")
+    found = client.predict(QUESTION["content"], *replies, api_name="/compare")
+    model = models.RewardModel.restore(reward_checkpoint).eval()
+    wanted = model.score_dialogues([[QUESTION, {"role": "assistant", "content": reply}] for reply in replies])
+    assert [found["reward_a"], found["reward_b"]] == pytest.approx(wanted, abs=1e-5)
+    assert found["p_a"] == pytest.approx(1 / (1 + 2.718281828459045 ** (wanted[1] - wanted[0])), abs=1e-6)
+    for letter, reply, reward in zip("ab", replies, wanted, strict=True):
+        tokens = found[f"tokens_{letter}"]
+        assert "".join(text for text, _ in tokens).startswith(reply)
+        assert tokens[-1][1] == pytest.approx(reward, abs=1e-5)
+
+
+def test_the_best_of_several_candidates_is_the_last_piece(client, reward_checkpoint):
+    reply = client.predict(QUESTION["content"], max_new_tokens=16, candidates=4, temperature=1.0, api_name="/chat")
+    assert isinstance(reply, str) and reply.strip()
+
+
+def test_the_api_is_documented(client):
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    assert set(endpoints) == {"/chat", "/score", "/compare"}
+    assert all(endpoint.get("description") for endpoint in endpoints.values())
+    names = [parameter["parameter_name"] for parameter in endpoints["/chat"]["parameters"]]
+    assert names == ["message", "history", "system_prompt", "temperature", "top_p", "max_new_tokens", "thinking",
+                     "candidates"]  # fmt: skip
+
+
+NO_DIALOGUES = ["{", 3, [], None, [{"role": "user"}], ["hello"], {"role": "user"},
+                [{"role": "king", "content": "x"}], [{"role": "user", "content": [3]}], [QUESTION],
+                [QUESTION, {"role": "assistant", "content": " "}]]  # fmt: skip
+
+
+@pytest.mark.parametrize("messages", NO_DIALOGUES)
+def test_what_is_no_dialogue_is_refused_and_the_server_lives_on(client, messages):
+    with pytest.raises(AppError) as caught:
+        client.predict(messages, api_name="/score")
+    assert "wants a list" in str(caught.value) or "a reward is of a reply" in str(caught.value)
+    assert isinstance(client.predict(ANSWERED, api_name="/score"), float)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_new_tokens": 2040}, "limit is 2,048"),
+        ({"temperature": -1}, "temperature: got -1, wants 0 to 2"),
+        ({"temperature": "hot"}, "temperature: got 'hot', wants 0 to 2"),
+        ({"max_new_tokens": 1.5}, "max new tokens: got 1.5, wants a whole number from 1"),
+        ({"thinking": "no"}, "thinking wants true or false"),
+        ({"message": 3}, "the message is empty, or no text"),
+        ({"candidates": 99}, "candidates: got 99, wants a whole number from 1 to 16"),
+        ({"candidates": 2, "temperature": 0}, "all be the same one"),
+        ({"message": "  "}, "the message is empty"),
+        ({"history": [{"role": "user"}]}, "wants a list"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_with_the_reason(client, options, message):
+    with pytest.raises(AppError, match=re.escape(message)):
+        client.predict(**{"message": QUESTION["content"], **options}, api_name="/chat")
+
+
+def test_a_megabyte_is_refused_with_its_tokens_and_the_limit(client):
+    megabyte = "What should I know about bread? " * 32_768
+    with pytest.raises(AppError, match=r"too long: [\d,]{7,} tokens so far .* limit is 2,048"):
+        client.predict(megabyte, api_name="/chat")
+
+
+def test_a_stopped_reply_makes_way_for_the_next_one(client):
+    job = client.submit(QUESTION["content"], max_new_tokens=1900, api_name="/chat")
+    while not job.outputs():
+        time.sleep(0.05)
+    job.cancel()
+    assert isinstance(client.predict("Hello?", max_new_tokens=8, api_name="/chat"), str)
+    assert len(job.outputs()) < 200  # the whole reply would be many more
+
+
+def test_ten_users_at_once_are_queued_with_their_place_and_none_is_lost(server):
+    clients = [Client(server.url, verbose=False) for _ in range(10)]
+    jobs = [client.submit(QUESTION["content"], max_new_tokens=60, api_name="/chat") for client in clients]
+    places = set()
+    while not all(job.done() for job in jobs):
+        places |= {job.status().rank for job in jobs if not job.done()}
+        time.sleep(0.01)
+    assert all(job.result().strip() for job in jobs)
+    assert len(places - {None, 0}) >= 3, places
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_process(base, reward_checkpoint, tmp_path):
+    """The page served from this process, so that a fault can be put into its models: (stage, client)."""
+    on_stage = engine.Stage(base, reward_checkpoint)
+    on_stage.load()
+    built = app.build_page(on_stage, tmp_path / "preferences.jsonl")
+    built.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, ssr_mode=False)
+    yield on_stage, Client(built.local_url, verbose=False)
+    built.close(verbose=False)
+
+
+def test_a_generation_that_raises_ends_with_a_message_and_the_next_user_is_served(in_process, monkeypatch):
+    on_stage, client = in_process
+    original = on_stage.policy.language_model.forward
+    calls = []
+
+    def fail_in_the_middle(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 5:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(on_stage.policy.language_model, "forward", fail_in_the_middle)
+    started = time.perf_counter()
+    with pytest.raises(AppError, match="out of memory: a shorter dialogue"):
+        client.predict(QUESTION["content"], max_new_tokens=100, api_name="/chat")
+    assert time.perf_counter() - started < 30 and len(calls) == 5  # it ends at all; how fast, bench/chat_page.py tells
+    assert client.predict("Hello?", max_new_tokens=8, api_name="/chat").strip()
+
+
+def test_a_switch_during_a_reply_lets_it_finish_on_the_old_model(in_process, base):
+    on_stage, client = in_process
+    old = on_stage.policy
+    job = client.submit(QUESTION["content"], max_new_tokens=300, api_name="/chat")
+    while not job.outputs():
+        time.sleep(0.02)
+    on_stage.talker = "somebody else"
+    on_stage.load(base, on_stage.scorer)
+    assert on_stage.policy is not old
+    assert job.result(timeout=60).strip() and len(job.outputs()) > 3
+    assert client.predict("Hello?", max_new_tokens=8, api_name="/chat").strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def status_of(url, host=None):
+    request = urllib.request.Request(url, headers={"Host": host} if host else {})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, dict(answer.headers)
+    except urllib.error.HTTPError as error:
+        return error.code, dict(error.headers)
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:7860", "localhost.evil.example", "10.1.2.3", ""])
+def test_a_foreign_host_header_gets_a_4xx(server, host):
+    assert 400 <= status_of(server.url, host or " ")[0] < 500
+    assert status_of(server.url, "localhost")[0] == status_of(server.url, "[::1]:80")[0] == 200
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"])
+def test_pages_of_other_sites_can_neither_ask_nor_upload_anything(base, host):
+    with Server("--model", base, "--host", host, "--port", free_port()) as server:
+        for origin, wanted in (("http://evil.example", 403), ("null", 403), (server.url.rstrip("/"), 200)):
+            request = urllib.request.Request(f"{server.url}gradio_api/info", headers={"Origin": origin})
+            try:
+                with urllib.request.urlopen(request, timeout=20) as answer:
+                    assert answer.status == wanted
+            except urllib.error.HTTPError as error:
+                assert error.code == wanted, origin
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"{server.url}gradio_api/upload", data=b"x" * 10, timeout=20)
+
+
+def test_no_page_element_may_come_from_elsewhere(server):
+    _, headers = status_of(server.url)
+    policy = headers["content-security-policy"]
+    assert policy.startswith("default-src 'self'; ") and "http" not in policy
+    assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_files_of_this_machine_are_not_served(server, reward_checkpoint):
+    for path in ("/etc/passwd", reward_checkpoint / "config.json", ROOT / "chat.py"):
+        assert status_of(f"{server.url}gradio_api/file={path}")[0] in (403, 404)
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["--share"], "--share: a public address without --auth"),
+        (["--host", "0.0.0.0"], "--host: 0.0.0.0 lets others in, and without --auth"),
+        (["--host", "::"], "--host: :: lets others in"),
+        (["--auth", "me"], "--auth: wants USER:PASS"),
+        (["--auth", ":secret"], "--auth: wants USER:PASS"),
+        (["--demo", "--model", "x"], "--demo: brings its own models"),
+    ],
+)
+def test_an_open_door_without_a_lock_is_refused_with_the_reason(flags, reason):
+    given, problems = chat.flags.read_flags(chat.ChatConfig, flags, "A test.")
+    with pytest.raises(chat.UserError, match=re.escape(reason)) as caught:
+        chat.flags.build_config(chat.ChatConfig, given, problems)
+    assert caught.value.exit_code == 2
+
+
+def test_with_auth_nobody_comes_in_without_the_password(base):
+    with Server("--model", base, "--host", "0.0.0.0", "--auth", "me:secret", "--port", free_port()) as server:
+        url = server.url.replace("0.0.0.0", "127.0.0.1")
+        with pytest.raises(Exception, match=r"[Cc]redentials|401|auth"):
+            Client(url, verbose=False).predict("Hello?", api_name="/chat")
+        client = Client(url, auth=("me", "secret"), verbose=False)
+        assert client.predict("Hello?", max_new_tokens=8, api_name="/chat").strip()
+        assert 400 <= status_of(url, "evil.example")[0] < 500
+
+
+def test_the_model_loads_at_start_with_autoload(base, reward_checkpoint):
+    with Server("--model", base, "--reward_model", reward_checkpoint, "--autoload", "--port", free_port()) as server:
+        assert f"loading {base}\n" in server.lines
+        assert isinstance(Client(server.url, verbose=False).predict(ANSWERED, api_name="/score"), float)
+
+
+def test_without_a_model_the_page_opens_at_once_and_says_what_is_missing():
+    with Server() as server:  # HF_HUB_OFFLINE is set, and no cache holds the default model
+        client = Client(server.url, verbose=False)
+        with pytest.raises(AppError, match="no model is loaded yet: choose one under Models and press Load"):
+            client.predict("hello", api_name="/chat")
+        with pytest.raises(AppError, match="no reward model is loaded"):
+            client.predict(ANSWERED, api_name="/score")
+
+
+def test_the_demo_trains_its_reward_model_once_and_talks(run_script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--demo", "--run_name", chat.DEMO_RUN, "--max_steps", 2, "--eval_num_batches", 1]
+    assert run_script("train_rm.py", *arguments).returncode == 0
+    with Server("--demo", "--port", free_port()) as server:  # finds that run and trains none
+        client = Client(server.url, verbose=False)
+        assert not any("training" in line for line in server.lines)
+        assert client.predict("Hello?", max_new_tokens=8, api_name="/chat").strip()
+        assert isinstance(client.predict(ANSWERED, api_name="/score"), float)
+
+
+def test_the_demo_without_a_reward_model_trains_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = []
+
+    run = tmp_path / "checkpoints/rm" / chat.DEMO_RUN
+
+    def train(command):
+        commands.append(command)
+        (run / "step-1").mkdir(parents=True, exist_ok=True)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(chat.subprocess, "run", train)
+    monkeypatch.setattr(chat.catalogue, "sound_checkpoint", Path)
+    talker, scorer = chat.demo_models(Path("checkpoints/rm"))
+    assert talker == os.path.join("demo", "model") and scorer == Path("checkpoints/rm") / chat.DEMO_RUN
+    assert commands[0][1] == str(ROOT / "train_rm.py") and "--demo" in commands[0]
+    chat.demo_models(Path("checkpoints/rm"))  # that one did not say that it finished
+    assert commands[1][2:] == ["--resume_from", os.path.join("checkpoints/rm", chat.DEMO_RUN)]
+
+
+def test_ctrl_c_stops_with_130_and_no_traceback(base):
+    code, stderr = Server("--model", base, "--port", free_port()).stop(signal.SIGINT)
+    assert (code, stderr) == (130, "stopped\n")
+
+
+def test_a_taken_port_is_left_unless_it_was_asked_for(run_script):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert port < chat.free_port("127.0.0.1", port, port + 20) <= port + 20
+        result = run_script("chat.py", "--port", port)
+    assert result.returncode == 2
+    assert f"--port {port} is taken" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_missing_paths_exit_2_and_suggest_the_nearest_name(run_script, reward_checkpoint):
+    mistyped = reward_checkpoint.with_name("step-3")
+    for name_of_flag in ("--model", "--reward_model"):
+        result = run_script("chat.py", name_of_flag, mistyped)
+        assert result.returncode == 2
+        assert name_of_flag in result.stderr and "did you mean 'step-2'?" in result.stderr
+
+
+def test_bad_flags_exit_2_and_are_all_named(run_script):
+    result = run_script("chat.py", "--autolod", "--port", "70000", "--host", "")
+    assert result.returncode == 2
+    for part in ("--autolod: no such flag, did you mean --autoload?", "--port: got 70000", "--host: got ''"):
+        assert part in result.stderr
+    assert run_script("chat.py", "--host", "no.such.host.invalid").returncode == 2
+
+
+def test_help_does_not_wait_for_torch_or_gradio():
+    code = "import sys, chat; print([name for name in ('torch', 'gradio', 'transformers') if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "[]\n"

@@ -1,0 +1,108 @@
+"""Folders and files that are all there or not at all."""
+
+import os
+import stat
+
+import pytest
+
+from common import atomic_files
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_published_folder_appears_whole_and_only_at_the_end(tmp_path):
+    final = tmp_path / "run" / "step-5"
+    with atomic_files.published_folder(final) as temporary:
+        assert temporary.parent == final.parent, "a rename is only whole within one file system"
+        (temporary / "weights").write_text("w")
+        (temporary / "deeper").mkdir()
+        (temporary / "deeper" / "more").write_text("m")
+        assert not final.exists()
+    assert (final / "weights").read_text() == "w" and (final / "deeper" / "more").read_text() == "m"
+    assert names_in(final.parent) == ["step-5"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, OSError])
+def test_a_failure_while_writing_leaves_nothing(tmp_path, error):
+    with pytest.raises(error), atomic_files.published_folder(tmp_path / "step-5") as temporary:
+        (temporary / "weights").write_text("half")
+        raise error
+    assert names_in(tmp_path) == []
+
+
+def test_what_is_published_is_never_written_into(tmp_path):
+    (tmp_path / "step-5").mkdir()
+    with pytest.raises(FileExistsError), atomic_files.published_folder(tmp_path / "step-5"):
+        pytest.fail("the body ran")
+    assert names_in(tmp_path) == ["step-5"] and names_in(tmp_path / "step-5") == []
+
+
+def test_the_first_of_two_publishers_wins(tmp_path):
+    final = tmp_path / "step-5"
+    with pytest.raises(FileExistsError) as caught, atomic_files.published_folder(final, ".tmp-second") as second:
+        (second / "weights").write_text("second")
+        with atomic_files.published_folder(final, ".tmp-first") as first:
+            (first / "weights").write_text("first")
+    assert caught.value.filename == str(final)
+    assert (final / "weights").read_text() == "first" and names_in(tmp_path) == ["step-5"]
+
+
+def test_an_existing_file_inside_the_body_is_not_taken_for_another_publisher(tmp_path):
+    with pytest.raises(FileExistsError) as caught, atomic_files.published_folder(tmp_path / "step-5") as temporary:
+        (temporary / "weights").mkdir()
+        (temporary / "weights").mkdir()
+    assert "already published" not in str(caught.value)
+    assert names_in(tmp_path) == []
+
+
+def test_the_rest_of_a_killed_save_is_no_part_of_the_next(tmp_path):
+    (tmp_path / ".tmp-step-5").mkdir()
+    (tmp_path / ".tmp-step-5" / "old").write_text("half")
+    with atomic_files.published_folder(tmp_path / "step-5") as temporary:
+        (temporary / "new").write_text("whole")
+    assert names_in(tmp_path) == ["step-5"] and names_in(tmp_path / "step-5") == ["new"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask to respect")
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
+def test_published_files_follow_the_umask_whatever_wrote_them(tmp_path, umask, mode):
+    previous = os.umask(umask)
+    try:
+        with atomic_files.published_folder(tmp_path / "step-5") as temporary:
+            (temporary / "deeper").mkdir()
+            for number, path in enumerate((temporary / "private", temporary / "deeper" / "open")):
+                path.write_text("x")
+                path.chmod((0o600, 0o666)[number])
+        assert os.umask(umask) == umask, "the umask was left changed"
+    finally:
+        os.umask(previous)
+    files = [path for path in (tmp_path / "step-5").rglob("*") if path.is_file()]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in files] == [mode, mode]
+
+
+def test_dead_saves_are_removed_and_nothing_else(tmp_path):
+    for name in (".tmp-step-5", ".tmp-step-10", "step-5", "tmp-notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("x")
+    (tmp_path / ".tmp-file").write_text("not a save")
+    (tmp_path / ".tmp-link").symlink_to(tmp_path / "step-5")
+    removed = atomic_files.remove_dead_saves(tmp_path)
+    assert sorted(path.name for path in removed) == [".tmp-step-10", ".tmp-step-5"]
+    assert names_in(tmp_path) == [".tmp-file", ".tmp-link", "step-5", "tmp-notes"]
+    assert (tmp_path / "step-5" / "weights").read_text() == "x"
+    assert atomic_files.remove_dead_saves(tmp_path) == []
+
+
+def test_a_published_file_is_all_or_nothing(tmp_path):
+    final = tmp_path / "new" / "report.json"
+    with atomic_files.published_file(final) as file:
+        file.write("first\n")
+        assert not final.exists()
+    with pytest.raises(ZeroDivisionError), atomic_files.published_file(final) as file:
+        file.write("second, half of it")
+        raise ZeroDivisionError
+    assert final.read_bytes() == b"first\n" and list(final.parent.iterdir()) == [final]
+    with atomic_files.published_file(None) as file:
+        file.write("goes nowhere")

@@ -1,0 +1,387 @@
+"""packing.py: the step's plan, the cutting into micro-batches, packed tensors."""
+
+import contextlib
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline import packing
+from tests.conftest import dataset_of
+
+# (row, chosen dialogue, rejected dialogue), in several forms
+
+
+def random_pairs(count, seed=0, longest=60):
+    draw = np.random.default_rng(seed)
+    pairs = []
+    for _ in range(count):
+        prefix, chosen, rejected = (draw.integers(5, 1000, size=draw.integers(1, longest)) for _ in range(3))
+        pairs.append((np.concatenate([prefix, chosen]), np.concatenate([prefix, rejected])))
+    return pairs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def steps_of(plan, epoch):
+    first = epoch * plan.steps_per_epoch + 1
+    return [plan.pairs_of(step).tolist() for step in range(first, first + plan.steps_per_epoch)]
+
+
+def order_of(plan, epoch):
+    return [pair for step in steps_of(plan, epoch) for pair in step]
+
+
+@pytest.mark.parametrize("num_pairs, pairs_per_step", [(100, 32), (96, 32), (5, 32), (7, 1), (1, 1)])
+def test_each_epoch_takes_every_pair_once(num_pairs, pairs_per_step):
+    plan = packing.StepPlan(num_pairs, pairs_per_step, epochs=3, seed=0)
+    assert plan.total_steps == 3 * plan.steps_per_epoch
+    for epoch in range(3):
+        steps = steps_of(plan, epoch)
+        assert sorted(order_of(plan, epoch)) == list(range(num_pairs))
+        assert all(len(step) == pairs_per_step for step in steps[:-1])
+        assert len(steps[-1]) == (num_pairs - 1) % pairs_per_step + 1
+
+
+def test_the_last_step_of_an_epoch_is_smaller():
+    plan = packing.StepPlan(num_pairs=10, pairs_per_step=4, epochs=2, seed=0)
+    assert [len(plan.pairs_of(step)) for step in range(1, 7)] == [4, 4, 2, 4, 4, 2]
+    assert [plan.examples_seen(step) for step in range(7)] == [0, 4, 8, 10, 14, 18, 20]
+
+
+@pytest.mark.parametrize("num_pairs, pairs_per_step", [(100, 32), (96, 32), (5, 32)])
+def test_examples_seen_is_the_sum_of_the_steps(num_pairs, pairs_per_step):
+    plan = packing.StepPlan(num_pairs, pairs_per_step, epochs=3, seed=1)
+    seen = 0
+    for step in range(1, plan.total_steps + 1):
+        seen += len(plan.pairs_of(step))
+        assert plan.examples_seen(step) == seen
+    assert seen == 3 * num_pairs
+
+
+@pytest.mark.parametrize("max_steps, total", [(0, 8), (3, 3), (8, 8), (9, 8)])
+def test_max_steps_only_shortens(max_steps, total):
+    assert packing.StepPlan(100, 32, epochs=2, seed=0, max_steps=max_steps).total_steps == total
+
+
+def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
+    plans = [packing.StepPlan(200, 32, epochs=2, seed=seed) for seed in (5, 5, 6)]
+    shorter = packing.StepPlan(200, 32, epochs=9, seed=5, max_steps=3)
+    orders = [[order_of(plan, epoch) for epoch in (0, 1)] for plan in plans]
+    assert orders[0] == orders[1] and order_of(shorter, 0) == orders[0][0]
+    assert orders[0][0] != orders[0][1] and orders[0][0] != orders[2][0] != orders[2][1]
+    assert orders[0][0] != list(range(200)), "not shuffled"
+
+
+def test_a_step_is_the_same_whichever_steps_were_asked_before():
+    plan = packing.StepPlan(100, 32, epochs=3, seed=0)
+    forwards = [plan.pairs_of(step).tolist() for step in range(1, 13)]
+    packing._shuffled.cache_clear()
+    backwards = [plan.pairs_of(step).tolist() for step in range(12, 0, -1)]
+    assert forwards == backwards[::-1]
+
+
+def test_the_fixed_sample_is_fixed_sorted_and_spread():
+    sample = packing.fixed_sample(1000, 100, seed=0)
+    assert np.array_equal(sample, packing.fixed_sample(1000, 100, seed=0))
+    assert not np.array_equal(sample, packing.fixed_sample(1000, 100, seed=1))
+    assert len(set(sample.tolist())) == 100 and (np.diff(sample) > 0).all()
+    assert all(20 <= ((sample >= start) & (sample < start + 500)).sum() <= 80 for start in (0, 500))
+
+
+@pytest.mark.parametrize("num_pairs, size", [(10, 0), (10, 10), (10, 11), (0, 5), (0, 0)])
+def test_the_fixed_sample_of_everything_is_everything(num_pairs, size):
+    assert packing.fixed_sample(num_pairs, size, seed=0).tolist() == list(range(num_pairs))
+
+
+def random_lengths(seed):
+    draw = np.random.default_rng(seed)
+    count = int(draw.integers(1, 200))
+    kind = seed % 4
+    if kind == 0:
+        return draw.integers(2, 1000, size=count)
+    if kind == 1:
+        return np.minimum(draw.lognormal(5, 1, size=count).astype(int) + 2, 4000)
+    return np.full(count, 77) if kind == 2 else draw.choice([2, 3, 3000], size=count)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 50, 300, 1024, 4096, 30_000])
+@pytest.mark.parametrize("batch_size", [1, 3, 32, 1000])
+def test_micro_batches_hold_every_pair_once_within_the_budget(tokens_per_batch, batch_size):
+    for seed in range(8):
+        lengths, costly_width = random_lengths(seed), (50.0, 3840.0)[seed // 4]
+        micro_batches = packing.plan_micro_batches(lengths, tokens_per_batch, batch_size, costly_width)
+        taken = [position for rows in micro_batches for row in rows for position in row]
+        assert sorted(taken) == list(range(len(lengths)))
+        for rows_of_pairs in micro_batches:
+            assert all(rows_of_pairs), "an empty row"
+            pairs = [position for row in rows_of_pairs for position in row]
+            row_lengths = [int(lengths[row].sum()) for row in rows_of_pairs]
+            width = packing.packed_width(row_lengths, tokens_per_batch)
+            assert max(row_lengths) <= width < max(row_lengths) + packing.WIDTH_STEP
+            assert len(pairs) <= batch_size
+            assert len(rows_of_pairs) * width <= tokens_per_batch or len(pairs) == 1
+            assert width <= max(lengths[pairs].max() + packing.WIDTH_STEP - 1, min(1024, tokens_per_batch))
+
+
+def test_the_longest_pair_is_in_the_first_micro_batch():
+    for seed in range(12):
+        lengths = random_lengths(seed)
+        first = packing.plan_micro_batches(lengths, 2048, 32, 3840.0)[0]
+        assert lengths.max() in [lengths[position] for row in first for position in row]
+
+
+def test_short_pairs_share_rows_without_padding():
+    micro_batches = packing.plan_micro_batches(np.array([300, 100, 100, 100]), 640, 32, 3840.0)
+    assert [[sorted(row) for row in rows_of_pairs] for rows_of_pairs in micro_batches] == [[[0], [1, 2, 3]]]
+
+
+@pytest.mark.parametrize(
+    "row_lengths, budget, width",
+    [([70], 4096, 128), ([100, 128], 4096, 128), ([300, 300], 600, 300), ([300, 290], 630, 315), ([500], 64, 500)],
+)
+def test_rows_are_as_wide_as_a_multiple_of_64_where_the_budget_allows_it(row_lengths, budget, width):
+    assert packing.packed_width(row_lengths, budget) == width
+
+
+def test_steps_of_other_pairs_come_in_few_shapes():
+    shapes, needed, computed = set(), 0, 0
+    for seed in range(20):
+        lengths = np.minimum(np.random.default_rng(seed).lognormal(5.5, 0.7, size=128).astype(int) + 20, 4000)
+        for rows in packing.plan_micro_batches(lengths, 4096, 32, 3840.0):
+            row_lengths = [int(lengths[row].sum()) for row in rows]
+            shapes.add(len(rows) * packing.packed_width(row_lengths, 4096))
+            needed += sum(row_lengths)
+            computed += len(rows) * packing.packed_width(row_lengths, 4096)
+    assert len(shapes) <= 4096 // packing.WIDTH_STEP and needed / computed > 0.97
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 50, 300, 4096, 30_000])
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_separate_rows_hold_every_pair_once_within_the_budget(tokens_per_batch, batch_size):
+    for seed in range(8):
+        longest_sides = random_lengths(seed)
+        micro_batches = packing.plan_separate_rows(longest_sides, tokens_per_batch, batch_size)
+        taken = [position for rows in micro_batches for (position,) in rows]
+        assert sorted(taken) == list(range(len(longest_sides)))
+        assert longest_sides[taken].tolist() == sorted(longest_sides.tolist(), reverse=True)
+        for rows_of_pairs in micro_batches:
+            width = max(int(longest_sides[position]) for (position,) in rows_of_pairs)
+            assert 1 <= len(rows_of_pairs) <= batch_size
+            assert 2 * len(rows_of_pairs) * width <= tokens_per_batch or len(rows_of_pairs) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_one_pair_is_packed_as_the_docstring_says(tmp_path):
+    pairs = dataset_of(tmp_path / "made", [([11, 12, 21, 22], [11, 12, 31])], margins=[0.25])
+    batch = packing.pack(pairs, np.array([0]), [[0]], pad_id=9, width=5)
+    assert batch.input_ids.tolist() == [[11, 12, 21, 22, 31]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2]]
+    assert batch.branch_ids.tolist() == [[0, 0, 1, 1, 2]]
+    assert batch.pair_ids.tolist() == [[0, 0, 0, 0, 0]]
+    assert batch.ends.tolist() == [[3, 4]]
+    assert batch.margins.tolist() == [0.25] and batch.indices.tolist() == [0]
+    assert (batch.needed_tokens, batch.computed_tokens) == (5, 5)
+    assert {t.dtype for t in (batch.input_ids, batch.position_ids, batch.pair_ids, batch.branch_ids, batch.ends)} == {
+        torch.int64
+    }
+
+
+def test_rows_of_several_pairs_are_packed_side_by_side_and_padded(tmp_path):
+    made = [([1, 2], [1, 3]), ([11, 12, 21, 22], [11, 12, 31]), ([4], [5, 6])]
+    pairs = dataset_of(tmp_path / "made", made)
+    # positions in `indices`, not indices: row 0 holds pairs 2 and 0, row 1 holds pair 1
+    batch = packing.pack(pairs, np.array([1, 0, 2]), [[2, 1], [0]], pad_id=9, width=6)
+    assert batch.input_ids.tolist() == [[4, 5, 6, 1, 2, 3], [11, 12, 21, 22, 31, 9]]
+    assert batch.position_ids.tolist() == [[0, 0, 1, 0, 1, 1], [0, 1, 2, 3, 2, 0]]
+    assert batch.branch_ids.tolist() == [[1, 2, 2, 0, 1, 2], [0, 0, 1, 1, 2, 0]]
+    assert batch.pair_ids.tolist() == [[0, 0, 0, 1, 1, 1], [2, 2, 2, 2, 2, -1]]
+    assert batch.ends.tolist() == [[0, 2], [4, 5], [9, 10]]
+    assert batch.indices.tolist() == [2, 0, 1] and batch.margins.tolist() == [2, 0, 1]
+    assert (batch.needed_tokens, batch.computed_tokens) == (11, 12)
+
+
+def unpacked(batch, number):
+    """The two sequences of a pair of a batch, from its branches alone, and the flat places of their last tokens."""
+    flat = {name: getattr(batch, name).flatten() for name in ("input_ids", "position_ids", "pair_ids", "branch_ids")}
+    sides, ends = [], []
+    for branch in (1, 2):
+        is_side = (flat["pair_ids"] == number) & ((flat["branch_ids"] == 0) | (flat["branch_ids"] == branch))
+        assert flat["position_ids"][is_side].tolist() == list(range(int(is_side.sum())))
+        sides.append(flat["input_ids"][is_side].tolist())
+        ends.append(int(is_side.nonzero()[-1]))
+    return sides, ends
+
+
+def test_both_sequences_of_every_pair_can_be_rebuilt_from_packed_rows(tmp_path):
+    made = random_pairs(60)
+    pairs = dataset_of(tmp_path / "made", made)
+    indices = np.random.default_rng(1).permutation(60)[:50]
+    batches = list(packing.micro_batches_of(pairs, indices, 500, 12, pad_id=0, costly_width=3840.0))
+    assert len(batches) > 3 and any((batch.pair_ids == -1).any() for batch in batches)
+    seen = []
+    for batch in batches:
+        for number, index in enumerate(batch.indices.tolist()):
+            sides, ends = unpacked(batch, number)
+            assert sides == [made[index][0].tolist(), made[index][1].tolist()]
+            assert ends == batch.ends[number].tolist()
+            assert batch.input_ids.flatten()[batch.ends[number]].tolist() == [made[index][0][-1], made[index][1][-1]]
+        assert batch.margins.tolist() == batch.indices.tolist()
+        assert batch.needed_tokens == (batch.pair_ids >= 0).sum()
+        assert (batch.input_ids[batch.pair_ids < 0] == 0).all()
+        seen += batch.indices.tolist()
+    assert sorted(seen) == sorted(indices.tolist())
+
+
+def test_separate_rows_are_the_plain_sequences_padded_on_the_right(tmp_path):
+    made = random_pairs(20)
+    pairs = dataset_of(tmp_path / "made", made)
+    indices = np.arange(19, -1, -1)
+    seen = []
+    for batch in packing.micro_batches_of(pairs, indices, 500, 6, pad_id=3, costly_width=None):
+        sides = [side.tolist() for index in batch.indices for side in made[index]]
+        width = max(map(len, sides))
+        assert batch.input_ids.tolist() == [side + [3] * (width - len(side)) for side in sides]
+        assert batch.attention_mask.tolist() == [[1] * len(side) + [0] * (width - len(side)) for side in sides]
+        assert batch.margins.tolist() == batch.indices.tolist()
+        assert batch.computed_tokens <= 500 and len(batch.indices) <= 6
+        seen += batch.indices.tolist()
+    assert sorted(seen) == list(range(20))
+
+
+@pytest.mark.parametrize("costly_width", [3840.0, None])
+def test_an_evaluation_planned_in_parts_takes_every_pair_once(tmp_path, monkeypatch, costly_width):
+    monkeypatch.setattr(packing, "PAIRS_PLANNED_AT_ONCE", 7)
+    pairs = dataset_of(tmp_path / "made", random_pairs(30))
+    batches = list(packing.micro_batches_of(pairs, np.arange(30), 1000, 32, 0, costly_width))
+    assert sorted(np.concatenate([batch.indices for batch in batches]).tolist()) == list(range(30))
+    assert max(len(batch.indices) for batch in batches) <= 7
+
+
+@pytest.mark.parametrize("costly_width", [3840.0, None])
+def test_moving_a_batch_keeps_everything_else(tmp_path, costly_width):
+    pairs = dataset_of(tmp_path / "made", random_pairs(3))
+    (batch,) = packing.micro_batches_of(pairs, np.arange(3), 10_000, 32, 0, costly_width)
+    moved = batch.to(torch.device("meta"))
+    assert type(moved) is type(batch) and moved.input_ids.is_meta and moved.margins.is_meta
+    assert moved.indices is batch.indices and moved.needed_tokens == batch.needed_tokens
+    assert not batch.input_ids.is_meta
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans first, tensors later
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("costly_width", [3840.0, None])
+def test_a_plan_says_of_its_batch_what_the_built_batch_is(tmp_path, costly_width):
+    pairs = dataset_of(tmp_path / "made", random_pairs(60))
+    indices = np.random.default_rng(1).permutation(60)[:50]
+    plans = packing.plan_step(pairs, indices, 500, 12, costly_width)
+    assert len(plans) > 3 and sum(plan.pairs for plan in plans) == 50
+    for plan in plans:
+        batch = packing.build(pairs, plan, pad_id=0)
+        assert plan.indices.tolist() == batch.indices.tolist()
+        assert (plan.pairs, plan.needed_tokens) == (len(batch.margins), batch.needed_tokens)
+        assert plan.computed_tokens == batch.computed_tokens
+        assert [place for row in plan.rows for place in row] == list(range(plan.pairs))
+        height, width = batch.input_ids.shape
+        price = 1 + width / max(costly_width or 0, packing.LEAST_COSTLY_WIDTH)
+        assert plan.cost == pytest.approx(height * width * price + packing.MICRO_BATCH_START)
+
+
+@pytest.mark.parametrize("costly_width", [3840.0, None])
+def test_planning_then_building_gives_the_micro_batches_themselves(tmp_path, costly_width):
+    pairs = dataset_of(tmp_path / "made", random_pairs(40))
+    indices = np.random.default_rng(1).permutation(40)
+    plans = packing.plan_step(pairs, indices, 400, 12, costly_width)
+    batches = list(packing.micro_batches_of(pairs, indices, 400, 12, 7, costly_width))
+    for plan, batch in zip(plans, batches, strict=True):
+        built = packing.build(pairs, plan, 7)
+        assert type(built) is type(batch)
+        for name, value in vars(batch).items():
+            if torch.is_tensor(value):
+                assert torch.equal(getattr(built, name), value), name
+
+
+def test_prefetched_batches_come_in_order_and_one_ahead():
+    begun = []
+
+    def build(number):
+        begun.append(number)
+        return number * 10
+
+    with contextlib.closing(packing.prefetched(iter(range(6)), build)) as batches:
+        assert next(batches) == 0
+        wait_until(lambda: begun == [0, 1])
+        time.sleep(0.05)
+        assert begun == [0, 1], "more than one was made ahead"
+        assert list(batches) == [10, 20, 30, 40, 50]
+    assert begun == list(range(6))
+
+
+def wait_until(is_so, seconds=10):
+    ends = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < ends, "it did not come to that"
+        time.sleep(0.002)
+
+
+def test_prefetching_works_while_the_consumer_does():
+    started = threading.Event()
+
+    def build(number):
+        if number == 1:
+            started.set()
+        return threading.current_thread().name
+
+    batches = packing.prefetched(range(3), build)
+    assert next(batches).startswith("prefetch")
+    assert started.wait(10), "the second batch is only begun when it is asked for"
+    batches.close()
+
+
+def test_an_error_of_building_comes_out_in_its_place_and_ends_it():
+    built = []
+
+    def build(number):
+        if number == 2:
+            raise OSError("the disk is gone")
+        built.append(number)
+        return number
+
+    batches = packing.prefetched(range(10), build)
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
+    assert list(batches) == [] and set(built) <= {0, 1, 3}, "it went on after the error"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_stopping_early_builds_nothing_more_and_leaves_no_thread(depth):
+    built = []
+    batches = packing.prefetched(range(1000), lambda number: built.append(number) or number, depth)
+    assert [next(batches) for _ in range(3)] == [0, 1, 2]
+    batches.close()
+    assert 3 <= len(built) <= 3 + depth
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_pinned_batches_keep_everything(tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("pinned memory is CUDA's")
+    pairs = dataset_of(tmp_path / "made", random_pairs(3))
+    (batch,) = packing.micro_batches_of(pairs, np.arange(3), 10_000, 32, 0, 3840.0)
+    pinned = batch.pinned()
+    assert pinned.input_ids.is_pinned() and torch.equal(pinned.input_ids, batch.input_ids)
+    assert pinned.indices is batch.indices

@@ -1,0 +1,178 @@
+"""eval_rm.py --score: rewards as a step of a pipeline."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+import eval_rm
+import models
+from tests.conftest import ROOT
+from utils import UserError
+
+DIALOGUE = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Good day."}]
+
+
+@pytest.fixture
+def score(reward_checkpoint, write_rows, capfdbinary):
+    """Score rows through --score; returns (lines of standard output, text of standard error)."""
+
+    def run(rows, *flags):
+        file = write_rows(rows, "in.jsonl")
+        capfdbinary.readouterr()
+        eval_rm.main(["--model", str(reward_checkpoint), "--score", str(file), "--precision", "fp32", *flags])
+        sys.stdout.flush()
+        captured = capfdbinary.readouterr()
+        return [json.loads(line) for line in captured.out.decode().splitlines()], captured.err.decode()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def own_rewards(reward_checkpoint):
+    return models.RewardModel.restore(reward_checkpoint).eval().score_dialogues
+
+
+def test_each_form_gets_the_models_own_reward_and_keeps_what_it_had(score, own_rewards):
+    rows = [
+        {"messages": DIALOGUE, "id": "é"},
+        {"prompt": "Hello?", "reply": "Good day."},
+        {"prompt": "\n\nHuman: Hello?\n\nAssistant:", "response": "Good day."},
+        {"prompt": DIALOGUE[:1], "completion": "Good day."},
+        {"prompt": "Hello?", "replies": ["Good day.", "No."]},
+    ]
+    found, errors = score(rows)
+    other = [DIALOGUE[0], {"role": "assistant", "content": "No."}]
+    wanted, less = own_rewards([DIALOGUE, other])
+    for row, one in zip(rows[:4], found, strict=False):
+        assert one == {**row, "reward": pytest.approx(wanted, abs=1e-5)}
+    assert found[4] == {**rows[4], "rewards": pytest.approx([wanted, less], abs=1e-5)}
+    assert "5 rows scored" in errors
+
+
+def test_what_comes_out_goes_in_again(score):
+    """Half a character stays its escape, which is UTF-8 and JSON; a number that no JSON is stops with its line."""
+    found, _ = score([{"prompt": "Hello?", "reply": "Good day.", "note": "\ud800"}, {"prompt": "a", "reply": "\ud800"}])
+    assert found[0]["note"] == "\ud800" and found[0]["reward"] is not None
+    assert found[1]["reward"] is None and "surrogate" in found[1]["left_out"]
+    again, _ = score(found)
+    assert again == found
+    with pytest.raises(UserError, match=r"in\.jsonl:2[^0-9](.|\n)*") as caught:
+        score([{"prompt": "a", "reply": "b"}, {"prompt": "a", "reply": "b", "n": float("inf")}])
+    assert "not finite" in str(caught.value)
+
+
+def test_closed_standard_input_is_said(monkeypatch, reward_checkpoint):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="standard input is closed"):
+        eval_rm.main(["--model", str(reward_checkpoint), "--score", "-"])
+
+
+def test_order_is_kept_whatever_the_lengths(score, own_rewards):
+    rows = [{"prompt": f"Hello {n}?", "reply": "word " * (1 + n * 37 % 50)} for n in range(200)]
+    found, _ = score(rows, "--tokens_per_batch", "300")
+    assert [{key: one[key] for key in ("prompt", "reply")} for one in found] == rows
+    dialogues = [[{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["reply"]}] for r in rows]
+    assert [one["reward"] for one in found] == pytest.approx(own_rewards(dialogues), abs=1e-4)
+
+
+def test_best_of_picks_the_highest_and_the_first_of_equals(score, own_rewards):
+    replies = ["No.", "Good day, what can I do for you?", "word word", "No."]
+    (found,), _ = score([{"prompt": "Hello?", "replies": replies}], "--best_of")
+    rewards = own_rewards([[DIALOGUE[0], {"role": "assistant", "content": reply}] for reply in replies])
+    best = rewards.index(max(rewards))
+    assert rewards[0] == pytest.approx(rewards[3]) and found["rewards"][0] == found["rewards"][3]
+    assert found["best"] == (0 if best == 3 else best) and found["reply"] == replies[best]
+    assert found["reward"] == found["rewards"][best] == max(found["rewards"])
+    (found,), _ = score([{"prompt": "Hello?", "replies": ["No.", "No."]}], "--best_of")
+    assert found["best"] == 0
+
+
+def test_what_cannot_be_scored_keeps_its_place_and_is_counted(score):
+    rows = [
+        {"prompt": "Hello?", "reply": "Good day."},
+        {"prompt": "Hello?", "reply": " "},
+        {"prompt": "Hello?", "reply": "word " * 500},
+        {"messages": DIALOGUE[:1]},
+        {"prompt": "Hello?", "replies": ["yes", ""]},
+        {"prompt": "Hello?", "reply": "Good day."},
+    ]
+    found, errors = score(rows, "--max_length", "100", "--best_of")
+    assert [one.get("left_out") for one in found] == [
+        None, "no reply (the last turn is empty)", "too long", "last turn not the assistant's",
+        "no reply (the last turn is empty)", None,
+    ]  # fmt: skip
+    assert [one["reward"] is None for one in found] == [False, True, True, True, True, False]
+    assert "2 rows scored, 4 left out" in errors
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        (b'{"prompt": "a"', "the data is not JSON"),
+        (b'{"prompt": "a", "replys": ["b"]}', "did you mean 'reply'"),
+        (b'{"prompt": "a", "replies": []}', "a list with at least one reply"),
+        (b'{"prompt": "a", "reply": 3}', "'reply' holds a int"),
+        (b'{"messages": "hello"}', "'messages' is a str"),
+        (b'"hello"', "it is a str, not an object"),
+    ],
+)
+def test_a_broken_line_is_named_after_those_before_it_are_answered(
+    text, wanted, reward_checkpoint, tmp_path, capfdbinary
+):
+    file = tmp_path / "in.jsonl"
+    file.write_bytes(b'{"prompt": "a", "reply": "b"}\n\n' + text + b"\n")
+    with pytest.raises(UserError, match=wanted) as raised:
+        eval_rm.main(["--model", str(reward_checkpoint), "--score", str(file)])
+    assert "in.jsonl:3" in str(raised.value)
+    sys.stdout.flush()
+    assert len(capfdbinary.readouterr().out.splitlines()) == 1
+
+
+def test_what_is_no_file_is_said(reward_checkpoint, tmp_path):
+    (tmp_path / "replies.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"--score names no file, did you mean 'replies.jsonl'"):
+        eval_rm.main(["--model", str(reward_checkpoint), "--score", str(tmp_path / "reply.jsonl")])
+    for name, what in ((str(tmp_path), "a folder"), (os.devnull, "no regular file")):
+        with pytest.raises(UserError, match=f"--score names {what}"):
+            eval_rm.main(["--model", str(reward_checkpoint), "--score", name])
+
+
+def start(model, **pipes):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "eval_rm.py"), "--model", str(model), "--score", "-"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **pipes,
+    )  # fmt: skip
+
+
+def test_standard_input_is_answered_line_by_line_and_ctrl_c_ends_it(reward_checkpoint):
+    """Somebody who writes one line and waits for its reward gets it, before the input ends."""
+    with start(reward_checkpoint, env={**os.environ, "PYTHONIOENCODING": "ascii"}) as process:
+        watchdog = threading.Timer(240, process.kill)
+        watchdog.start()
+        for number in range(3):
+            row = {"prompt": "Hello?", "reply": f"Grüße {number}"}
+            process.stdin.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            process.stdin.flush()
+            found = json.loads(process.stdout.readline())
+            assert found == {**row, "reward": found["reward"]} and isinstance(found["reward"], float)
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate()
+        watchdog.cancel()
+    assert process.returncode == 130, errors
+    assert rest == b"" and b"Traceback" not in errors and b"Fatal" not in errors
+
+
+def test_a_reader_that_leaves_ends_it_quietly(reward_checkpoint):
+    with start(reward_checkpoint) as process:
+        watchdog = threading.Timer(240, process.kill)
+        watchdog.start()
+        process.stdout.close()
+        _, errors = process.communicate(b'{"prompt": "a", "reply": "b"}\n' * 50)
+        watchdog.cancel()
+    assert process.returncode == 1
+    assert b"nobody reads the output any more" in errors and b"Traceback" not in errors

@@ -1,0 +1,1225 @@
+"""manage_runs.py: on folders made by real trainings, as functions, as a program, and in a pseudo-terminal."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+import manage_runs
+import utils
+from checkpointing import run_folder
+from common import file_locks
+from run_manager import deletion_plan, display, inventory, questions, trash
+from tests.conftest import ROOT
+
+needs_pty = pytest.mark.skipif(os.name == "nt", reason="this platform has no pseudo-terminals: prompts are not driven")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its victims")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs to look at: made once by real trainings, copied for each test
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train(folder, *flags, **options):
+    command = [sys.executable, str(ROOT / "train_rm.py"), *map(str, flags)]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def stop_at_step_3(process, number):
+    """Send a signal once two steps were made."""
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if line.startswith("saved") and "step-2" in line:
+            process.send_signal(number)
+            break
+    process.stdout.read()
+    assert process.wait(60) != 0, seen
+
+
+@pytest.fixture(scope="session")
+def small_flags(base, small_dataset):
+    return ["--model", base, "--dataset", small_dataset, "--batch_size", "8", "--grad_accum", "2", "--lora",
+            "--eval_num_batches", "1", "--lr", "1e-3", "--no_report"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(small_flags, tmp_path_factory):
+    """A finished run, one resumed from it, one stopped, one killed, one that crashed."""
+    folder = tmp_path_factory.mktemp("trained")
+    each_step = ["--eval_steps", "1", "--save_steps", "1"]
+    finished = train(folder, *small_flags, *each_step, "--run_name", "first", "--seed", "3")
+    assert finished.communicate(timeout=300) and finished.returncode == 0
+    long = [*small_flags, *each_step, "--epochs", "500"]
+    stopped, killed = (train(folder, *long, "--run_name", name) for name in ("stopped", "killed"))
+    stop_at_step_3(stopped, signal.SIGINT)
+    stop_at_step_3(killed, signal.SIGKILL)
+    assert stopped.returncode == 130 and killed.returncode == -signal.SIGKILL
+    for dead in (folder / "checkpoints/rm").glob("*/.tmp-*"):  # chance: did the kill meet a save?
+        shutil.rmtree(dead) if dead.is_dir() else dead.unlink()
+    # a rate that makes every later loss infinite or not a number: ten such steps in a row end the run
+    crashed = train(folder, *small_flags, "--lr", "1e30", "--max_grad_norm", "0", "--epochs", "20",
+                    "--run_name", "crashed", "--eval_steps", "0")  # fmt: skip
+    assert "in a row" in crashed.communicate(timeout=300)[0]
+    branch = train(folder, "--resume_from", "checkpoints/rm/first/step-2", "--run_name", "branch", "--save_steps", "0")
+    assert "done: 4 steps" in branch.communicate(timeout=300)[0]
+    return folder
+
+
+@pytest.fixture
+def work(trained, tmp_path, monkeypatch):
+    """A copy of them in a folder of its own, beside something that nobody may touch."""
+    folder = tmp_path / "work"
+    shutil.copytree(trained, folder, symlinks=True)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "precious.txt").write_text("do not touch")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def manage(work):
+    """Run the program there without a terminal."""
+
+    def run(*arguments, **options):
+        command = [sys.executable, str(ROOT / "manage_runs.py"), *map(str, arguments)]
+        return subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=120,
+                              stdin=subprocess.DEVNULL, **options)  # fmt: skip
+
+    return run
+
+
+def objects(manage, *arguments):
+    result = manage("--json", *arguments)
+    assert result.returncode == 0, result.stderr
+    return {run["name"]: run for run in json.loads(result.stdout)}
+
+
+def tree(folder):
+    """Everything beneath a folder but locks and empty trashes: what a test means by 'as it was'."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*")):
+        if path.name in (".lock", ".trash"):
+            continue
+        way = str(path.relative_to(folder))
+        found[way] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
+    return found
+
+
+def roots_of(work):
+    return inventory.Roots(work / "checkpoints/rm", work / "logs/rm")
+
+
+def scanned(work):
+    return {run.name: run for run in inventory.scan(roots_of(work))[0]}
+
+
+@pytest.fixture
+def training(work, small_flags):
+    """A run that is being trained while the test runs."""
+    flags = [*small_flags, "--epochs", "5000", "--save_steps", "1", "--eval_steps", "1", "--keep_checkpoints", "2"]
+    process = train(work, *flags, "--run_name", "live")
+    for line in process.stdout:
+        if line.startswith("saved") and "step-2" in line:
+            break
+    drain = threading.Thread(target=process.stdout.read, daemon=True)
+    drain.start()
+    yield process
+    process.kill()
+    process.wait(60)
+    drain.join(60)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The record of a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_way_a_training_ends_is_told_from_its_lock_and_record(manage):
+    found = objects(manage)
+    assert {name: run["state"] for name, run in found.items()} == {
+        "first": "finished", "branch": "finished", "stopped": "stopped", "killed": "crashed", "crashed": "crashed",
+    }  # fmt: skip
+    assert found["stopped"]["cause"] == "SIGINT" and "killed" in found["killed"]["cause"]
+    assert "in a row had a loss" in found["crashed"]["cause"]
+    assert (found["first"]["steps_done"], found["first"]["planned_steps"]) == (4, 4)
+    assert found["killed"]["steps_done"] >= 2 and found["killed"]["planned_steps"] == 2000
+    assert found["branch"]["resumed_from"] == os.path.join("first", "step-2")
+    assert found["first"]["training"] == "lora" and found["first"]["ended"] >= found["first"]["started"]
+
+
+def test_accuracies_are_those_that_tensorboard_shows(manage, work):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(work / "logs/rm/first")).Reload()
+    points = [(point.step, point.value) for point in events.Scalars("eval/accuracy")]
+    found = objects(manage)["first"]
+    assert len(points) == 4
+    best = max(points, key=lambda point: (point[1], point[0]))
+    for what, (step, value) in (("last", points[-1]), ("best", best)):
+        assert found[what]["step"] == step and found[what]["accuracy"] == pytest.approx(value)
+        low, high = found[what]["interval"]
+        assert (found[what]["pairs"] == 8 and low < found[what]["accuracy"] < high) or high == pytest.approx(1)
+
+
+def test_a_checkpoint_says_of_how_many_pairs_its_accuracy_is_and_old_ones_stay_readable(work):
+    from checkpointing import checkpoint
+
+    step = work / "checkpoints/rm/first/step-2"
+    assert checkpoint.read_position(step).eval_pairs == 8
+    content = utils.read_json(step / "training_state.json")
+    del content["eval_pairs"]
+    utils.write_json(step / "training_state.json", content)
+    assert checkpoint.read_position(step).eval_pairs is None
+    assert scanned(work)["first"].steps[1].accuracy().interval is None
+
+
+def test_a_resumed_run_keeps_its_start_and_drops_what_lies_after(manage, work):
+    before = run_folder.read_record(work / "checkpoints/rm/first")
+    again = train(work, "--resume_from", "checkpoints/rm/first/step-2", "--eval_steps", "0")
+    assert "done: 4 steps" in again.communicate(timeout=300)[0]
+    after = run_folder.read_record(work / "checkpoints/rm/first")
+    assert (after.started, after.state) == (before.started, "finished") and after.began >= before.began
+    assert [entry[0] for entry in before.evaluations] == [1, 2, 3, 4]
+    assert [entry[0] for entry in after.evaluations] == [1, 2, 4]
+    assert after.evaluations[:2] == before.evaluations[:2]
+
+
+def test_a_run_killed_after_its_last_save_is_mended_by_resuming_it(work):
+    folder = work / "checkpoints/rm/first"
+    record = run_folder.read_record(folder)
+    record.state, record.ended = run_folder.RUNNING, None
+    run_folder.write_record(folder, record)
+    assert scanned(work)["first"].state == "crashed"
+    again = train(work, "--resume_from", folder)
+    assert "nothing to do" in again.communicate(timeout=300)[0]
+    assert scanned(work)["first"].state == "finished"
+
+
+def test_a_run_that_crashed_before_its_first_save_may_be_begun_again_under_its_name(work, small_flags):
+    folder = work / "checkpoints/rm/crashed"
+    for step in utils.step_folders(folder):
+        shutil.rmtree(step)
+    again = train(work, *small_flags, "--run_name", "crashed", "--max_steps", "1")
+    assert "done: 1 steps" in again.communicate(timeout=300)[0]
+    assert scanned(work)["crashed"].state == "finished"
+
+
+def test_asking_whether_a_lock_is_held_neither_makes_nor_changes_it(tmp_path):
+    lock = tmp_path / ".lock"
+    assert file_locks.is_locked(lock) is False and not lock.exists()
+    held = file_locks.RunLock(tmp_path)
+    content, when = lock.read_bytes() if os.name != "nt" else None, lock.stat().st_mtime_ns
+    assert file_locks.is_locked(lock) is True
+    held.release()
+    assert file_locks.is_locked(lock) is False
+    assert content is None or (lock.read_bytes(), lock.stat().st_mtime_ns) == (content, when)
+
+
+def test_asking_never_keeps_a_training_from_beginning(tmp_path):
+    file_locks.RunLock(tmp_path).release()
+    stop = threading.Event()
+
+    def ask():
+        while not stop.is_set():
+            file_locks.is_locked(tmp_path / ".lock")
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        for _ in range(200):
+            file_locks.RunLock(tmp_path).release()
+    finally:
+        stop.set()
+        asking.join()
+
+
+def test_a_lock_whose_folder_was_taken_away_is_refused(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    original = file_locks._lock
+
+    def take_away_first(file, is_shared=False):  # what a deletion does between a training's opening and locking
+        run.rename(tmp_path / "gone")
+        original(file, is_shared)
+
+    monkeypatch.setattr(file_locks, "_lock", take_away_first)
+    with pytest.raises(utils.UserError, match="being deleted"):
+        file_locks.RunLock(run)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Listing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pipe_gets_one_complete_line_a_run(manage, work):
+    long_name = "x" * 100
+    (work / "checkpoints/rm/branch").rename(work / "checkpoints/rm" / long_name)
+    lines = manage().stdout.splitlines()
+    assert lines[0].split() == " ".join(display.HEADS).split()
+    assert sorted(line.split()[1] for line in lines[1:7] if line[0].isdigit())[-1] == long_name
+    first = next(line for line in lines if " first " in line)
+    assert "finished" in first and "4 of 4" in first and "LoRA" in first and "%" in first
+    assert "\x1b" not in "".join(lines)
+
+
+def test_sizes_are_the_bytes_on_disk(manage, work):
+    for name, run in objects(manage).items():
+        for root, key in (("checkpoints", "checkpoint_bytes"), ("logs", "log_bytes")):
+            wanted = sum(path.stat().st_size for path in (work / root / "rm" / name).rglob("*") if path.is_file())
+            assert run[key] == wanted
+
+
+def test_the_list_is_sorted_and_filtered(manage, work):
+    assert list(objects(manage, "--sort", "name")) == ["branch", "crashed", "first", "killed", "stopped"]
+    accuracies = [run["best"]["accuracy"] for run in objects(manage, "--sort", "accuracy").values() if run["best"]]
+    assert len(accuracies) == 4 and accuracies == sorted(accuracies)
+    sizes = [run["checkpoint_bytes"] + run["log_bytes"] for run in objects(manage, "--sort", "size").values()]
+    assert sizes == sorted(sizes)
+    assert set(objects(manage, "--state", "crashed")) == {"killed", "crashed"}
+    assert set(objects(manage, "--name", "*ed")) == {"stopped", "killed", "crashed"}
+    assert objects(manage, "--older_than", "7d") == {}
+    record = run_folder.read_record(work / "checkpoints/rm/first")
+    record.started = (datetime.now(UTC) - timedelta(days=8)).isoformat()
+    run_folder.write_record(work / "checkpoints/rm/first", record)
+    assert set(objects(manage, "--older_than", "7d")) == {"first"}
+    assert objects(manage, "--older_than", "9d") == {}
+
+
+@pytest.mark.parametrize("age", ["7", "7x", "-1d", "²d", "1.5d", "", "9999999d", "7D"])
+def test_an_age_that_is_none_is_refused(manage, age):
+    result = manage("--list", "--older_than", age)
+    assert result.returncode == 2 and "--older_than" in result.stderr
+
+
+def test_torch_is_never_imported(work):
+    for words in (["--list"], ["--json"], ["--show", "first"], ["--delete", "branch", "--yes"], ["--undo"]):
+        code = (
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); import manage_runs; manage_runs.main({words!r}); "
+            "assert not {'torch', 'tensorflow', 'transformers'} & set(sys.modules)"
+        )
+        result = subprocess.run([sys.executable, "-c", code], cwd=work, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
+
+
+def test_help_waits_for_no_library():
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import manage_runs\n"
+        "try: manage_runs.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'rich', 'questionary', 'plotext', 'tensorboard', 'numpy'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and "--empty_trash" in result.stdout, result.stderr
+
+
+def test_a_run_that_vanishes_while_it_is_listed_is_no_error(work):
+    folder, hidden = work / "checkpoints/rm/first", work / "hidden"
+    stop = threading.Event()
+
+    def flicker():
+        while not stop.is_set():
+            for path in (folder, work / "logs/rm/first", folder / "step-2"):
+                path.rename(hidden)
+                hidden.rename(path)
+
+    flickering = threading.Thread(target=flicker)
+    flickering.start()
+    try:
+        counts = {len(inventory.scan(roots_of(work))[0]) for _ in range(300)}
+    finally:
+        stop.set()
+        flickering.join()
+    assert counts <= {4, 5, 6}  # 6: checkpoints were gone, their logs were there
+
+
+ODD_RECORDS = {
+    "a list": "[]",
+    "cut": '{"state": "fini',
+    "another state": '{"state": "dancing"}',
+    "numbers for texts": '{"state": 1}',
+    "nested without end": "[" * 100_000,
+    "not UTF-8": b"\xff\xfe\x00",
+    "empty": "",
+    "evaluations of nothing": None,
+    "a year that no clock has": None,
+    "an end that is no time": None,
+}
+ODD_FIELDS = {
+    "evaluations of nothing": {"evaluations": [[1, 5, 0]]},
+    "a year that no clock has": {"started": "0001-01-01T00:00:00+23:00"},
+    "an end that is no time": {"ended": "yesterday"},
+}
+
+
+@pytest.mark.parametrize("kind", ODD_RECORDS)
+def test_a_record_that_nobody_of_us_wrote_is_a_note_and_no_crash(manage, work, kind):
+    path = work / "checkpoints/rm/first/run.json"
+    content = ODD_RECORDS[kind]
+    if content is None:
+        content = json.dumps({**utils.read_json(path), **ODD_FIELDS[kind]})
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    found = objects(manage)["first"]
+    assert found["state"] == "unknown" and any("run.json cannot be read" in note for note in found["notes"])
+    assert found["base_model"] and found["best"], "the checkpoints still know"
+    assert manage("--show", "first").returncode == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders here")
+@pytest.mark.parametrize("name", ["run.json", ".lock"])
+def test_a_pipe_in_a_files_place_keeps_nobody_waiting(manage, work, name):
+    path = work / "checkpoints/rm/first" / name
+    path.unlink()
+    os.mkfifo(path)
+    assert objects(manage)["first"]["checkpoints"]
+    if name == ".lock":
+        result = manage("--delete", "first", "--yes")
+        assert result.returncode == 2 and "no ordinary file" in result.stderr and "first" in objects(manage)
+
+
+def test_logs_of_another_output_dir_are_neither_claimed_nor_shown(manage, work):
+    (work / "elsewhere").mkdir()
+    shutil.copytree(work / "checkpoints/rm/first", work / "elsewhere/first")
+    found = objects(manage, "--output_dir", "elsewhere")
+    assert list(found) == ["first"] and found["first"]["log_folder"] is None
+    assert any("not --log_dir" in note for note in found["first"]["notes"])
+    before = tree(work / "logs")
+    assert manage("--output_dir", "elsewhere", "--delete", "first", "--yes").returncode == 0
+    assert tree(work / "logs") == before
+
+
+def test_logs_without_checkpoints_and_checkpoints_without_logs_are_shown_and_handled(manage, work):
+    shutil.rmtree(work / "checkpoints/rm/killed")
+    shutil.rmtree(work / "logs/rm/stopped")
+    found = objects(manage)
+    assert found["killed"]["folder"] is None and found["killed"]["started"]
+    assert "no logs here" in found["stopped"]["notes"]
+    assert "logs only" in manage().stdout
+    assert manage("--show", "killed").returncode == 0
+    result = manage("--delete", "killed", "stopped", "--yes")
+    assert result.returncode == 0 and "may be training" in result.stderr
+    assert not (work / "logs/rm/killed").exists() and not (work / "checkpoints/rm/stopped").exists()
+    assert manage("--undo").returncode == 0 and set(objects(manage)) == set(found)
+
+
+def test_folders_that_are_no_runs_are_left_alone(manage, work):
+    (work / "checkpoints/rm/notes").mkdir()
+    (work / "checkpoints/rm/notes/todo.txt").write_text("buy milk")
+    result = manage()
+    assert "notes: no run" in result.stdout and "notes" not in objects(manage)
+    assert manage("--delete", "notes", "--yes").returncode == 2
+    assert (work / "checkpoints/rm/notes/todo.txt").read_text() == "buy milk"
+
+
+def test_no_runs_at_all_say_how_to_make_one(run_script, tmp_path):
+    result = run_script("manage_runs.py")
+    assert result.returncode == 2 and "train_rm.py" in result.stderr
+    (tmp_path / "checkpoints/rm").mkdir(parents=True)
+    result = run_script("manage_runs.py")
+    assert result.returncode == 0 and "0 runs" in result.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_one_run_shows_settings_steps_curve_and_commands(manage, work):
+    text = manage("--show", "first").stdout
+    assert "lora" in text and "seed" in text and "configuration against the defaults" in text
+    assert "max_grad_norm" not in text, "it has its default"
+    assert "step-2" in text and "branch went on from here" in text and "best" in text
+    assert "loss by step" in text and "┤" in text
+    assert f"--resume_from {Path('checkpoints/rm/first')}" in text and "tensorboard --logdir" in text
+    assert "eval_rm.py" in text
+    against = manage("--show", "first", "--against", "stopped").stdout
+    assert "epochs" in against and "500" in against and "lr_schedule" not in against
+
+
+def test_the_commands_shown_work(manage, work):
+    text = manage("--show", "stopped").stdout
+    command = next(line for line in text.splitlines() if "train_rm.py" in line).split()
+    again = train(work, *command[2:], "--max_steps", "1")
+    assert "nothing to do" in again.communicate(timeout=300)[0] and again.returncode == 0
+
+
+def test_a_curve_of_torn_or_foreign_logs_is_said_to_be_unreadable_or_partial(manage, work):
+    for path in (work / "logs/rm/first").glob("*tfevents*"):
+        path.write_bytes(path.read_bytes()[:-7])
+    assert "loss by step" in manage("--show", "first").stdout
+    for path in (work / "logs/rm/first").glob("*tfevents*"):
+        path.write_bytes(b"\x00garbage" * 100)
+    result = manage("--show", "first")
+    assert result.returncode == 0 and "loss: " in result.stdout
+
+
+def test_an_ascii_terminal_gets_an_ascii_curve(manage):
+    result = manage("--show", "first", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert result.returncode == 0 and "loss by step" in result.stdout
+    curve = result.stdout.split("loss by step")[1].split("next:")[0]
+    assert curve.isascii() and "\\u" not in curve
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Deleting and undoing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_deleted_run_comes_back_byte_for_byte_and_not_from_an_emptied_trash(manage, work):
+    before = tree(work)
+    result = manage("--delete", "first", "stopped", "--yes")
+    assert result.returncode == 0 and "branch was resumed from first/step-2" in result.stderr
+    assert set(objects(manage)) == {"branch", "killed", "crashed"}
+    assert manage("--undo").returncode == 0
+    assert tree(work) == before
+    assert manage("--delete", "first", "--yes").returncode == 0
+    result = manage("--empty_trash", "--yes")
+    assert result.returncode == 0 and "freed" in result.stdout
+    assert not list((work / "checkpoints/rm/.trash").glob("2*")) and not list((work / "logs/rm/.trash").glob("2*"))
+    result = manage("--undo")
+    assert result.returncode == 2 and "empty" in result.stderr
+
+
+def test_undoing_goes_back_deletion_by_deletion(manage, work):
+    states = [tree(work)]
+    for words in (["--delete", "killed"], ["--delete", "first/step-1"], ["--prune", "keep=best,last"], ["--shrink"]):
+        assert manage(*words, "--yes").returncode == 0
+        states.append({way: c for way, c in tree(work).items() if ".trash" not in way})
+    for state in reversed(states[:-1]):
+        assert manage("--undo").returncode == 0
+        assert {way: c for way, c in tree(work).items() if ".trash" not in way} == state
+    assert manage("--undo").returncode == 2
+
+
+def test_a_dry_run_touches_nothing(manage, work):
+    assert manage("--delete", "crashed", "--yes").returncode == 0
+    before = tree(work)
+    for words in (["--delete", "first"], ["--prune", "keep=last"], ["--shrink"], ["--delete_superseded"],
+                  ["--undo"], ["--empty_trash"]):  # fmt: skip
+        result = manage(*words, "--dry_run")
+        assert result.returncode == 0, result.stderr
+        assert tree(work) == before
+
+
+def test_without_a_terminal_it_never_asks(manage, work):
+    before = tree(work)
+    for words in (["--delete", "first"], ["--prune", "keep=last"], ["--shrink"]):
+        result = manage(*words)
+        assert result.returncode == 2 and "--yes" in result.stderr and tree(work) == before
+    assert manage("--delete", "first", "--yes").returncode == 0
+    result = manage("--empty_trash")
+    assert result.returncode == 2 and "--yes" in result.stderr and list((work / "checkpoints/rm/.trash").glob("2*"))
+
+
+def test_tensorboard_does_not_show_the_trash(manage, work):
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    assert set(EventMultiplexer().AddRunsFromDirectory(str(work / "logs/rm")).Runs()) >= {"first", "killed"}
+    assert manage("--delete", "first", "--yes").returncode == 0
+    shown = EventMultiplexer().AddRunsFromDirectory(str(work / "logs/rm")).Runs()
+    assert "killed" in shown and not any("first" in name for name in shown)
+
+
+def test_pruning_keeps_what_it_was_told_to(manage, work):
+    folder = work / "checkpoints/rm/first"
+    best = utils.best_step(folder).name
+    result = manage("--prune", "keep=best,last", "--name", "first", "--yes")
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in utils.step_folders(folder)} == {best, "step-4"}
+    assert utils.best_step(folder).name == best
+    assert manage("--undo").returncode == 0
+    assert manage("--prune", "keep=2", "--name", "first", "--yes").returncode == 0
+    assert [path.name for path in utils.step_folders(folder)] == ["step-3", "step-4"]
+    assert len(utils.step_folders(work / "checkpoints/rm/stopped")) >= 2, "the filter held"
+
+
+@pytest.mark.parametrize("keep", ["best", "keep=", "keep=0", "keep=²", "keep=best,,last", "keep=-1", "keep=all"])
+def test_what_pruning_should_keep_must_be_clear(manage, work, keep):
+    before = tree(work)
+    result = manage("--prune", keep, "--yes")
+    assert result.returncode == 2 and "--prune" in result.stderr and tree(work) == before
+
+
+def test_steps_that_were_never_evaluated_are_not_pruned_to_the_best(manage, work):
+    for step in utils.step_folders(work / "checkpoints/rm/first"):
+        content = utils.read_json(step / "training_state.json") | {"eval_accuracy": None}
+        utils.write_json(step / "training_state.json", content)
+    result = manage("--prune", "keep=best,last", "--name", "first", "--yes")
+    assert result.returncode == 0 and "none of its steps was evaluated" in result.stderr
+    assert len(utils.step_folders(work / "checkpoints/rm/first")) == 4
+
+
+def test_a_shrunk_checkpoint_is_sound_loads_and_scores_the_same_but_does_not_resume(manage, work):
+    import models
+    from chat_app import model_list
+    from checkpointing import checkpoint
+
+    folder = work / "checkpoints/rm/first"
+    before = tree(folder)
+    dialogue = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    reward = models.RewardModel.restore(folder / "step-4").eval().score_dialogues([dialogue])
+    result = manage("--shrink", "--name", "first", "--yes")
+    assert result.returncode == 0, result.stderr
+    for step in utils.step_folders(folder):
+        assert not (step / "optimizer.safetensors").exists() and checkpoint.problem(step) is None
+    assert model_list.sound_checkpoint(str(folder)) == folder / "step-4"
+    assert models.RewardModel.restore(folder / "step-4").eval().score_dialogues([dialogue]) == reward
+    refused = train(work, "--resume_from", folder, "--epochs", "2")
+    text = refused.communicate(timeout=300)[0]
+    assert refused.returncode == 3 and "manage_runs.py removed it" in text and "--undo" in text, text
+    assert manage("--undo").returncode == 0 and tree(folder) == before
+
+
+def test_resuming_a_shrunk_step_names_one_that_still_has_its_optimizer(manage, work):
+    folder = work / "checkpoints/rm/first"
+    optimizer = "step-2/optimizer.safetensors"
+    assert manage("--shrink", "--name", "first", "--yes").returncode == 0
+    trashed = next((work / "checkpoints/rm/.trash").glob(f"*/files/first/{optimizer}"))
+    trashed.rename(folder / optimizer)
+    run_folder.move_in_manifest(folder / "step-2", run_folder.OPTIMIZER, "removed", "files")
+    refused = train(work, "--resume_from", folder / "step-4")
+    text = refused.communicate(timeout=300)[0]
+    assert refused.returncode == 3 and f"--resume_from {folder / 'step-2'}" in text, text
+    assert "removed" in manage("--show", "first").stdout
+    assert str(Path("checkpoints/rm/first/step-2")) in manage("--show", "first").stdout
+
+
+def test_only_finished_runs_are_shrunk(manage, work):
+    assert manage("--shrink", "--yes").returncode == 0
+    for name, is_whole in (("stopped", True), ("killed", True), ("first", False), ("branch", False)):
+        for step in utils.step_folders(work / "checkpoints/rm" / name):
+            assert (step / "optimizer.safetensors").exists() == is_whole
+
+
+def test_a_damaged_step_is_not_shrunk(manage, work):
+    manifest = work / "checkpoints/rm/first/step-2/manifest.json"
+    manifest.write_text(manifest.read_text().replace("1", "2", 1))
+    result = manage("--shrink", "--name", "first", "--yes")
+    assert result.returncode == 0 and "left: first/step-2/optimizer.safetensors: the step is damaged" in result.stdout
+    assert (work / "checkpoints/rm/first/step-2/optimizer.safetensors").exists()
+    assert not (work / "checkpoints/rm/first/step-3/optimizer.safetensors").exists()
+
+
+def test_superseded_steps_and_dead_saves_are_shown_counted_and_deleted(manage, work):
+    folder = work / "checkpoints/rm/first"
+    again = train(work, "--resume_from", folder / "step-3")
+    assert again.communicate(timeout=300) and again.returncode == 0
+    shutil.copytree(folder / "step-2", folder / ".tmp-step-9")
+    text = manage("--show", "first").stdout
+    assert "superseded-" in text and "set aside on resuming" in text and "left by a killed save" in text
+    before = tree(folder)
+    assert manage("--delete_superseded", "--yes").returncode == 0
+    assert not list(folder.glob("superseded-*")) and not list(folder.glob(".tmp-*"))
+    assert [path.name for path in utils.step_folders(folder)] == ["step-1", "step-2", "step-3", "step-4"]
+    assert manage("--undo").returncode == 0 and tree(folder) == before
+
+
+def test_undo_never_writes_over_a_new_run_of_the_same_name(manage, work, small_flags):
+    assert manage("--delete", "first", "--yes").returncode == 0
+    new = train(work, *small_flags, "--run_name", "first", "--max_steps", "1")
+    assert new.communicate(timeout=300) and new.returncode == 0
+    before = tree(work)
+    result = manage("--undo")
+    assert result.returncode == 2 and "first" in result.stderr and "there again" in result.stderr
+    assert tree(work) == before
+    for root in ("checkpoints", "logs"):
+        (work / root / "rm/first").rename(work / root / "rm/second")
+    assert manage("--undo").returncode == 0
+    assert len(objects(manage)["first"]["checkpoints"]) == 4
+
+
+def test_undo_puts_no_step_into_a_run_that_went_on_since(manage, work):
+    assert manage("--delete", "first/step-4", "--yes").returncode == 0
+    again = train(work, "--resume_from", "checkpoints/rm/first", "--eval_steps", "0", "--max_steps", "3")
+    again.communicate(timeout=300)
+    again = train(work, "--resume_from", "checkpoints/rm/first/step-2", "--max_steps", "3")
+    assert again.communicate(timeout=300) and again.returncode == 0
+    result = manage("--undo")
+    assert result.returncode == 2 and "resumed since" in result.stderr
+    assert not (work / "checkpoints/rm/first/step-4").exists()
+
+
+def test_the_trash_is_emptied_by_age(manage, work):
+    assert manage("--delete", "first", "--yes").returncode == 0
+    for root in ("checkpoints", "logs"):
+        entry = next((work / root / "rm/.trash").glob("2*"))
+        entry.rename(entry.with_name("20240115_143022-001"))
+    assert manage("--delete", "killed", "--yes").returncode == 0
+    assert manage("--empty_trash", "--older_than", "7d", "--yes").returncode == 0
+    assert manage("--undo").returncode == 0 and "killed" in objects(manage)
+    assert manage("--undo").returncode == 2, "the old deletion is gone"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Safety
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_training_is_shown_and_nothing_of_it_is_deleted(manage, work, training):
+    found = objects(manage)["live"]
+    assert found["state"] == "running" and found["steps_done"] >= 2
+    for words in (["--delete", "live"], ["--delete", "first", "live"], ["--delete", "live/step-2"]):
+        result = manage(*words, "--yes")
+        assert result.returncode == 2 and ("being trained just now" in result.stderr or "has no step" in result.stderr)
+    result = manage("--prune", "keep=1", "--name", "live", "--yes")
+    assert "being trained" in result.stdout and (work / "checkpoints/rm/first").exists()
+    assert "train_rm.py --resume_from" not in manage("--show", "live").stdout
+    assert training.poll() is None and objects(manage)["live"]["state"] == "running"
+
+
+def test_a_run_whose_training_began_after_the_list_was_made_is_not_deleted(work):
+    run = scanned(work)["first"]
+    plan = manage_runs.deletions.plan_runs([run], [run], roots_of(work))
+    lock = file_locks.RunLock(run.folder)
+    before = tree(work)
+    outcome = trash.delete(plan, roots_of(work))
+    lock.release()
+    assert not outcome.done and "being trained" in outcome.left[0][1]
+    assert tree(work) == before
+
+
+BAD_NAMES = ["..", "../outside", "/etc", "./first", "first/", "first/..", "first/../../..", "", " ", "a\nb",
+             "\x1b[2J", "²", "x" * 300, ".trash", "first/step-99", "first/step-²", "*", "-1", "~",
+             "first/step-1/../../stopped", "checkpoints/rm/first", "FIRST"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_name_that_is_no_runs_is_refused_and_nothing_is_touched(manage, work, tmp_path, name):
+    before = tree(tmp_path)
+    for words in (["--delete", name, "--yes"], ["--delete", "killed", name, "--yes"], ["--show", name]):
+        result = manage(*words)
+        assert result.returncode == 2 and "Traceback" not in result.stderr, (words, result.stderr)
+        assert "\x1b" not in result.stderr and result.stderr.startswith("error:")
+        assert tree(tmp_path) == before
+    result = manage("--delete", str((work / "checkpoints/rm/first").absolute()), "--yes")
+    assert result.returncode == 2 and tree(tmp_path) == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_odd_names_on_disk_are_listed_as_codes_and_deleted_by_their_real_names(manage, work):
+    root = work / "checkpoints/rm"
+    names = ["two\nlines", "\x1b[31mred\x1b[0m", "²", "[bold]x", "b\udcffytes", "-1", "ü" * 100, "tab\there"]
+    for name in names:
+        shutil.copytree(root / "branch", root / name)
+    result = manage("--list")
+    assert result.returncode == 0 and "\x1b" not in result.stdout
+    assert "two\\nlines" in result.stdout and "\\x1b[31mred" in result.stdout and "[bold]x" in result.stdout
+    assert len(result.stdout.splitlines()) == 1 + 5 + len(names) + 1
+    assert {*names} <= set(objects(manage))
+    for name in (name for name in names if name != "-1"):
+        assert manage("--delete", name, "--yes").returncode == 0, name
+        assert not (root / name).exists()
+    assert manage("--delete=-1", "--yes").returncode == 0 and not (root / "-1").exists()
+    for _ in names:
+        assert manage("--undo").returncode == 0
+    assert all((root / name / "run.json").exists() for name in names)
+
+
+needs_links = pytest.mark.skipif(os.name == "nt", reason="making symbolic links needs rights on Windows")
+
+
+@needs_links
+def test_symlinked_runs_and_steps_are_never_touched(manage, work, tmp_path):
+    root = work / "checkpoints/rm"
+    shutil.move(root / "first", tmp_path / "outside/first")
+    (root / "first").symlink_to(tmp_path / "outside/first")
+    shutil.move(root / "stopped/step-1", tmp_path / "outside/step-1")
+    (root / "stopped/step-1").symlink_to(tmp_path / "outside/step-1")
+    before = tree(tmp_path / "outside")
+    assert "first: a symbolic link; left alone" in manage().stdout
+    assert objects(manage)["first"]["folder"] is None, "only its logs are ours"
+    for name in ("first/step-1", "stopped/step-1"):
+        assert manage("--delete", name, "--yes").returncode == 2
+    for words in (["--prune", "keep=last"], ["--shrink"], ["--delete", "stopped"], ["--empty_trash"]):
+        result = manage(*words, "--yes")
+        assert result.returncode == 0, result.stderr
+        assert tree(tmp_path / "outside") == before
+    assert (root / "first").is_symlink()
+
+
+@needs_links
+@pytest.mark.parametrize("which", ["checkpoints", "logs"])
+def test_a_root_that_is_a_link_is_listed_but_not_touched(manage, work, tmp_path, which):
+    shutil.move(work / which / "rm", tmp_path / "outside/rm")
+    (work / which / "rm").symlink_to(tmp_path / "outside/rm")
+    before = tree(tmp_path)
+    assert "first" in objects(manage)
+    for words in (["--delete", "first"], ["--delete", "first", "stopped"]):
+        result = manage(*words, "--yes")
+        assert result.returncode == 2 and "symbolic link" in result.stderr and "real folder" in result.stderr
+        assert tree(tmp_path) == before
+
+
+@needs_links
+@pytest.mark.parametrize("name", [".trash", "first/.lock", ".trash/.lock"])
+def test_a_link_in_the_place_of_our_own_files_leads_nowhere(manage, work, tmp_path, name):
+    path = work / "checkpoints/rm" / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    target = tmp_path / "outside" / ("precious.txt" if name.endswith("lock") else "")
+    path.symlink_to(target)
+    before = tree(tmp_path / "outside")
+    result = manage("--delete", "first", "--yes")
+    assert result.returncode == 2 and (work / "checkpoints/rm/first/step-4").exists(), result.stderr
+    assert manage("--empty_trash", "--yes").returncode in (0, 2) and manage("--undo").returncode == 2
+    assert tree(tmp_path / "outside") == before
+
+
+def test_a_forged_trash_leads_nowhere(manage, work, tmp_path):
+    assert manage("--delete", "first", "--yes").returncode == 0
+    manifest = next((work / "checkpoints/rm/.trash").glob("*/manifest.json"))
+    content = utils.read_json(manifest)
+    for way in (["..", "..", "..", "outside", "new"], ["/tmp/new"], [], ["a/../../b"], [1], "first", None):
+        content["items"] = [{"way": way, "bytes": 1, "began": None}]
+        utils.write_json(manifest, content)
+        before = tree(tmp_path)
+        result = manage("--undo")
+        assert result.returncode == 2 and "Traceback" not in result.stderr, (way, result.stderr)
+        assert tree(tmp_path) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts folders in a namespace of its own, which only Linux has")
+def test_mount_points_are_neither_deleted_nor_emptied_into(work, tmp_path):
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("this system allows no mount namespaces")
+    root = work / "checkpoints/rm"
+    (root / "killed/more").mkdir()
+    (root / "mounted").mkdir()
+    python, script = sys.executable, ROOT / "manage_runs.py"
+    script_text = f"""
+        set -u
+        mount --bind {tmp_path}/outside {root}/killed/more
+        mount --bind {root}/first {root}/mounted
+        {python} {script} --delete killed --yes; echo "code $?"
+        {python} {script} --delete mounted --yes; echo "code $?"
+        {python} {script} --delete stopped --yes; echo "code $?"
+        entry=$(echo {root}/.trash/2*/files/stopped)
+        mkdir "$entry/more"
+        mount --bind {tmp_path}/outside "$entry/more"
+        {python} {script} --empty_trash --yes; echo "code $?"
+    """
+    result = subprocess.run(["unshare", "-rm", "bash", "-c", script_text], cwd=work, capture_output=True, text=True)
+    codes = [line for line in result.stdout.splitlines() if line.startswith("code")]
+    assert codes == ["code 2", "code 2", "code 0", "code 2"], (result.stdout, result.stderr)
+    assert result.stderr.count("mounted at") == 3, result.stderr
+    assert (tmp_path / "outside/precious.txt").read_text() == "do not touch"
+    assert (root / "first/step-4").exists() and (root / "killed/step-1").exists()
+    assert list((root / ".trash").glob("*/files/stopped/run.json")), "the trash with a mount in it was left whole"
+
+
+def in_child(function, output):
+    """Run `function` in a forked child through `utils.run_script`; returns its exit code, negative for a signal."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            sys.argv = ["manage_runs.py"]
+            code = utils.run_script(lambda argv: function())
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@needs_fork
+@pytest.mark.parametrize("words", [["--delete", "first", "stopped"], ["--shrink"], ["--prune", "keep=last"]])
+def test_a_kill_at_any_point_of_a_deletion_or_its_undoing_loses_nothing(trained, tmp_path, monkeypatch, words):
+    """Killed right before each change of the disk; the same again and --undo must give back the first bytes."""
+    from checkpointing import checkpoint
+
+    log = tmp_path / "log"
+
+    def die_at(number, main_words):
+        seen = [0]
+
+        def watch(event, arguments):
+            writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            if (writes or event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir")) and str(
+                tmp_path
+            ) in os.path.abspath(os.fsdecode(arguments[0])):
+                seen[0] += 1
+                if seen[0] == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        manage_runs.main(main_words)
+
+    for is_undo in (False, True):
+        for number in range(1, 100):
+            folder = tmp_path / f"{is_undo}{number}"
+            shutil.copytree(trained, folder)
+            monkeypatch.chdir(folder)
+            before = tree(folder)
+            if is_undo:
+                assert in_child(lambda: manage_runs.main([*words, "--yes"]), log) == 0, log.read_text()
+            victim = ["--undo"] if is_undo else [*words, "--yes"]
+            code = in_child(lambda number=number, victim=victim: die_at(number, victim), log)
+            for run in (folder / "checkpoints/rm").iterdir():
+                for step in utils.step_folders(run):
+                    assert checkpoint.problem(step) is None, (number, step)
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL, log.read_text()
+            for _ in range(3):  # an undo that was cut off is finished; a deletion that was, is taken back
+                if in_child(lambda: manage_runs.main(["--undo"]), log):
+                    break
+            after = {way: content for way, content in tree(folder).items() if ".tmp-" not in way}
+            assert after == before, (is_undo, number)
+            shutil.rmtree(folder)
+        assert number > 5
+
+
+@needs_fork
+def test_a_deletion_that_fails_half_way_says_what_is_gone_and_left_and_can_be_repeated(work, tmp_path):
+    log = tmp_path / "log"
+    (work / "logs/rm/.trash").mkdir()
+    if os.geteuid() == 0:  # root may write anywhere, so it becomes nobody, who owns all but the log root
+        for folder in (tmp_path, *tmp_path.parents[:-2]):
+            folder.chmod(folder.stat().st_mode | 0o011)
+        for path in [work, *work.rglob("*")]:
+            os.chown(path, 65534, 65534)
+    (work / "logs/rm").chmod(0o555)
+
+    def as_nobody():
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        manage_runs.main(["--delete", "first", "--yes"])
+
+    assert in_child(as_nobody, log) == 4, log.read_text()
+    (work / "logs/rm").chmod(0o755)
+    text = log.read_text()
+    assert "left: first: Permission denied" in text and "done: first" in text and "1 of 2 could not" in text, text
+    assert not (work / "checkpoints/rm/first").exists() and (work / "logs/rm/first").exists()
+    assert "next:" in text and "python manage_runs.py --delete first" in text
+    assert in_child(lambda: manage_runs.main(["--delete", "first", "--yes"]), log) == 0, log.read_text()
+    assert not (work / "logs/rm/first").exists()
+    for _ in range(2):
+        assert in_child(lambda: manage_runs.main(["--undo"]), log) == 0, log.read_text()
+    assert (work / "logs/rm/first").exists() and (work / "checkpoints/rm/first/step-4").exists()
+
+
+@needs_fork
+def test_a_deletion_that_is_stopped_half_way_says_what_is_gone_and_left(work, tmp_path):
+    log = tmp_path / "log"
+
+    def stopped_in_the_middle():
+        def watch(event, arguments):
+            if event == "os.rename" and str(arguments[0]).endswith("logs/rm/first"):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        sys.addaudithook(watch)
+        manage_runs.main(["--delete", "first", "stopped", "--yes"])
+
+    assert in_child(stopped_in_the_middle, log) == 143, log.read_text()
+    text = log.read_text()
+    assert (
+        "cut off; in the trash: first" in text and "left: " in text and "stopped" in text and manage_runs.BACK in text
+    ), text
+    assert (work / "checkpoints/rm/stopped/run.json").exists() and not (work / "checkpoints/rm/first").exists()
+    assert in_child(lambda: manage_runs.main(["--undo"]), log) == 0 and len(scanned(work)) == 5
+
+
+def test_what_another_deletion_takes_between_looking_and_planning_is_gone_already(work):
+    runs, _ = inventory.scan(roots_of(work))
+    for name in ("first", "stopped"):
+        for root in ("checkpoints/rm", "logs/rm"):
+            shutil.rmtree(work / root / name)
+    chosen = [run for run in runs if run.name in ("first", "stopped")]
+    plan = deletion_plan.plan_runs(chosen, runs, roots_of(work))
+    assert len(plan.refused) >= 2 and {why for _, why in plan.refused} == {"gone already"} and not plan.items
+
+
+def test_many_at_once_corrupt_nothing(work):
+    before = tree(work)
+    names = [["first"], ["first", "stopped"], ["stopped"], ["killed"], ["killed"], ["branch"]]
+    command = [sys.executable, str(ROOT / "manage_runs.py")]
+    processes = [
+        subprocess.Popen(
+            [*command, "--delete", *some, "--yes"],
+            cwd=work,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for some in names
+    ]
+    for process in processes:
+        text = process.communicate(timeout=120)[0]
+        assert process.returncode in (0, 2) and "Traceback" not in text, text
+    left = set(scanned(work))
+    assert left <= {"crashed", "first", "stopped"} and "killed" not in left and "branch" not in left
+    while subprocess.run([*command, "--undo"], cwd=work, capture_output=True).returncode == 0:
+        pass
+    assert tree(work) == before
+
+
+def test_a_second_one_waits_and_then_says_that_it_touched_nothing(manage, work, monkeypatch):
+    (work / "checkpoints/rm/.trash").mkdir()
+    lock = file_locks.RunLock(work / "checkpoints/rm/.trash")
+    before = tree(work)
+    result = manage("--delete", "first", "--yes")
+    lock.release()
+    assert result.returncode == 2 and "another manage_runs.py" in result.stderr and tree(work) == before
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--json", "--undo"], "one at a time"),
+        (["--delete", "first", "--prune", "keep=last"], "one at a time"),
+        (["--yes"], "--yes: goes with"),
+        (["--dry_run", "--list"], "--dry_run: goes with"),
+        (["--against", "first"], "--against: goes with --show"),
+        (["--delete", "first", "--state", "crashed"], "does not go with --delete"),
+        (["--empty_trash", "--name", "x"], "do not go with --empty_trash"),
+        (["--stat", "crashed"], "did you mean --state"),
+        (["--state", "cracked"], "did you mean 'crashed'"),
+        (["--output_dir", "no/such", "--log_dir", "none"], "there are no runs yet"),
+    ],
+)
+def test_flags_that_make_no_sense_exit_2_and_say_why(manage, work, words, message):
+    before = tree(work)
+    result = manage(*words)
+    assert result.returncode == 2 and message in result.stderr, result.stderr
+    assert tree(work) == before
+
+
+def test_a_reader_that_leaves_early_is_no_crash(work):
+    command = f"{sys.executable} {ROOT / 'manage_runs.py'} --json | head -1"
+    result = subprocess.run(command, shell=True, cwd=work, capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a terminal
+# ---------------------------------------------------------------------------------------------------------------------
+
+DOWN, SPACE, ENTER = "\x1b[B", " ", "\r"
+
+
+@pytest.fixture
+def terminal(work):
+    """Start the program in a pseudo-terminal."""
+    pexpect = pytest.importorskip("pexpect", reason="pexpect drives the pseudo-terminal")
+    started = []
+
+    def start(*arguments, size=(50, 160)):
+        # readline leaves the size of another terminal in the environment
+        own = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+        environment = {**own, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        child = pexpect.spawn(sys.executable, [str(ROOT / "manage_runs.py"), *arguments], cwd=str(work),
+                              env=environment, dimensions=size, encoding="utf-8", timeout=30)  # fmt: skip
+        started.append(child)
+        return child
+
+    yield start
+    for child in started:
+        child.close(force=True)
+
+
+def leave(child):
+    """Take 'leave' from the menu, its last line; the exit code."""
+    child.expect("What now")
+    child.send("\x1b[A" + ENTER)
+    return ended(child)
+
+
+def ended(child):
+    import pexpect
+
+    child.expect(pexpect.EOF)
+    child.close()
+    return child.exitstatus
+
+
+@needs_pty
+def test_a_terminal_shows_a_table_and_the_menu_leaves(terminal):
+    child = terminal("--sort", "name", size=(50, 250))
+    child.expect("What now")
+    text = child.before
+    assert "─" in text and all(name in text for name in ("branch", "crashed", "first", "killed", "stopped"))
+    child.send("\x1b[A" + ENTER)
+    assert ended(child) == 0
+
+
+@needs_pty
+def test_a_narrow_terminal_gets_plain_complete_lines(terminal, work):
+    name = "n" * 100
+    (work / "checkpoints/rm/branch").rename(work / "checkpoints/rm" / name)
+    child = terminal("--list", size=(24, 40))
+    import pexpect
+
+    child.expect(pexpect.EOF)
+    assert name in child.before and "…" not in child.before and "─" not in child.before
+
+
+@needs_pty
+def test_runs_are_picked_with_arrow_keys_and_space(terminal, work):
+    child = terminal("--sort", "name", size=(50, 250))
+    child.expect("What now")
+    child.send(DOWN + ENTER)  # delete runs
+    child.expect("Enter for a list")
+    child.send(ENTER)
+    child.expect("Runs to delete")
+    child.send(SPACE + DOWN + DOWN + DOWN + SPACE + ENTER)  # branch, killed
+    child.expect("Type delete")
+    child.send("delete" + ENTER)
+    child.expect("in the trash: 4 things")
+    assert leave(child) == 0
+    assert set(scanned(work)) == {"crashed", "first", "stopped"}
+
+
+@needs_pty
+def test_runs_are_picked_by_numbers_and_ranges_and_one_needs_a_plain_yes(terminal, work):
+    child = terminal("--sort", "name", size=(50, 250))
+    child.expect("What now")
+    child.send(DOWN + ENTER)
+    child.expect("Enter for a list")
+    child.send("9" + ENTER)
+    child.expect("not within 1 to 5")
+    child.send("\x7f" + "2" + ENTER)
+    child.expect("Move this to the trash")
+    child.send("y" + ENTER)
+    child.expect("in the trash: 2 things")
+    assert leave(child) == 0 and "crashed" not in scanned(work)
+
+
+@needs_pty
+@pytest.mark.parametrize("answer", ["Delete", "delet", "y", ""])
+def test_anything_but_the_exact_word_deletes_nothing(terminal, work, answer):
+    before = tree(work)
+    child = terminal("--delete", "first", "stopped")
+    child.expect("Type delete")
+    child.send(answer + ENTER)
+    child.expect("nothing was deleted")
+    assert ended(child) == 0 and tree(work) == before
+
+
+@needs_pty
+@pytest.mark.parametrize("answer", ["n" + ENTER, ENTER])
+def test_a_single_run_is_not_deleted_without_a_yes(terminal, work, answer):
+    before = tree(work)
+    child = terminal("--delete", "first")
+    child.expect("Move this to the trash")
+    child.send(answer)
+    child.expect("nothing was deleted")
+    assert ended(child) == 0 and tree(work) == before
+
+
+@needs_pty
+@pytest.mark.parametrize("key, code", [("\x03", 130), ("\x04", 0)], ids=["Ctrl-C", "end of input"])
+@pytest.mark.parametrize("depth", range(4))
+def test_ctrl_c_and_end_of_input_at_any_prompt_delete_nothing(terminal, work, key, code, depth):
+    before = tree(work)
+    child = terminal("--sort", "name", size=(50, 250))
+    steps = [("What now", DOWN + ENTER), ("Enter for a list", ENTER), ("Runs to delete", SPACE + DOWN + SPACE + ENTER)]
+    for wanted, keys in steps[:depth]:
+        child.expect(wanted)
+        child.send(keys)
+    child.expect([wanted for wanted, _ in [*steps, ("Type delete", "")]][depth])
+    time.sleep(0.3)  # the prompt has drawn itself
+    child.send(key)
+    assert ended(child) == code, child.before
+    assert tree(work) == before and "Traceback" not in child.before
+
+
+@needs_pty
+@pytest.mark.parametrize("key, code", [("\x03", 130), ("\x04", 0)], ids=["Ctrl-C", "end of input"])
+@pytest.mark.parametrize("names", [["first"], ["first", "stopped"]])
+def test_ctrl_c_and_end_of_input_at_a_confirmation_delete_nothing(terminal, work, key, code, names):
+    before = tree(work)
+    child = terminal("--delete", *names)
+    child.expect(["Move this to the trash", "Type delete"])
+    time.sleep(0.3)
+    child.send(key)
+    assert ended(child) == code and "deleted nothing" in child.before, child.before
+    assert tree(work) == before and "Traceback" not in child.before
+
+
+@needs_pty
+def test_sigterm_at_a_prompt_exits_143_and_deletes_nothing(terminal, work):
+    before = tree(work)
+    child = terminal("--delete", "first", "stopped")
+    child.expect("Type delete")
+    time.sleep(0.3)
+    child.kill(signal.SIGTERM)
+    assert ended(child) == 143 and tree(work) == before
+
+
+@needs_pty
+def test_single_steps_and_everything_else_of_the_menu_work(terminal, work):
+    before = tree(work)
+    child = terminal("--sort", "name", size=(50, 250))
+    child.expect("What now")
+    child.send(DOWN * 2 + ENTER)  # single steps
+    child.expect("Which run")
+    child.send(DOWN * 2 + ENTER)  # first
+    child.expect("Enter for a list")
+    child.send("1-2" + ENTER)
+    child.expect("branch was resumed from first/step-2")
+    child.expect("Move this to the trash")
+    child.send("y" + ENTER)
+    child.expect("in the trash: 2 things")
+    child.expect("What now")
+    assert not (work / "checkpoints/rm/first/step-1").exists()
+    child.send(DOWN * 6 + ENTER)  # undo
+    child.expect("back: 2 things")
+    child.expect("What now")
+    assert tree(work) == before
+    child.send(ENTER)  # look at a run
+    child.expect("Which run")
+    child.send(DOWN * 2 + ENTER)
+    child.expect("loss by step")
+    child.expect("What now")
+    child.send(DOWN * 4 + ENTER)  # optimizer states
+    child.expect("Type delete")
+    child.send("delete" + ENTER)
+    child.expect("in the trash: 5 things")
+    child.expect("What now")
+    child.send(DOWN * 7 + ENTER)  # empty the trash
+    child.expect("no way back")
+    child.send("delete" + ENTER)
+    child.expect("freed:")
+    assert leave(child) == 0
+    assert not (work / "checkpoints/rm/first/step-4/optimizer.safetensors").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small things
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_and_ranges_are_read_strictly():
+    assert questions.parse_numbers("1,3-5 2", 9) == [1, 2, 3, 4, 5] and questions.parse_numbers("", 9) == []
+    for text in ("0", "10", "5-3", "²", "1-", "a", "1;2", "-1", "1-99999999", "٣"):
+        with pytest.raises(ValueError):
+            questions.parse_numbers(text, 9)
+
+
+def test_a_name_reaches_the_terminal_without_signs_that_it_obeys():
+    assert utils.printable("a\nb\x1b[2J\u202e\udcff²") == "a\\nb\\x1b[2J\\u202e\\udcff²"
+
+
+def test_a_manifest_is_the_same_after_moving_an_entry_away_and_back(work):
+    step = work / "checkpoints/rm/first/step-4"
+    before = (step / "manifest.json").read_bytes()
+    run_folder.move_in_manifest(step, run_folder.OPTIMIZER, "files", "removed")
+    run_folder.move_in_manifest(step, run_folder.OPTIMIZER, "files", "removed")  # the second time does nothing
+    assert not run_folder.has_optimizer(step)
+    run_folder.move_in_manifest(step, run_folder.OPTIMIZER, "removed", "files")
+    assert (step / "manifest.json").read_bytes() == before

@@ -1,0 +1,1 @@
+"""What the training scripts share around their loops: settings, runs, micro-batches, processes, logs."""

@@ -1,0 +1,213 @@
+"""Connecting the processes that a launcher started, refusing wrong launches, and parting when one of them ends."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import sys
+import time
+import traceback
+import typing
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import utils
+from training.distributed import World
+from utils import EXIT_DISK_OR_NETWORK, Stopped, UserError
+
+if TYPE_CHECKING:
+    import torch
+else:  # one process does without, and --help must not wait for it
+    torch = utils.lazy_import("torch")
+
+# A process that dies is noticed by its launcher and by the broken connection; this is for those that wait while one
+# tokenises, evaluates or saves.
+MOST_SECONDS_OF_WAITING = 4 * 3600
+OTHERS_SPEAK_AFTER_SECONDS = 2.0
+# Launchers that start copies without connecting them, and where they say how many.
+COUNTS_OF_OTHER_LAUNCHERS = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+    "MV2_COMM_WORLD_SIZE": "mpirun",
+}
+LAUNCH = 'torchrun --nproc_per_node N train_rm.py …   (the README\'s section "More than one GPU" has more)'
+
+
+class PeerLost(UserError):
+    """Another process of this run has ended, so this one cannot go on."""
+
+    exit_code = EXIT_DISK_OR_NETWORK
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Connecting
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[World]:
+    """The world of this process, connected while the context lasts; errors that come of others' end are explained."""
+    world = join()
+    try:
+        yield world
+        world.barrier()
+    except BaseException as error:
+        if world.is_alone:
+            raise
+        if not world.is_main:
+            let_main_speak_first(error)
+        traceback.clear_frames(error.__traceback__)  # they hold the model
+        raise explained(error, world)  # noqa: B904
+    finally:
+        if not world.is_alone:
+            gc.collect()  # the model's part in the connection
+            torch.distributed.destroy_process_group()
+
+
+def join() -> World:
+    """Connect with the other processes that a launcher started, or be alone. Raises UserError for a wrong launch."""
+    size = _number("WORLD_SIZE", 1)
+    if size == 1:
+        refuse_lonely_copies()
+        return World()
+    if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(
+            f"WORLD_SIZE says that this is one of {size} processes, but {', '.join(missing)} is not set",
+            next=f"start it with a launcher, {LAUNCH}; or unset WORLD_SIZE",
+        )
+    world = World(_number("RANK", 0), size, _number("LOCAL_RANK", 0))
+    if not world.is_main:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one process speaks for all
+    gpus = torch.cuda.device_count()
+    if gpus and world.local_rank >= gpus:
+        raise UserError(
+            f"{_number('LOCAL_WORLD_SIZE', size)} processes were started on a machine with {gpus} GPU"
+            + ("s" if gpus > 1 else ""),
+            next=f"--nproc_per_node {gpus}",
+        )
+    from accelerate import PartialState
+
+    try:
+        state = PartialState(cpu=not gpus, timeout=timedelta(seconds=MOST_SECONDS_OF_WAITING))
+    except (RuntimeError, ValueError) as error:
+        raise PeerLost(
+            "the processes of this run cannot be connected",
+            where=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+            found=utils.first_line(error),
+            next="see that this address is reached from every machine, and that its port is free",
+        ) from error
+    if state.num_processes != size:  # connected, but not to those who were asked for
+        raise UserError(f"{size} processes were asked for, and {state.num_processes} are connected", next=LAUNCH)
+    return world
+
+
+def connect_model(world: World, is_sharded: bool) -> None:
+    """Decide how the processes share the model: DDP, or FSDP2."""
+    if world.is_alone:
+        if is_sharded:
+            raise UserError(
+                "--fsdp spreads the model over several processes, and this is one",
+                next=LAUNCH.replace("train_rm.py", "train_rm.py --fsdp"),
+            )
+        return
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # gradients are not held twice
+    world.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[ddp])
+    world.is_sharded = is_sharded
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "").strip()
+    if text and not text.isdecimal():
+        raise UserError(f"{name} is set to something that is no number", found=repr(text), next=f"unset {name}")
+    return int(text or default)
+
+
+def refuse_lonely_copies() -> None:
+    """Raise UserError if a launcher started several copies unconnected, or one where several were asked for."""
+    for name, launcher in COUNTS_OF_OTHER_LAUNCHERS.items():
+        if _number(name, 1) > 1:
+            raise UserError(
+                f"{launcher} started {os.environ[name]} copies of this script that do not know of each other",
+                safe="nothing was trained",
+                next=f"one {launcher} task a machine, and in it {LAUNCH}",
+            )
+    asked = _asked_of_accelerate() if "ACCELERATE_MIXED_PRECISION" in os.environ else 1
+    if asked > 1:
+        raise UserError(
+            f"{asked} processes were asked of `accelerate launch`, and it started one",
+            found="on a machine without GPUs it starts one, whatever --num_processes says",
+            safe="nothing was trained",
+            next=LAUNCH.replace("N", str(asked), 1),
+        )
+
+
+def _asked_of_accelerate() -> int:
+    """What stands behind --num_processes in the command that started us."""
+    import psutil
+
+    try:
+        words = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):  # gone, or none of ours to ask
+        return 1
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name in ("--num_processes", "--num-processes", "--nproc_per_node"):
+            value = value or following
+            return int(value) if value.isdecimal() else 1
+    return 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ending
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def explained(error: BaseException, world: World) -> BaseException:
+    """A broken connection as what it means: another process ended; any other error as it is."""
+    if world.is_alone or not isinstance(error, RuntimeError) or not _is_broken_connection(error):
+        return error
+    lost = PeerLost(
+        "another process of this run has ended, so this one cannot go on",
+        where=f"process {world.rank} of {world.size}",
+        found=utils.first_line(error),
+        next="see what the other one said; when that is mended, --resume_from and the run's folder",
+    )
+    lost.__cause__ = error
+    return lost
+
+
+def leave(exit_code: int) -> typing.NoReturn:
+    """End this process; one of several at once, without the interpreter's tidying up.
+
+    DDP and FSDP2 hold on to gloo's threads whatever is let go of, and a process whose peers have gone may abort in them
+    while the interpreter takes itself down: a finished run would look like a failed one to its launcher.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(exit_code)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(exit_code)
+
+
+def _is_broken_connection(error: BaseException) -> bool:
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    words = ("gloo/", "Connection closed by peer", "Connection reset by peer", "NCCL")
+    return any(word in str(error) for word in words)
+
+
+def let_main_speak_first(error: BaseException) -> None:
+    """Most errors happen in every process alike: the main one says it, and then the launcher ends the others."""
+    try:
+        if isinstance(error, Exception):
+            time.sleep(OTHERS_SPEAK_AFTER_SECONDS)
+            return
+    except Stopped:
+        pass  # which is what was waited for
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115  one says that it was stopped
