@@ -25,14 +25,15 @@ from utils import DiskOrNetworkError, UserError
 if TYPE_CHECKING:
     import models
     from common import hub
-    from evaluation import eval_data, evaluator, report
+    from evaluation import eval_data, evaluator, html_report, report
     from evaluation import score_stream as score_lines
     from modeling import scorer as scoring
 else:  # loaded when first used, so that --help answers at once
-    eval_data, report, hub, evaluator, models, score_lines, scoring = map(
+    eval_data, html_report, report, hub, evaluator, models, score_lines, scoring = map(
         utils.lazy_import,
         (
             "evaluation.eval_data",
+            "evaluation.html_report",
             "evaluation.report",
             "common.hub",
             "evaluation.evaluator",
@@ -186,7 +187,7 @@ def scores_file(name: str, data: eval_data.Data, report_dir: Path) -> Path:
     if path.exists() and not path.is_file():
         raise UserError("--scores_out is no regular file", where=name, next="name a file; it is written at the end")
     inputs = [part.source.path.resolve() for part in data.parts if part.source.path]
-    reports = [(report_dir / file).resolve() for file in (report.JSON, report.PAGE)]
+    reports = [(report_dir / file).resolve() for file in (report.JSON, html_report.PAGE)]
     if path in (*inputs, *reports):
         what = "the data that is scored" if path in inputs else "the report itself"
         raise UserError(f"--scores_out names {what}", where=path, safe="it was not touched", next="name another file")
@@ -225,7 +226,7 @@ def show(content: dict[str, Any], task: evaluator.Task) -> None:
     print(f"{content['model']} on {content['dataset']}, {content['split']}: {content['n']:,} of {rows['read']:,} rows")
     print(*(f"  {line}" for line in rows["in_words"]), sep="\n", end="\n" * bool(rows["in_words"]))
     report.show(content)
-    print(f"\nreport: {task.report_dir / report.PAGE}\n        {task.report_dir / report.JSON}")
+    print(f"\nreport: {task.report_dir / html_report.PAGE}\n        {task.report_dir / report.JSON}")
     if task.scores_out:
         print(f"scores: {task.scores_out}")
     logs = utils.seen_from_here(os.path.normpath(task.board_folder.parent))
@@ -245,7 +246,7 @@ def score_stream(config: EvalConfig) -> None:
     print(f"{counts['scored']:,} rows scored" + f", {left_out:,} left out" * bool(left_out), file=sys.stderr)
     for reason, count in sorted(counts.items()):
         if reason != "scored":
-            print(f"  {count:,} {score_lines.rows.LEFT_OUT[reason]}", file=sys.stderr)
+            print(f"  {count:,} {score_lines.parsing.LEFT_OUT[reason]}", file=sys.stderr)
 
 
 if __name__ == "__main__":

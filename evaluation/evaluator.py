@@ -15,7 +15,7 @@ from typing import Any
 import models
 import utils
 from chat_app import model_list
-from evaluation import analysis, eval_data, metrics, report
+from evaluation import analysis, eval_data, html_report, metrics, plots, report
 from evaluation.scores import ScoreLog
 from modeling import devices
 from modeling import scorer as scoring
@@ -89,8 +89,10 @@ def judge(task: Task, between: Callable[[], None]) -> dict[str, Any]:
         "reading": analysis.readings(task.data, table, log, against, task.scores_out), "notes": notes,
         "settings": {**task.settings, **dataclasses.asdict(task.limits)}, "made": utils.timestamp(),
     }  # fmt: skip
-    report.write(task.report_dir, content, table)
-    report.write_board(task.board_folder, content, table, task.step)
+    drawn = plots.plots(content, table.rewards[:, 0] - table.rewards[:, 1], table.lengths[:, 0] - table.lengths[:, 1])
+    report.write_json(task.report_dir, content)
+    html_report.write(task.report_dir, content, drawn)
+    report.write_board(task.board_folder, content, drawn, task.step)
     for finished in logs:
         finished.delete()
     return content
@@ -181,7 +183,7 @@ def report_run(run_folder: Path, dataset: str, rows: Iterable[int]) -> None:
                     notes=("the pairs that training evaluates on",),
                 )  # fmt: skip
                 judge(task, stop.check)
-            print(f"report: {task.report_dir / report.PAGE}", flush=True)
+            print(f"report: {task.report_dir / html_report.PAGE}", flush=True)
     except (utils.UserError, OSError, RuntimeError) as error:
         utils.say_if_heard(
             f"the training is saved, but there is no report of it: {utils.first_line(error)}\n"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import html
+from pathlib import Path
 from typing import Any
 
-from evaluation import plots as report_plots
-from evaluation import report_figures as figures
+from common import atomic_files
+from evaluation import plots
+from evaluation import report as figures
 
+PAGE = "report.html"
 # No address may be loaded and no script run, whatever a reply says.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STYLE = """
@@ -43,7 +46,13 @@ summary { cursor: pointer; padding: .55rem 0; }
 """
 
 
-def page(content: dict[str, Any], plots: list[tuple[report_plots.Plot, str]]) -> str:
+def write(folder: Path, content: dict[str, Any], drawn: list[plots.Plot]) -> None:
+    """report.html, all or nothing."""
+    with atomic_files.published_file(folder / PAGE) as file:
+        file.write(page(content, [(plot, plots.svg(plot)) for plot in drawn]))
+
+
+def page(content: dict[str, Any], drawn: list[tuple[plots.Plot, str]]) -> str:
     """The whole page; every text of the data is escaped."""
     title = f"How good is {content['model']}?"
     reading = content["reading"]
@@ -60,16 +69,16 @@ def page(content: dict[str, Any], plots: list[tuple[report_plots.Plot, str]]) ->
         "<h2>What stands out</h2>",
         f'<div class="panel"><ul class="findings">{"".join(f"<li>{_text(one)}</li>" for one in stands_out)}</ul></div>',
         '<h2>In pictures</h2><div class="plots">',
-        *(f"<figure><h3>{_text(plot.title)}</h3>{svg}</figure>" for plot, svg in plots),
+        *(f"<figure><h3>{_text(plot.title)}</h3>{svg}</figure>" for plot, svg in drawn),
         "</div>",
     ]
-    tables = [("Length and calibration", figures.of_model(content), "")]
+    tables = [("Length and calibration", figures.length_and_calibration(content), "")]
     if benchmark := content["benchmark"]:
         lines = [(name, figures.percent(value)) for name, value in benchmark["parts"].items()]
         lack = f"not in this data: {', '.join(benchmark['missing'])}" if benchmark["missing"] else ""
         tables.append((benchmark["name"], [*lines, ("score", figures.percent(benchmark["score"]))], lack))
     if against := content.get("against"):
-        tables.append((f"Against {against['model']}", figures.of_comparison(against), ""))
+        tables.append((f"Against {against['model']}", figures.comparison(against), ""))
     parts += ['<h2>In figures</h2><div class="plots">', *(_panel(*one) for one in tables), "</div>"]
     for key, heading, what in sorts:
         if entries := reading.get(key):

@@ -1,4 +1,4 @@
-"""A report where people look: report.json, report.html, TensorBoard, and a table in the terminal."""
+"""A report as report.json, in TensorBoard and in the terminal, and the figures that all of them show as text."""
 
 from __future__ import annotations
 
@@ -10,29 +10,78 @@ from pathlib import Path
 from typing import Any
 
 from common import atomic_files
-from evaluation import html_report
-from evaluation import plots as report_plots
-from evaluation import report_figures as figures
-from evaluation.analysis import Table
+from evaluation import plots
 from utils import printable
 
-JSON, PAGE = "report.json", "report.html"
+JSON = "report.json"
 MOST_GROUPS_SHOWN = 20  # of a breakdown in the terminal
 
 
-def write(folder: Path, content: dict[str, Any], table: Table) -> None:
-    """report.json and report.html, each all or nothing."""
+def write_json(folder: Path, content: dict[str, Any]) -> None:
+    """report.json, all or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
-    plots = _plots(content, table)
     with atomic_files.published_file(folder / JSON) as file:
         file.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    with atomic_files.published_file(folder / PAGE) as file:
-        file.write(html_report.page(content, [(plot, report_plots.svg(plot)) for plot in plots]))
 
 
-def _plots(content: dict[str, Any], table: Table) -> list[report_plots.Plot]:
-    margins = table.rewards[:, 0] - table.rewards[:, 1]
-    return report_plots.plots(content, margins, table.lengths[:, 0] - table.lengths[:, 1]) if content["n"] else []
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures as text: (what, value)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def number(value: float | None, form: str = ".3f") -> str:
+    return "–" if value is None else format(value, form)
+
+
+def length_and_calibration(content: dict[str, Any]) -> list[tuple[str, str]]:
+    """The figures of length and calibration: (what, value), for the terminal and the page alike."""
+    length, calibration = content["length"], content["calibration"]
+    controlled, within = length["length_controlled"], length["within_prompts"]
+    across, temperature = length["across_prompts"], calibration["temperature"]
+    interval = "" if controlled["low"] is None else f" ({percent(controlled['low'])} to {percent(controlled['high'])})"
+    mended = (
+        f"{temperature['value']:.3g} ({temperature['low']:.3g} to {number(temperature['high'], '.3g')}); "
+        f"log loss {number(temperature['log_loss'], '.4f')}"
+        if temperature
+        else "none mends it"
+    )
+    return [
+        ("length-controlled accuracy", percent(controlled["accuracy"]) + interval),
+        *(
+            (f"accuracy, the better reply {words}", f"{percent(length[key]['accuracy'])} of {length[key]['n']:,}")
+            for words, key in (
+                ("longer", "better_is_longer"), ("shorter", "better_is_shorter"), ("as long", "equally_long")
+            )
+        ),
+        ("the model prefers the longer reply", percent(length["model_prefers_longer"])),
+        ("people prefer the longer reply", percent(length["people_prefer_longer"])),
+        ("reward and length within prompts, r (ρ)", f"{number(within['pearson'])} ({number(within['spearman'])})"),
+        ("reward and length across prompts, r (ρ)", f"{number(across['pearson'])} ({number(across['spearman'])})"),
+        ("expected calibration error", percent(calibration["ece"])),
+        ("Brier score (guessing: 0.25)", number(calibration["brier"], ".4f")),
+        ("log loss (guessing: 0.6931)", number(calibration["log_loss"], ".4f")),
+        ("temperature that mends it", mended),
+        ("suspected mislabels", f"{content['reading']['suspected_mislabels']:,}"),
+    ]  # fmt: skip
+
+
+def comparison(against: dict[str, Any]) -> list[tuple[str, str]]:
+    """Two models on the same pairs: (what, value)."""
+    return [
+        ("pairs that both scored", f"{against['n']:,}"),
+        ("both right", f"{against['both_right']:,}"),
+        ("only this model right", f"{against['only_a_right']:,}"),
+        ("only the other right", f"{against['only_b_right']:,}"),
+        ("neither right", f"{against['neither_right']:,}"),
+        ("difference in accuracy", f"{number(against['accuracy_difference'], '+.1%')}"
+         f" ({number(against['low'], '+.1%')} to {number(against['high'], '+.1%')})"),
+        (f"McNemar's test ({against['mcnemar']['test']})", f"p = {against['mcnemar']['p_value']:.3g}"),
+        ("correlation of their Δr", number(against["rewards_agree"]["pearson"])),
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -40,7 +89,7 @@ def _plots(content: dict[str, Any], table: Table) -> list[report_plots.Plot]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_board(folder: Path, content: dict[str, Any], table: Table, step: int) -> None:
+def write_board(folder: Path, content: dict[str, Any], drawn: list[plots.Plot], step: int) -> None:
     """The report's figures as scalars and its plots as images, in place of what an earlier report of `step` wrote."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -50,8 +99,8 @@ def write_board(folder: Path, content: dict[str, Any], table: Table, step: int) 
     with SummaryWriter(str(folder), filename_suffix=suffix) as writer:
         for tag, value in scalars(content).items():
             writer.add_scalar(tag, value, step)
-        for plot in _plots(content, table):
-            writer.add_image(f"report/{plot.name}", report_plots.image(plot), step, dataformats="HWC")
+        for plot in drawn:
+            writer.add_image(f"report/{plot.name}", plots.image(plot), step, dataformats="HWC")
 
 
 def scalars(content: dict[str, Any]) -> dict[str, float]:
@@ -112,12 +161,12 @@ def show(content: dict[str, Any]) -> None:
                 [_share_row(label or "(none)", one) for label, one in list(shares.items())[:MOST_GROUPS_SHOWN]],
                 columns,
             )
-    grid("Length and calibration", figures.of_model(content), ("", ""))
+    grid("Length and calibration", length_and_calibration(content), ("", ""))
     if benchmark := content["benchmark"]:
-        rows = [(name, figures.percent(value)) for name, value in benchmark["parts"].items()]
-        grid(benchmark["name"], [*rows, ("score", figures.percent(benchmark["score"]))], ("", ""))
+        rows = [(name, percent(value)) for name, value in benchmark["parts"].items()]
+        grid(benchmark["name"], [*rows, ("score", percent(benchmark["score"]))], ("", ""))
     if against := content.get("against"):
-        grid(f"Against {against['model']}", figures.of_comparison(against), ("", ""))
+        grid(f"Against {against['model']}", comparison(against), ("", ""))
     console.print()
     for finding in content["findings"]:
         console.print(Text(f"- {printable(finding)}"))
@@ -126,4 +175,4 @@ def show(content: dict[str, Any]) -> None:
 
 def _share_row(label: str, one: dict[str, Any]) -> tuple[str, ...]:
     interval = f"{one['low']:.1%} to {one['high']:.1%}" if one["n"] else "–"
-    return label, figures.percent(one["accuracy"]), interval, f"{one['ties']:,}", f"{one['n']:,}"
+    return label, percent(one["accuracy"]), interval, f"{one['ties']:,}", f"{one['n']:,}"

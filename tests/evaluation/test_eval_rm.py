@@ -585,7 +585,7 @@ def test_scores_of_another_model_or_of_other_rows_are_not_taken(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(report, "write", no_room)
+        patch.setattr(report, "write_json", no_room)
         with pytest.raises(OSError):
             judge(length_model, *FP32)
     assert len(list(Path("out").glob(".partial-*"))) == 1
