@@ -1,6 +1,6 @@
 """What the benchmarks share: their inputs, the machine, tables and goals, children that work in turn, arithmetic.
 
-Nothing here knows how the project or TRL train; that is in `ours.py` and `theirs.py`.
+Nothing here knows how the project or TRL train; that is in `project_worker.py` and `trl_worker.py`.
 """
 
 from __future__ import annotations
@@ -352,7 +352,7 @@ class Goal:
     """One thing that was wanted and what came; `wanted` None is shown for comparison only."""
 
     name: str
-    project_worker: str
+    ours: str
     theirs: str
     measured: float
     wanted: float | None

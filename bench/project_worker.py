@@ -1,6 +1,6 @@
 """The project's side of a benchmark: the only file here that knows train_rm.py and what it is made of.
 
-As a script it is a child of `common.Side`. It opens a run as `train_rm.py` does and lets the real loop, evaluation,
+As a script it is a child of `harness.Side`. It opens a run as `train_rm.py` does and lets the real loop, evaluation,
 logging and saving work, one piece for each message.
 """
 
@@ -55,7 +55,7 @@ def side(job: str, base: str, dataset: str, work: Path, checkpointing: bool = Fa
     switch = "--gradient_checkpointing" if checkpointing else "--no_gradient_checkpointing"
     folders = ["--output_dir", str(work / "out"), "--log_dir", str(work / "logs")]
     return harness.Side(
-        "ours.py", job=job, flags=["--model", base, "--dataset", dataset, *folders, "--save_steps", "0",
+        "project_worker.py", job=job, flags=["--model", base, "--dataset", dataset, *folders, "--save_steps", "0",
                                    "--eval_steps", "0", switch, *flags],
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""TRL's side of a benchmark: `RewardTrainer` on given token ids. As a script, a child of `common.Side`."""
+"""TRL's side of a benchmark: `RewardTrainer` on given token ids. As a script, a child of `harness.Side`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def side(
     """A child that works on `ids` in their order, with the project's defaults for what both have."""
     config = project_worker.defaults()
     return harness.Side(
-        "theirs.py", job=job, base=base, ids=ids, folder=str(work / f"trl-{batch_size}"), batch_size=batch_size,
+        "trl_worker.py", job=job, base=base, ids=ids, folder=str(work / f"trl-{batch_size}"), batch_size=batch_size,
         grad_accum=grad_accum, lr=config.lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
         gradient_checkpointing=checkpointing, compiled=compiled, device=project_worker.device().type,
     )  # fmt: skip
