@@ -69,6 +69,11 @@ def length_and_calibration(content: dict[str, Any]) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
+def benchmark_scores(benchmark: dict[str, Any]) -> list[tuple[str, str]]:
+    parts = [*benchmark["parts"].items(), ("score", benchmark["score"])]
+    return [(name, percent(value)) for name, value in parts]
+
+
 def comparison(against: dict[str, Any]) -> list[tuple[str, str]]:
     """Two models on the same pairs: (what, value)."""
     return [
@@ -163,8 +168,7 @@ def show(content: dict[str, Any]) -> None:
             )
     grid("Length and calibration", length_and_calibration(content), ("", ""))
     if benchmark := content["benchmark"]:
-        rows = [(name, percent(value)) for name, value in benchmark["parts"].items()]
-        grid(benchmark["name"], [*rows, ("score", percent(benchmark["score"]))], ("", ""))
+        grid(benchmark["name"], benchmark_scores(benchmark), ("", ""))
     if against := content.get("against"):
         grid(f"Against {against['model']}", comparison(against), ("", ""))
     console.print()
