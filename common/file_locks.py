@@ -1,58 +1,70 @@
 """Locks on files: one process trains a run, one writer appends at a time.
 
-The system lets go of them when a process ends, however it ends. Standard library only.
+They are locks of the operating system (by `filelock`), which releases them when a process ends, however it ends.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import platform
 import stat
 import time
 import typing
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from utils import UserError
 
+if typing.TYPE_CHECKING:
+    import filelock
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+PROBE_SECONDS = 0.06  # `is_locked` may hold a lock this long: wait before concluding that another process has it
+
 
 class RunLock:
-    """Held by the process that trains a run. The system lets go of it when the process ends, however it ends."""
+    """Held by the process that trains a run, or by manage_runs.py while it moves parts of it."""
 
     FILE = ".lock"
 
-    def __init__(self, run_folder: Path, holder: str = "process", patience_seconds: float | None = None):
-        """Raise UserError, naming host and process, if another process trains this run (and goes on doing so)."""
+    def __init__(self, run_folder: Path, holder: str = "process", patience_seconds: float = PROBE_SECONDS):
+        """Raise UserError, naming host and process, if another process still holds the lock after `patience_seconds`.
+
+        On a file system without locks, print a warning and go on without one.
+        """
         path = run_folder / self.FILE
         self._file = path.open("a+", encoding="utf-8")
         try:
-            _lock_patiently(self._file, MOMENT if patience_seconds is None else patience_seconds)
+            has_lock = _lock_within(patience_seconds, self._file)
         except OSError as error:
-            if error.errno not in LOCKED_ERRORS:
-                print(f"this file system has no locks ({error.strerror}): see that no two runs share {run_folder}")
-                return
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
+            print(
+                f"this file system has no locks ({error.strerror}): make sure that no two processes train {run_folder}"
+            )
+            return
+        if not has_lock:
+            self._file.seek(1 if os.name == "nt" else 0)  # Windows locks the first byte, a newline, against reading
+            found = self._file.read().strip() or "another process"
             self._file.close()
             raise UserError(
                 "this run is being trained just now",
                 where=run_folder,
-                found=f"held by {holder}",
-                safe="nothing of it was touched",
+                found=f"held by {found}",
+                safe="nothing in it was changed",
                 next="another --run_name, or wait until it ends",
-            ) from error
+            )
         try:
-            is_the_same = os.path.samestat(path.stat(), os.fstat(self._file.fileno()))
+            is_same_file = os.path.samestat(path.stat(), os.fstat(self._file.fileno()))
         except OSError:
-            is_the_same = False
-        if not is_the_same:  # manage_runs.py took the folder away between opening and locking
+            is_same_file = False
+        if not is_same_file:  # manage_runs.py moved the folder to the trash between opening and locking
             self._file.close()
             raise UserError("this run is being deleted just now", where=run_folder)
         self._file.truncate(0)
-        self._file.write(f"{holder} {os.getpid()} on {platform.node()}\n")
+        self._file.write(f"\n{holder} {os.getpid()} on {platform.node()}\n")
         self._file.flush()
 
     def release(self) -> None:
@@ -60,62 +72,41 @@ class RunLock:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether somebody holds the lock on a file, which is neither made nor changed; False if there is no such file."""
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    """Whether another process holds the lock on a file. The file is neither created nor changed."""
     try:
-        descriptor = os.open(path, flags)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
-            return False  # none, or a link or pipe, which nobody locks
-        raise
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return False
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return False  # nobody locks a link or a pipe
+        file = path.open("rb")
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    with file:
         try:
-            _lock_patiently(file, MOMENT, is_shared=True) if os.name == "nt" else _lock(file, is_shared=True)
-        except OSError as error:
-            return error.errno in LOCKED_ERRORS  # else this file system has no locks
-        return False  # closing lets go of it
+            if fcntl is None:
+                return not _lock_within(PROBE_SECONDS, file)
+            # A shared lock, which filelock lacks: two processes that ask at once don't see each other's, and NFS
+            # grants it on a file opened for reading.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+        except OSError:
+            return False  # this file system has no locks
+        return False  # closing the file releases it
 
 
-def _lock_patiently(file: typing.IO[Any], seconds: float, is_shared: bool = False) -> None:
-    """Lock, trying again for a while; the last OSError if somebody else keeps it."""
+def _lock_within(seconds: float, file: typing.IO[Any]) -> bool:
+    """Lock an open file, retrying for a while; False if another process keeps it."""
+    import filelock  # listing runs does without it
+
     give_up = time.monotonic() + seconds
-    while True:
-        try:
-            return _lock(file, is_shared)
-        except OSError as error:
-            if error.errno not in LOCKED_ERRORS or time.monotonic() > give_up:
-                raise
-            time.sleep(0.02)
+    while not filelock.lock_descriptor(file.fileno(), blocking=False):
+        if time.monotonic() > give_up:
+            return False
+        time.sleep(0.02)
+    return True
 
 
-def _lock(file: typing.IO[Any], is_shared: bool = False) -> None:
-    """A lock on an open file; OSError if somebody else has it. On Windows every lock is exclusive."""
-    if os.name == "nt":
-        import msvcrt
+def exclusive(lock_file: Path, patience_seconds: float = 30) -> filelock.BaseFileLock:
+    """`with exclusive(path):` keeps other threads and processes out; TimeoutError if it takes too long to get in."""
+    import filelock
 
-        file.seek(LOCKED_BYTE)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(file, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-
-
-@contextlib.contextmanager
-def exclusive(lock_file: Path, patience_seconds: float = 30) -> Iterator[None]:
-    """Hold a lock file against other threads and processes; they wait, and TimeoutError says that it took too long."""
-    with lock_file.open("a+", encoding="utf-8") as file:
-        try:
-            _lock_patiently(file, patience_seconds)
-        except OSError as error:
-            if error.errno not in LOCKED_ERRORS:
-                raise
-            raise TimeoutError(f"somebody holds {lock_file}") from error
-        yield
-
-
-MOMENT = 0.06  # seconds for which somebody may hold a lock who only asks whether it is held
-LOCKED_ERRORS = (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
-LOCKED_BYTE = 1024  # Windows forbids reading a locked byte, so it is one behind the text
+    return filelock.FileLock(lock_file, patience_seconds, fallback_to_soft=False, preserve_lock_file=True)

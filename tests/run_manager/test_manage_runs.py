@@ -213,49 +213,6 @@ def test_a_run_that_crashed_before_its_first_save_may_be_begun_again_under_its_n
     assert scanned(work)["crashed"].state == "finished"
 
 
-def test_asking_whether_a_lock_is_held_neither_makes_nor_changes_it(tmp_path):
-    lock = tmp_path / ".lock"
-    assert file_locks.is_locked(lock) is False and not lock.exists()
-    held = file_locks.RunLock(tmp_path)
-    content, when = lock.read_bytes() if os.name != "nt" else None, lock.stat().st_mtime_ns
-    assert file_locks.is_locked(lock) is True
-    held.release()
-    assert file_locks.is_locked(lock) is False
-    assert content is None or (lock.read_bytes(), lock.stat().st_mtime_ns) == (content, when)
-
-
-def test_asking_never_keeps_a_training_from_beginning(tmp_path):
-    file_locks.RunLock(tmp_path).release()
-    stop = threading.Event()
-
-    def ask():
-        while not stop.is_set():
-            file_locks.is_locked(tmp_path / ".lock")
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    try:
-        for _ in range(200):
-            file_locks.RunLock(tmp_path).release()
-    finally:
-        stop.set()
-        asking.join()
-
-
-def test_a_lock_whose_folder_was_taken_away_is_refused(tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    run.mkdir()
-    original = file_locks._lock
-
-    def take_away_first(file, is_shared=False):  # what a deletion does between a training's opening and locking
-        run.rename(tmp_path / "gone")
-        original(file, is_shared)
-
-    monkeypatch.setattr(file_locks, "_lock", take_away_first)
-    with pytest.raises(utils.UserError, match="being deleted"):
-        file_locks.RunLock(run)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Listing
 # ---------------------------------------------------------------------------------------------------------------------
@@ -678,7 +635,7 @@ def test_a_run_that_is_training_is_shown_and_nothing_of_it_is_deleted(manage, wo
 
 def test_a_run_whose_training_began_after_the_list_was_made_is_not_deleted(work):
     run = scanned(work)["first"]
-    plan = manage_runs.deletions.plan_runs([run], [run], roots_of(work))
+    plan = deletion_plan.plan_runs([run], [run], roots_of(work))
     lock = file_locks.RunLock(run.folder)
     before = tree(work)
     outcome = trash.delete(plan, roots_of(work))
