@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import utils
 from chat_app import model_list
-from checkpointing import run_folder
+from checkpointing import resolve, run_folder
+from checkpointing.run_folder import step_folders
 from common import flags
 from common.flags import flag
 from utils import UserError
@@ -166,13 +167,13 @@ def demo_models(output_dir: Path) -> tuple[str, Path]:
     if not is_finished(run):
         print("training the demo's reward model, about a minute, once", flush=True)
         begin = ["--demo", "--run_name", DEMO_RUN, "--output_dir", str(output_dir)]
-        flags_of_training = ["--resume_from", str(run)] if utils.step_folders(run) else begin
+        flags_of_training = ["--resume_from", str(run)] if step_folders(run) else begin
         train = str(Path(__file__).with_name("train_rm.py"))
         code = subprocess.run([sys.executable, train, *flags_of_training]).returncode
         if code:
             raise UserError("the demo's reward model could not be trained", where=run, next="see the message above")
     model, _ = demo.write_demo(Path("demo"))
-    return str(model), model_list.sound_checkpoint(str(run))
+    return str(model), resolve.sound_checkpoint(str(run))
 
 
 def is_finished(run: Path) -> bool:
@@ -181,7 +182,7 @@ def is_finished(run: Path) -> bool:
         record = run_folder.read_record(run)
     except (OSError, ValueError):
         return False
-    return record is not None and record.state == run_folder.FINISHED and bool(utils.step_folders(run))
+    return record is not None and record.state == run_folder.FINISHED and bool(step_folders(run))
 
 
 def serve(config: ChatConfig, built: Any, port: int) -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import utils
+from checkpointing import resolve
+from checkpointing.run_folder import step_of
 from common import flags
 from common.flags import flag
 from utils import DiskOrNetworkError, UserError
@@ -106,9 +108,9 @@ def main(argv: list[str]) -> None:
 
 def plan(config: EvalConfig) -> evaluator.Task:
     """What to judge; everything that can be wrong with names, folders and rows' files is so here, before scoring."""
-    folder = scoring.find_model(config.model)
+    folder = resolve.find_model(config.model)
     settings = evaluator.own_settings(folder)
-    other = scoring.find_model(config.against, "--against") if config.against else None
+    other = resolve.find_model(config.against, "--against") if config.against else None
     if other and other.resolve() == folder.resolve():
         raise UserError(
             "--against names the model itself", where=other, safe="nothing was scored",
@@ -141,7 +143,7 @@ def plan(config: EvalConfig) -> evaluator.Task:
         report_dir=report_dir,
         board_folder=board_folder,
         limits=limits(config, settings),
-        step=utils.step_of(folder.absolute()) or 0,
+        step=step_of(folder.absolute()) or 0,
         against=other
         and evaluator.Contender(
             shown(config.against, other), lambda: models.RewardModel.restore(other, config.base_model)
@@ -237,7 +239,7 @@ def score_stream(config: EvalConfig) -> None:
     """`--score`: standard output gets data and nothing else."""
     with contextlib.redirect_stdout(sys.stderr):
         lines = score_lines.read(config.score)
-        folder = scoring.find_model(config.model)
+        folder = resolve.find_model(config.model)
         model = models.RewardModel.restore(folder, config.base_model)
         how = limits(config, evaluator.own_settings(folder))
         scorer = scoring.Scorer.of(model, how.max_length, how.batch_size, how.tokens_per_batch, how.precision)

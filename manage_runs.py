@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import utils
+from checkpointing.run_folder import step_of
 from common import flags
 from common.flags import flag
 from run_manager import deletion_plan, inventory, trash
@@ -285,7 +286,7 @@ def plan_names(names: tuple[str, ...], runs: list[RunInfo], roots: Roots) -> Pla
     whole, plan = [], Plan()
     for name in names:
         run_name, _, step_name = name.rpartition("/")
-        if any(run.name == name for run in runs) or utils.step_of(Path(step_name)) is None:
+        if any(run.name == name for run in runs) or step_of(Path(step_name)) is None:
             whole.append(inventory.find_run(name, runs))
             continue
         run = inventory.find_run(run_name, runs)

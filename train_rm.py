@@ -19,19 +19,19 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import utils
+from checkpointing.run_folder import step_folder
 from training import launch
 from training.config import TrainConfig, read_config
 from utils import StopRequest, UserError
 
-if TYPE_CHECKING:
+with utils.lazy_imports():  # --help must not wait for torch
     import numpy as np
     import torch
-    from torch import Tensor
+    from torch import Tensor  # for annotations only
 
-    import models
     from checkpointing import checkpoint
     from data_pipeline import packing
     from evaluation import evaluator
@@ -39,23 +39,6 @@ if TYPE_CHECKING:
     from training import distributed, logger
     from training import micro_batches as batching
     from training import run as runs
-else:  # loaded when first used, so that --help answers at once
-    np, torch, batching, checkpoint, evaluator, devices, models, packing, logger, runs = map(
-        utils.lazy_import,
-        (
-            "numpy",
-            "torch",
-            "training.micro_batches",
-            "checkpointing.checkpoint",
-            "evaluation.evaluator",
-            "modeling.devices",
-            "models",
-            "data_pipeline.packing",
-            "training.logger",
-            "training.run",
-        ),
-    )
-
 
 MOST_SKIPPED_IN_A_ROW = 10
 MOST_KINDS_SHOWN = 20
@@ -393,7 +376,7 @@ def summary(run: runs.Run, evaluation: Evaluation | None) -> str:
         width = max(map(len, evaluation.by_kind), default=0)
         for kind, (correct, pairs) in sorted(evaluation.by_kind.items())[:MOST_KINDS_SHOWN]:
             lines.append(f"  {kind:<{width}}  {correct / pairs:6.1%} of {pairs}")
-    saved = utils.step_folder(run.folder, run.step)
+    saved = step_folder(run.folder, run.step)
     return "\n".join(
         [
             *lines,

@@ -5,6 +5,7 @@ Standard library only, so that `--help` and listing runs stay instant. Nothing h
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import difflib
 import errno
@@ -14,13 +15,13 @@ import itertools
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
 import traceback
+import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -255,54 +256,6 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Run folders: <output_dir>/<run_name>/step-N
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def run_name_problem(name: str) -> str | None:
-    """Why a run name cannot be a folder's name on every platform, or None."""
-    reserved = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))}
-    if not re.fullmatch(r"[^\W_][\w.+=@-]*", name) or name.endswith("."):
-        return "wants letters, digits, '_', '-', '.', '+', '=' and '@' only, a letter or digit first, and no '.' last"
-    if len(name.encode()) > 100:
-        return f"wants at most 100 bytes, got {len(name.encode())}"
-    if re.fullmatch(r"step-\d+", name) or name.startswith("superseded-"):
-        return "is what folders inside a run are called"
-    return "is a device's name on Windows" if name.split(".")[0].lower() in reserved else None
-
-
-def step_folder(run_folder: Path, step: int) -> Path:
-    return run_folder / f"step-{step}"
-
-
-def step_of(folder: Path) -> int | None:
-    """The N of a folder named step-N, else None."""
-    match = re.fullmatch(r"step-(\d+)", folder.name, re.ASCII)
-    return int(match.group(1)) if match else None
-
-
-def step_folders(run_folder: Path) -> list[Path]:
-    """The complete steps of a run, newest last, by step number (dates lie after a copy)."""
-    if not run_folder.is_dir():
-        return []
-    steps = [path for path in run_folder.iterdir() if step_of(path) is not None and path.is_dir()]
-    return sorted(steps, key=lambda path: step_of(path) or 0)
-
-
-def best_step(run_folder: Path) -> Path | None:
-    """The step with the highest evaluation accuracy, the newest of equals; None if none was evaluated when saved."""
-    scored = []
-    for path in step_folders(run_folder):
-        try:
-            accuracy = read_json(path / "training_state.json")["eval_accuracy"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # a damaged step is nobody's best
-        if isinstance(accuracy, float) and math.isfinite(accuracy):
-            scored.append((accuracy, step_of(path) or 0, path))
-    return max(scored)[2] if scored else None
-
-
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -321,18 +274,38 @@ def read_json(path: Path) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class lazy_import:
-    """`torch = lazy_import("torch")`: the module, imported when first used, because `--help` must not wait for it.
-
-    Not importlib's LazyLoader: that leaves a half-made module in `sys.modules`, and torch's own circular imports trip
-    over it.
-    """
+class _LazyModule:
+    """Stands for a module, which is imported when something in it is first asked for."""
 
     def __init__(self, name: str):
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(importlib.import_module(self._name), attribute)
+
+
+@contextlib.contextmanager
+def lazy_imports() -> Iterator[None]:
+    """Modules named by `import` and `from package import module` in this block load when first used.
+
+    For the scripts at the root, whose `--help` must not wait for torch. Type checkers see plain imports, and Python 3.15
+    has such imports of its own (PEP 810). Not importlib's LazyLoader: it leaves a half-made module in `sys.modules`,
+    which breaks torch's circular imports. Classes and functions cannot be imported this way.
+    """
+
+    def import_later(name: str, globals: Any = None, locals: Any = None, names: Any = (), level: int = 0) -> Any:
+        if not names:
+            return _LazyModule(name)
+        return types.SimpleNamespace(**{each: _LazyModule(f"{name}.{each}") for each in names})
+
+    eager, builtins.__import__ = builtins.__import__, import_later
+    try:
+        yield
+    finally:
+        builtins.__import__ = eager
+
+
+lazy_import = _LazyModule  # until every script uses lazy_imports
 
 
 def relative_path(path: str, start: str) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import utils
 from chat_app import model_list
+from checkpointing import resolve
 from common import hub
 from data_pipeline.parsing import Messages
 
@@ -120,7 +121,7 @@ class Stage:
             if self.reward is None or (scorer, stamps[1]) != (self.scorer, self._stamps[1]):
                 new_reward = None
                 if scorer:
-                    new_reward = models.RewardModel.restore(model_list.sound_checkpoint(scorer)).to(device).eval()
+                    new_reward = models.RewardModel.restore(resolve.sound_checkpoint(scorer)).to(device).eval()
             if self.policy is None or (talker, stamps[0]) != (self.talker, self._stamps[0]):
                 new_policy = self._open_policy(talker, device)
             if new_reward is not self.reward:
@@ -142,7 +143,7 @@ class Stage:
     @staticmethod
     def _open_policy(name: str, device: torch.device) -> generation.PolicyModel:
         if hub.looks_like_a_path(name):
-            opened = generation.PolicyModel.restore(model_list.sound_checkpoint(name))
+            opened = generation.PolicyModel.restore(resolve.sound_checkpoint(name))
         else:
             opened = generation.PolicyModel.create(name)
         # writing needs no fp32 weights; on a CPU bf16 is slower than fp32 for a single row

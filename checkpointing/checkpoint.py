@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import utils
-from checkpointing import run_folder as records
-from checkpointing.run_folder import MANIFEST, OPTIMIZER, own_checksum, write_manifest
+from checkpointing.manifest import OPTIMIZER, check_has_optimizer, write_manifest
+from checkpointing.run_folder import best_step, step_folder, step_folders, step_of
 from common import atomic_files
 from models import RewardModel
 from training.distributed import World
@@ -109,7 +109,7 @@ def save(
     Before the renaming every tensor is read back and compared with the one in memory, one at a time. Raises
     DiskOrNetworkError if the disk is full, or would be; whatever was published before stays as it was.
     """
-    final = utils.step_folder(run_folder, position.step)
+    final = step_folder(run_folder, position.step)
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
         refuse_full_disk(run_folder, model)
@@ -161,12 +161,12 @@ def refuse_full_disk(run_folder: Path, model: RewardModel) -> None:
 
 
 def _after_making_room(run_folder: Path) -> str:
-    has_steps = bool(utils.step_folders(run_folder))
+    has_steps = bool(step_folders(run_folder))
     return "make room, then " + (f"python train_rm.py --resume_from {run_folder}" if has_steps else "start again")
 
 
 def _newest_saved(run_folder: Path) -> str:
-    steps = utils.step_folders(run_folder)
+    steps = step_folders(run_folder)
     return f"{steps[-1].name} is untouched" if steps else "no step of this run was saved before"
 
 
@@ -205,8 +205,8 @@ def refuse_non_finite_weights(state: State, run_folder: Path, step: int) -> None
 
 def prune(run_folder: Path, keep: int) -> list[Path]:
     """Delete all but the newest `keep` steps and the best one; 0 keeps all. Returns what was deleted."""
-    steps = utils.step_folders(run_folder)
-    kept = {*steps[-keep:], utils.best_step(run_folder)} if keep else set(steps)
+    steps = step_folders(run_folder)
+    kept = {*steps[-keep:], best_step(run_folder)} if keep else set(steps)
     pruned = [path for path in steps if path not in kept and not path.is_symlink()]  # a link is not ours
     for path in pruned:
         # out of sight first: a kill in the middle must not leave half a step behind
@@ -217,7 +217,7 @@ def prune(run_folder: Path, keep: int) -> list[Path]:
 
 
 def later_steps(run_folder: Path, step: int) -> list[Path]:
-    return [path for path in utils.step_folders(run_folder) if (utils.step_of(path) or 0) > step]
+    return [path for path in step_folders(run_folder) if (step_of(path) or 0) > step]
 
 
 def set_aside_later_steps(run_folder: Path, step: int) -> Path | None:
@@ -288,7 +288,7 @@ def _written_by_others(file: Path, error: Exception) -> CheckpointError:
 
 def refuse_missing_parts(folder: Path) -> None:
     """Raise CheckpointError if a checkpoint, sound as it may be, lacks what going on from it takes."""
-    refuse_without_optimizer(folder)
+    check_has_optimizer(folder)
     for name in (OPTIMIZER, RANDOM_STATE, POSITION, CONFIG):
         if not (folder / name).is_file():
             raise CheckpointError(
@@ -302,100 +302,3 @@ def refuse_missing_parts(folder: Path) -> None:
 
 def read_random_state(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / RANDOM_STATE)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding and checking
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def find(resume_from: str) -> Path:
-    """The `step-N` folder that `--resume_from` means: itself, or the newest sound one of a run folder."""
-    path = Path(resume_from).expanduser()
-    path = path.resolve() if path.name in ("", "..") else path  # "." has no name
-    if path.parent.name == "":  # `step-6` typed inside its run's folder
-        path = path.absolute()
-    if not path.is_dir():
-        parent = path.parent
-        siblings = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
-        raise utils.UserError(
-            f"--resume_from names no folder{utils.nearest(path.name, siblings)}",
-            where=path.absolute(),
-            found=f"{parent} holds {', '.join(siblings[:8]) or 'no folders'}",
-            next="a step-N folder, or a run's folder for its newest step",
-        )
-    if utils.step_of(path) is not None or (path / MANIFEST).exists():
-        verify(path)
-        return path
-    steps = utils.step_folders(path)
-    if not steps:
-        raise CheckpointError("no checkpoint there", where=path.absolute(), next="a folder that holds step-N folders")
-    damaged = []
-    for step in reversed(steps):
-        if (trouble := problem(step)) is None:
-            for file, found in damaged:
-                print(f"{file.parent.name} is damaged ({file.name}: {found}); going on from {step.name}", flush=True)
-            return step
-        damaged.append(trouble)
-    raise CheckpointError(
-        "every checkpoint of this run is damaged",
-        where=damaged[0][0],
-        found=damaged[0][1],
-        next="bring the files back from a copy, or start a new run",
-    )
-
-
-def refuse_without_optimizer(folder: Path) -> None:
-    """Raise CheckpointError for a step that manage_runs.py shrank to its weights: nothing could go on from it."""
-    if records.has_optimizer(folder):
-        return
-    sound = [step for step in utils.step_folders(folder.parent) if records.has_optimizer(step) and not problem(step)]
-    others = f"{', '.join(step.name for step in sound)} still {'has' if len(sound) == 1 else 'have'} it"
-    raise CheckpointError(
-        "this checkpoint has no optimizer state any more, so training cannot go on from it",
-        where=folder,
-        found="manage_runs.py removed it: the step was shrunk to its weights",
-        safe=f"the weights are whole (chat.py loads them); {others if sound else 'no other step of this run has it'}",
-        next=f"python train_rm.py --resume_from {sound[-1]}" if sound
-        else "python manage_runs.py --undo, if that was its last deletion, brings it back",
-    )  # fmt: skip
-
-
-def verify(folder: Path) -> None:
-    """Raise CheckpointError if any file is missing, changed or cut; name the newest sound step before it."""
-    found = problem(folder)
-    if found is None:
-        return
-    number = utils.step_of(folder) or 0
-    earlier = [step for step in utils.step_folders(folder.parent) if (utils.step_of(step) or 0) < number]
-    sound = next((step for step in reversed(earlier) if problem(step) is None), None)
-    raise CheckpointError(
-        "the checkpoint is damaged",
-        where=found[0],
-        found=found[1],
-        safe=f"{sound.name} is complete" if sound else "no earlier step of this run is complete",
-        next=f"python train_rm.py --resume_from {sound}" if sound else None,
-    )
-
-
-def problem(folder: Path) -> tuple[Path, str] | None:
-    """What is wrong with a checkpoint: (file, what was found and expected); None if every file is as it was written."""
-    manifest = folder / MANIFEST
-    try:
-        content = utils.read_json(manifest)
-        checksum = content.pop("sha256")
-        expected = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return manifest, f"no readable manifest ({type(error).__name__}: {error})"
-    if checksum != own_checksum(content):
-        return manifest, "its content changed; its SHA-256 is not the one it names"
-    if utils.step_of(folder) not in (None, content["step"]):
-        return manifest, f"it is of step {content['step']}; the folder was renamed"
-    for path, (size, checksum) in expected.items():
-        if not path.is_file():
-            return path, f"no such file; the manifest says {size:,} bytes"
-        if path.stat().st_size != size:
-            return path, f"{path.stat().st_size:,} bytes; the manifest says {size:,}"
-        if utils.sha256_of(path) != checksum:
-            return path, "its content changed; its SHA-256 is not the manifest's"
-    return None

@@ -1,18 +1,17 @@
-"""What the folders of a run say of themselves: run.json of the run, manifest.json of each step.
+"""The folder of a run: its step-N folders and its record, run.json.
 
 Standard library only, so that manage_runs.py reads a thousand of them without importing torch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
+import math
 import os
 import platform
-import stat
+import re
 import sys
 import types
 import typing
@@ -24,9 +23,56 @@ from typing import Any
 import utils
 from common import atomic_files
 
-RUN, MANIFEST, OPTIMIZER = "run.json", "manifest.json", "optimizer.safetensors"
+RUN = "run.json"
 RUNNING, FINISHED, STOPPED, CRASHED = "running", "finished", "stopped", "crashed"
-MOST_JSON_BYTES = 2**26  # a record of a million evaluations is smaller
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps: RUN/step-N
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_name_problem(name: str) -> str | None:
+    """Why a run name cannot be a folder's name on every platform, or None."""
+    reserved = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))}
+    if not re.fullmatch(r"[^\W_][\w.+=@-]*", name) or name.endswith("."):
+        return "wants letters, digits, '_', '-', '.', '+', '=' and '@' only, a letter or digit first, and no '.' last"
+    if len(name.encode()) > 100:
+        return f"wants at most 100 bytes, got {len(name.encode())}"
+    if re.fullmatch(r"step-\d+", name) or name.startswith("superseded-"):
+        return "is what folders inside a run are called"
+    return "is a device's name on Windows" if name.split(".")[0].lower() in reserved else None
+
+
+def step_folder(run_folder: Path, step: int) -> Path:
+    return run_folder / f"step-{step}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The N of a folder named step-N, else None."""
+    match = re.fullmatch(r"step-(\d+)", folder.name, re.ASCII)
+    return int(match.group(1)) if match else None
+
+
+def step_folders(run_folder: Path) -> list[Path]:
+    """The complete steps of a run, newest last, by step number (dates lie after a copy)."""
+    if not run_folder.is_dir():
+        return []
+    steps = [path for path in run_folder.iterdir() if step_of(path) is not None and path.is_dir()]
+    return sorted(steps, key=lambda path: step_of(path) or 0)
+
+
+def best_step(run_folder: Path) -> Path | None:
+    """The step with the highest evaluation accuracy, the newest of equals; None if none was evaluated when saved."""
+    scored = []
+    for path in step_folders(run_folder):
+        try:
+            accuracy = utils.read_json(path / "training_state.json")["eval_accuracy"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a damaged step is nobody's best
+        if isinstance(accuracy, float) and math.isfinite(accuracy):
+            scored.append((accuracy, step_of(path) or 0, path))
+    return max(scored)[2] if scored else None
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # run.json
@@ -80,7 +126,7 @@ def time_text() -> str:
 
 def read_record(run_folder: Path) -> RunRecord | None:
     """A run's record, None if it has none; ValueError says what is wrong with the file."""
-    content = read_own_json(run_folder / RUN)
+    content = atomic_files.read_own_json(run_folder / RUN)
     if content is None:
         return None
     if not isinstance(content, dict):
@@ -111,103 +157,7 @@ def write_record(run_folder: Path, record: RunRecord) -> None:
     # a line a key, so that a person can read it too
     lines = (f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in dataclasses.asdict(record).items())
     try:
-        replace_text(run_folder / RUN, "{\n" + ",\n".join(lines) + "\n}\n")
+        atomic_files.replace_text(run_folder / RUN, "{\n" + ",\n".join(lines) + "\n}\n")
     except OSError as error:
         print(f"{run_folder / RUN} could not be written ({error.strerror}); manage_runs.py will miss it",
               file=sys.stderr)  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# manifest.json
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def write_manifest(folder: Path, step: int) -> None:
-    """Sizes and checksums of all files of a folder, and a checksum of itself."""
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": utils.sha256_of(path)} for path in sorted(folder.iterdir())
-    }
-    manifest = {"step": step, "files": files}
-    utils.write_json(folder / MANIFEST, manifest | {"sha256": own_checksum(manifest)})
-
-
-def own_checksum(manifest: dict[str, Any]) -> str:
-    """What a manifest says of itself, so that a flipped bit in it is not blamed on a file that it lists."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """A step's manifest without its own checksum, which is checked; ValueError if it cannot be trusted."""
-    content = read_own_json(folder / MANIFEST)
-    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
-        raise ValueError("no readable manifest")
-    checksum = content.pop("sha256", None)
-    if checksum != own_checksum(content):
-        raise ValueError("its content changed; its SHA-256 is not the one it names")
-    return content
-
-
-def move_in_manifest(folder: Path, name: str, source: str, target: str) -> None:
-    """Move a file's entry between a manifest's "files" and "removed", all or nothing; moving it back is exact."""
-    manifest = read_manifest(folder)
-    if name not in manifest.get(source, {}):
-        return  # done before
-    entry = manifest[source].pop(name)
-    manifest[target] = dict(sorted({**manifest.get(target, {}), name: entry}.items()))
-    manifest = {key: value for key, value in manifest.items() if key != "removed" or value}
-    text = json.dumps(manifest | {"sha256": own_checksum(manifest)}, indent=2, ensure_ascii=False) + "\n"
-    replace_text(folder / MANIFEST, text)
-
-
-def has_optimizer(folder: Path) -> bool:
-    """Whether a step still has the optimizer's state, as far as its manifest knows."""
-    try:
-        return OPTIMIZER not in read_manifest(folder).get("removed", {})
-    except (OSError, ValueError):
-        return True  # a damaged step is reported as damaged
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def read_own_json(path: Path) -> Any:
-    """A JSON file's content, None if there is no such file; ValueError for anything that no program of ours wrote."""
-    try:
-        found = path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    if not stat.S_ISREG(found.st_mode):  # a pipe would keep us waiting, a link leads who knows where
-        raise ValueError("it is no ordinary file")
-    if found.st_size > MOST_JSON_BYTES:
-        raise ValueError(f"it has {utils.format_bytes(found.st_size)}")
-    try:
-        return utils.read_json(path)
-    except FileNotFoundError:
-        return None
-    except RecursionError as error:
-        raise ValueError("it is nested without end") from error
-
-
-def temporary(path: Path) -> Path:
-    return path.with_name(f".tmp-{path.name}")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file under a temporary name and rename it over the old one."""
-    half = temporary(path)
-    try:
-        try:
-            file = half.open("x", encoding="utf-8")  # never through a link that lies there
-        except FileExistsError:
-            half.unlink()
-            file = half.open("x", encoding="utf-8")
-        with file:
-            file.write(text)
-        atomic_files.flush_to_disk(half)
-        os.replace(half, path)
-    except OSError:
-        with contextlib.suppress(OSError):  # the one that matters is on its way
-            half.unlink(missing_ok=True)
-        raise

@@ -9,9 +9,15 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import utils
+
+MOST_JSON_BYTES = 2**26  # a record of a million evaluations is smaller
 
 
 @contextlib.contextmanager
@@ -93,3 +99,44 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_own_json(path: Path) -> Any:
+    """A JSON file's content, None if there is no such file; ValueError for anything that no program of ours wrote."""
+    try:
+        found = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if not stat.S_ISREG(found.st_mode):  # a pipe would keep us waiting, a link leads who knows where
+        raise ValueError("it is no ordinary file")
+    if found.st_size > MOST_JSON_BYTES:
+        raise ValueError(f"it has {utils.format_bytes(found.st_size)}")
+    try:
+        return utils.read_json(path)
+    except FileNotFoundError:
+        return None
+    except RecursionError as error:
+        raise ValueError("it is nested without end") from error
+
+
+def temporary(path: Path) -> Path:
+    return path.with_name(f".tmp-{path.name}")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file under a temporary name and rename it over the old one."""
+    half = temporary(path)
+    try:
+        try:
+            file = half.open("x", encoding="utf-8")  # never through a link that lies there
+        except FileExistsError:
+            half.unlink()
+            file = half.open("x", encoding="utf-8")
+        with file:
+            file.write(text)
+        flush_to_disk(half)
+        os.replace(half, path)
+    except OSError:
+        with contextlib.suppress(OSError):  # the one that matters is on its way
+            half.unlink(missing_ok=True)
+        raise

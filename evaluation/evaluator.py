@@ -14,7 +14,8 @@ from typing import Any
 
 import models
 import utils
-from chat_app import model_list
+from checkpointing import resolve
+from checkpointing.run_folder import best_step, step_folders, step_of
 from evaluation import analysis, eval_data, html_report, metrics, plots, report
 from evaluation.scores import ScoreLog
 from modeling import devices
@@ -118,12 +119,12 @@ def _score(contender: Contender, task: Task, between: Callable[[], None]) -> tup
 
 def own_settings(folder: Path) -> dict[str, Any]:
     """The training's settings that lie in a checkpoint of ours; {} for any other model."""
-    return model_list.read_settings(folder / "train_config.json")
+    return resolve.read_settings(folder / "train_config.json")
 
 
 def report_folder(folder: Path) -> Path:
     """`reports/step-N` beside a run's checkpoints; the checkpoint itself stays as its manifest says."""
-    if utils.step_of(folder.absolute()) is None or not (folder / "manifest.json").is_file():
+    if step_of(folder.absolute()) is None or not (folder / "manifest.json").is_file():
         return Path("report")
     return folder.parent / "reports" / folder.name
 
@@ -131,7 +132,7 @@ def report_folder(folder: Path) -> Path:
 def board_folder(folder: Path, report_dir: Path) -> Path:
     """Beside the training's own logs where they are; TensorBoard then shows both."""
     log_dir = own_settings(folder).get("log_dir")
-    if utils.step_of(folder.absolute()) is not None and isinstance(log_dir, str):
+    if step_of(folder.absolute()) is not None and isinstance(log_dir, str):
         run = folder.absolute().parent
         logs = run.parent / log_dir / run.name  # log_dir is stored as seen from output_dir
         if logs.is_dir():
@@ -167,7 +168,7 @@ def report_run(run_folder: Path, dataset: str, rows: Iterable[int]) -> None:
 
     The training is over and saved, so whatever goes wrong here is said, and is no failure of the run.
     """
-    newest, best = utils.step_folders(run_folder)[-1:], utils.best_step(run_folder)
+    newest, best = step_folders(run_folder)[-1:], best_step(run_folder)
     folders = dict.fromkeys([*newest, *([best] if best else [])])
     try:
         data = eval_data.find(dataset, "test", None)
@@ -179,7 +180,7 @@ def report_run(run_folder: Path, dataset: str, rows: Iterable[int]) -> None:
                 task = Task(
                     Contender(utils.seen_from_here(str(folder)), functools.partial(models.RewardModel.restore, folder)),
                     data, utils.seen_from_here(dataset), "test", report_folder(folder),
-                    board_folder(folder, report_folder(folder)), Limits(**own), utils.step_of(folder) or 0,
+                    board_folder(folder, report_folder(folder)), Limits(**own), step_of(folder) or 0,
                     notes=("the pairs that training evaluates on",),
                 )  # fmt: skip
                 judge(task, stop.check)

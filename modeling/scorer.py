@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +25,6 @@ from torch import Tensor
 import data
 import models
 import utils
-from chat_app import model_list
-from common import hub
 from data_pipeline import packing
 from data_pipeline.parsing import Messages
 from evaluation.eval_data import Comparison, Row
@@ -36,56 +33,6 @@ from modeling import devices
 from utils import UserError
 
 ROWS_AT_A_TIME = 2048
-NOT_MODEL_FILES = ("*.gguf", "*.onnx", "*.msgpack", "*.h5", "*.ot", "optimizer*", "original/*")  # of hub repositories
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Opening
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def find_model(name: str, flag: str = "--model") -> Path:
-    """The folder of a reward model: a checkpoint (verified), a run's newest sound one, any model's, or a hub id's copy.
-
-    UserError if it is no reward model with one label; CheckpointError if a checkpoint is damaged.
-    """
-    hub.refuse_missing_path(name, flag)
-    is_local = Path(name).expanduser().exists()
-    folder = model_list.sound_checkpoint(name) if is_local else _copy_from_hub(name, flag)
-    kind = model_list.kind_of(folder)
-    if kind != "reward":
-        found = "a model that writes" if kind else "no config.json of a model in it"
-        raise UserError(
-            f"{flag} names no reward model", where=folder, found=found,
-            next="wants a checkpoint of train_rm.py, or a model for sequence classification with one label",
-        )  # fmt: skip
-    if models.is_adapter(folder):  # its head is looked at when it is opened
-        return folder
-    # transformers writes the labels down unless there are two, which is its default
-    labels = model_list.read_settings(folder / "config.json").get("id2label") or ["LABEL_0", "LABEL_1"]
-    if len(labels) != 1:
-        names = list(labels.values()) if isinstance(labels, dict) else labels
-        raise UserError(
-            f"{flag} has {len(labels)} labels, and a reward model has one",
-            where=folder,
-            found=", ".join(map(str, names[:6])),
-        )
-    return folder
-
-
-def _copy_from_hub(name: str, flag: str) -> Path:
-    instead = "python train_rm.py --demo   (offline), or a folder with a downloaded model"
-    local_only = hub.only_local_copy(name, "model", flag, instead)
-    import huggingface_hub
-
-    try:
-        found = huggingface_hub.snapshot_download(
-            name, ignore_patterns=list(NOT_MODEL_FILES), local_files_only=local_only
-        )
-    except Exception as error:  # which class depends on the HTTP library underneath
-        raise utils.DiskOrNetworkError(
-            f"{name} cannot be fetched", found=f"{type(error).__name__}: {error}", next="try again, or name a folder"
-        ) from error
-    return Path(found)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import utils
-from checkpointing import run_folder
+from checkpointing import manifest, run_folder
 from run_manager import inventory
 from run_manager.inventory import TRASH, RunInfo, Step
 from utils import printable
@@ -39,7 +39,7 @@ class Item:
 
     @property
     def is_optimizer(self) -> bool:
-        return len(self.way) == 3 and self.way[-1] == run_folder.OPTIMIZER
+        return len(self.way) == 3 and self.way[-1] == manifest.OPTIMIZER
 
     def is_within(self, other: Item) -> bool:
         return self.root == other.root and self.way[: len(other.way)] == other.way
@@ -195,13 +195,13 @@ def plan_shrink(chosen: list[RunInfo], roots: inventory.Roots) -> Plan:
             if not step.optimizer_bytes:
                 continue
             item = Item(
-                roots.output, (run.name, step.folder.name, run_folder.OPTIMIZER), step.optimizer_bytes, began(run)
+                roots.output, (run.name, step.folder.name, manifest.OPTIMIZER), step.optimizer_bytes, began(run)
             )
             try:
-                run_folder.read_manifest(step.folder)
+                manifest.read_manifest(step.folder)
                 plan.add(item)
             except (OSError, ValueError) as error:
-                plan.refused.append((item.name, f"the step is damaged: {run_folder.MANIFEST}: {error}"))
+                plan.refused.append((item.name, f"the step is damaged: {manifest.MANIFEST}: {error}"))
     return plan
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import utils
-from checkpointing import run_folder
-from common import file_locks
+from checkpointing import manifest, run_folder
+from checkpointing.run_folder import best_step, step_of
+from common import atomic_files, file_locks
 from utils import UserError, printable
 
 TRASH = ".trash"
@@ -187,12 +188,12 @@ def look_at(folder: Path, roots: Roots) -> RunInfo | None:
     is_ours = False
     for entry in os.scandir(folder):
         path = folder / entry.name
-        number = utils.step_of(path)
+        number = step_of(path)
         if entry.is_symlink():
             run.notes.append(f"{printable(entry.name)}: a symbolic link; what it points to is not part of the run")
         elif number is not None and entry.is_dir(follow_symlinks=False):
             sizes = file_sizes(path)
-            optimizer = sizes.get(run_folder.OPTIMIZER, 0)
+            optimizer = sizes.get(manifest.OPTIMIZER, 0)
             run.steps.append(Step(path, number, sum(sizes.values()), optimizer))
             run.checkpoint_bytes += run.steps[-1].bytes
             is_ours = True
@@ -303,7 +304,7 @@ def walk(path: Path) -> Iterator[tuple[str, os.stat_result]]:
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON file's object; {} for anything else, which is reported where it matters: on loading."""
     try:
-        content = run_folder.read_own_json(path)
+        content = atomic_files.read_own_json(path)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -311,7 +312,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def best_and_last(run: RunInfo) -> tuple[Step | None, Step | None]:
     """A run's best checkpoint, as chat.py and training mean it, and its newest."""
-    best = utils.best_step(run.folder) if run.folder else None
+    best = best_step(run.folder) if run.folder else None
     return next((step for step in run.steps if step.folder == best), None), (run.steps or [None])[-1]
 
 

@@ -23,8 +23,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import utils
+from checkpointing import manifest
 from checkpointing import run_folder as records
-from common import file_locks
+from checkpointing.run_folder import step_folders
+from common import atomic_files, file_locks
 from run_manager import inventory
 from run_manager.deletion_plan import Item, Plan, link_or_mount, mounted_beneath, why_not
 from run_manager.inventory import TRASH
@@ -63,7 +65,7 @@ def delete(plan: Plan, roots: inventory.Roots) -> Outcome:
             (root / TRASH / entry / FILES).mkdir(parents=True)
             described = [{"way": item.way, "bytes": item.bytes, "began": item.began} for item in items]
             content = {"has_checkpoints": roots.output in touched, "items": described}
-            records.replace_text(root / TRASH / entry / MANIFEST, json.dumps(content, indent=2) + "\n")
+            atomic_files.replace_text(root / TRASH / entry / MANIFEST, json.dumps(content, indent=2) + "\n")
         for items in by_run(plan.items):
             delete_items_of_run(items, entry, outcome)
         for root in touched:
@@ -106,9 +108,7 @@ def lock_run(items: list[Item]) -> file_locks.RunLock | None:
     """The lock of the run that items of a checkpoint root belong to: nobody trains it while they go."""
     for item in items:
         folder = item.root / item.way[0]
-        if any((folder / name).exists() for name in (file_locks.RunLock.FILE, records.RUN)) or utils.step_folders(
-            folder
-        ):
+        if any((folder / name).exists() for name in (file_locks.RunLock.FILE, records.RUN)) or step_folders(folder):
             refuse_odd_lock(folder)
             return file_locks.RunLock(folder, "manage_runs.py, process")
     return None
@@ -130,12 +130,12 @@ def move_in(item: Item, files: Path) -> None:
     target = files.joinpath(*item.way)
     target.parent.mkdir(parents=True, exist_ok=True)
     if item.is_optimizer:
-        records.move_in_manifest(item.path.parent, records.OPTIMIZER, "files", "removed")
+        manifest.move_in_manifest(item.path.parent, manifest.OPTIMIZER, "files", "removed")
     try:
         os.rename(item.path, target)
     except OSError:
         if item.is_optimizer:
-            records.move_in_manifest(item.path.parent, records.OPTIMIZER, "removed", "files")
+            manifest.move_in_manifest(item.path.parent, manifest.OPTIMIZER, "removed", "files")
         raise
     rename_events(target, SHOWN_EVENTS, HIDDEN_EVENTS)
 
@@ -220,7 +220,7 @@ def read_entry(root: Path, entry: str) -> list[Item]:
     """What a deletion took from one root; UserError if its manifest was not written by us."""
     folder = root / TRASH / entry
     try:
-        content = records.read_own_json(folder / MANIFEST)
+        content = atomic_files.read_own_json(folder / MANIFEST)
         if content is None:
             return []
         items = [Item(root, (*one["way"],), one["bytes"], one["began"]) for one in content["items"]]
@@ -318,7 +318,7 @@ def bring_back(item: Item, entry: str, outcome: Outcome) -> None:
                 os.rename(source, item.path)
                 outcome.done.append(item)
             if item.is_optimizer and item.path.exists():
-                records.move_in_manifest(item.path.parent, records.OPTIMIZER, "removed", "files")
+                manifest.move_in_manifest(item.path.parent, manifest.OPTIMIZER, "removed", "files")
         finally:
             if lock:
                 lock.release()
@@ -376,7 +376,7 @@ def remove_if_empty(root: Path, entry: str) -> None:
     try:
         for beneath, _, _ in os.walk(folder / FILES, topdown=False):
             os.rmdir(beneath)
-        for left in (folder / MANIFEST, records.temporary(folder / MANIFEST)):
+        for left in (folder / MANIFEST, atomic_files.temporary(folder / MANIFEST)):
             left.unlink(missing_ok=True)
         os.rmdir(folder)
     except OSError as error:

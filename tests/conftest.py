@@ -13,6 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the hub; the one abo
 import numpy as np
 import pytest
 
+from checkpointing import manifest
+
 # A shell that starts tests in the background has them ignore Ctrl-C, and `nohup` a closed terminal; the scripts would
 # too, as they should, but tests send them these signals.
 for name in ("SIGINT", "SIGHUP"):
@@ -92,12 +94,11 @@ def run_folder(base, tokenizer, tmp_path_factory):
     """A run whose step-2 is a reward checkpoint of the demo's model."""
     import models
     import utils
-    from checkpointing import checkpoint
 
     folder = tmp_path_factory.mktemp("rm") / "bread"
     models.RewardModel.create(base, tokenizer, 0).save(folder / "step-2")
     utils.write_json(folder / "step-2" / "train_config.json", {"model": base})
-    checkpoint.write_manifest(folder / "step-2", 2)
+    manifest.write_manifest(folder / "step-2", 2)
     return folder
 
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import utils
+from checkpointing.run_folder import run_name_problem, step_folder, step_folders, step_of
 from tests.conftest import ROOT
 from utils import Stopped, UserError
 
@@ -269,9 +270,9 @@ def test_disk_errors_are_found_in_the_chain_of_causes():
 
 def test_steps_are_ordered_by_number_and_not_by_name_or_date(tmp_path):
     for age, step in enumerate((1000, 9, 200, 10)):
-        utils.step_folder(tmp_path, step).mkdir()
-        os.utime(utils.step_folder(tmp_path, step), (10_000 + age, 10_000 + age))
-    assert [path.name for path in utils.step_folders(tmp_path)] == ["step-9", "step-10", "step-200", "step-1000"]
+        step_folder(tmp_path, step).mkdir()
+        os.utime(step_folder(tmp_path, step), (10_000 + age, 10_000 + age))
+    assert [path.name for path in step_folders(tmp_path)] == ["step-9", "step-10", "step-200", "step-1000"]
 
 
 def test_other_names_are_no_steps(tmp_path):
@@ -289,14 +290,14 @@ def test_other_names_are_no_steps(tmp_path):
     ):
         (tmp_path / name).mkdir()
     (tmp_path / "step-6").write_text("a file")
-    assert [path.name for path in utils.step_folders(tmp_path)] == ["step-5"]
-    assert utils.step_of(tmp_path / "step-12") == 12 and utils.step_of(tmp_path / "step-12b") is None
+    assert [path.name for path in step_folders(tmp_path)] == ["step-5"]
+    assert step_of(tmp_path / "step-12") == 12 and step_of(tmp_path / "step-12b") is None
 
 
 def test_a_run_without_a_folder_has_no_steps(tmp_path):
-    assert utils.step_folders(tmp_path / "nowhere") == []
+    assert step_folders(tmp_path / "nowhere") == []
     (tmp_path / "file").touch()
-    assert utils.step_folders(tmp_path / "file") == []
+    assert step_folders(tmp_path / "file") == []
 
 
 @pytest.mark.parametrize(
@@ -304,7 +305,7 @@ def test_a_run_without_a_folder_has_no_steps(tmp_path):
     ["first", "a", "7", "20240115_143022", "lr=1e-5", "a.b+c@d-e_f", "É1", "実験", "a" * 100, "console", "com10"],
 )
 def test_good_run_names(name):
-    assert utils.run_name_problem(name) is None
+    assert run_name_problem(name) is None
 
 
 @pytest.mark.parametrize(
@@ -315,11 +316,11 @@ def test_good_run_names(name):
     ],
 )  # fmt: skip
 def test_bad_run_names_are_explained(name):
-    assert utils.run_name_problem(name)
+    assert run_name_problem(name)
 
 
 def test_a_run_name_is_never_longer_than_a_folders_name_may_be():
-    assert utils.run_name_problem("実" * 100), "300 bytes; most file systems take 255"
+    assert run_name_problem("実" * 100), "300 bytes; most file systems take 255"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -413,14 +414,19 @@ def run_code(code, *arguments):
 
 def test_a_lazy_import_waits_for_its_first_use(tmp_path, monkeypatch):
     (tmp_path / "slow_to_import.py").write_text("ANSWER = 42\n")
+    (tmp_path / "a_folder").mkdir()
+    (tmp_path / "a_folder" / "with_a_module.py").write_text("ANSWER = 43\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    module = utils.lazy_import("slow_to_import")
+    with utils.lazy_imports():
+        import no_such_module as missing
+        import slow_to_import as module
+        from a_folder import with_a_module
     assert "slow_to_import" not in sys.modules
     assert module.ANSWER == 42 and "slow_to_import" in sys.modules
     monkeypatch.delitem(sys.modules, "slow_to_import")
-    missing = utils.lazy_import("no_such_module")
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         _ = missing.anything
+    assert with_a_module.ANSWER == 43
 
 
 def test_utils_imports_the_standard_library_only():

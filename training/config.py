@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import utils
+from checkpointing import manifest
+from checkpointing.run_folder import run_name_problem
 from common import flags
 from common.flags import flag
 from utils import UserError
@@ -76,7 +78,7 @@ class TrainConfig:
     def problems(self) -> list[str]:
         """What no single field can tell is wrong."""
         found = []
-        if self.run_name is not None and (why := utils.run_name_problem(self.run_name)):
+        if self.run_name is not None and (why := run_name_problem(self.run_name)):
             found.append(f"--run_name: got {self.run_name!r}, {why}")
         for name in ("output_dir", "log_dir"):
             if Path(getattr(self, name)).is_file():
@@ -112,7 +114,7 @@ def read_config(argv: list[str], description: str) -> tuple[TrainConfig, Path | 
     given, problems = flags.read_flags(TrainConfig, argv, description)
     config = flags.build_config(TrainConfig, given, problems)
     if config.resume_from:
-        folder = checkpoint.find(config.resume_from)
+        folder = manifest.find(config.resume_from)
         checkpoint.refuse_missing_parts(folder)
         stored = checkpoint.read_config(folder)
         wrong = [f"no {name!r}" for name in ("model", "dataset", "log_dir") if name not in stored]
@@ -149,7 +151,7 @@ def read_config(argv: list[str], description: str) -> tuple[TrainConfig, Path | 
 
 def refuse_nameless(folder: Path, given: dict[str, Any]) -> None:
     """A checkpoint that was copied or set aside may lie in a folder whose name no run can have."""
-    if "run_name" not in given and (why := utils.run_name_problem(folder.parent.name)):
+    if "run_name" not in given and (why := run_name_problem(folder.parent.name)):
         raise UserError(
             "this checkpoint does not lie in a run's folder, so the run that goes on from it needs a name",
             where=folder,

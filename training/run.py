@@ -22,6 +22,7 @@ import models
 import utils
 from checkpointing import checkpoint
 from checkpointing import run_folder as records
+from checkpointing.run_folder import step_folder, step_of
 from common import atomic_files, file_locks
 from data_pipeline import packing
 from modeling import devices
@@ -64,7 +65,7 @@ class Run:
     def save(self) -> Path:
         """Publish the last completed step as a checkpoint. All processes call it: the main one writes."""
         state = checkpoint.gather_state(self.model, self.optimizer, self.world)
-        final = utils.step_folder(self.folder, self.step)
+        final = step_folder(self.folder, self.step)
         if not self.world.is_main:
             self.saved_step = self.step
             return final
@@ -165,7 +166,7 @@ def set_up(config: TrainConfig, resumed_from: Path | None, world: distributed.Wo
         refuse_strays(folder)
         make_folder(log_folder, "--log_dir")
         atomic_files.remove_dead_saves(folder)
-        records.temporary(folder / records.RUN).unlink(missing_ok=True)
+        atomic_files.temporary(folder / records.RUN).unlink(missing_ok=True)
         return open_run(config, folder, lock, resumed_from, world)
     except BaseException:
         # so nothing stays; Windows keeps a folder with an open file, which is no harm
@@ -196,7 +197,7 @@ def make_folder(folder: Path, flag: str) -> None:
 def refuse_strays(run_folder: Path) -> None:
     """Something that is no folder at a checkpoint's place would stop the training when that step is to be saved."""
     for path in run_folder.iterdir():
-        if utils.step_of(path) is not None and not path.is_dir():
+        if step_of(path) is not None and not path.is_dir():
             raise UserError(
                 "something that is no folder stands where a checkpoint goes",
                 where=path,

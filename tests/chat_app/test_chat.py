@@ -352,7 +352,7 @@ def test_the_demo_without_a_reward_model_trains_one(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(chat.subprocess, "run", train)
-    monkeypatch.setattr(chat.catalogue, "sound_checkpoint", Path)
+    monkeypatch.setattr(chat.resolve, "sound_checkpoint", Path)
     talker, scorer = chat.demo_models(Path("checkpoints/rm"))
     assert talker == os.path.join("demo", "model") and scorer == Path("checkpoints/rm") / chat.DEMO_RUN
     assert commands[0][1] == str(ROOT / "train_rm.py") and "--demo" in commands[0]

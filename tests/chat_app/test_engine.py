@@ -13,6 +13,7 @@ import torch
 import utils
 from chat_app import engine
 from chat_app.engine import Reply, Settings
+from checkpointing import manifest
 
 QUESTION = [{"role": "user", "content": "What should I know about bread?"}]
 SHORT = Settings(max_new_tokens=12, temperature=1.0)
@@ -205,8 +206,6 @@ def test_a_reply_goes_on_with_its_model_while_another_is_loaded(on_stage, base):
 def test_a_checkpoint_that_was_replaced_under_its_name_is_loaded_anew(base, reward_checkpoint, tmp_path):
     import shutil
 
-    from checkpointing import checkpoint
-
     folder = tmp_path / "run" / "step-2"
     shutil.copytree(reward_checkpoint, folder)
     loaded = engine.Stage(base, folder, tmp_path)
@@ -216,7 +215,7 @@ def test_a_checkpoint_that_was_replaced_under_its_name_is_loaded_anew(base, rewa
     assert loaded.reward is before
     (folder / "manifest.json").unlink()
     (folder / "note.txt").write_text("another training")
-    checkpoint.write_manifest(folder, 2)
+    manifest.write_manifest(folder, 2)
     loaded.load()
     assert loaded.reward is not before
 

@@ -8,7 +8,7 @@ import pytest
 import models
 import utils
 from chat_app import model_list
-from checkpointing import checkpoint
+from checkpointing import manifest, resolve
 from modeling import generation
 
 
@@ -25,7 +25,7 @@ def test_a_reward_checkpoint_scores_and_its_base_talks(reward_checkpoint, base):
 
 
 def test_a_reward_adapter_names_its_base_itself(lora_checkpoint, base):
-    assert model_list.kind_of(lora_checkpoint) == "reward"
+    assert resolve.kind_of(lora_checkpoint) == "reward"
     assert model_list.choose_models(str(lora_checkpoint), None) == (base, lora_checkpoint)
 
 
@@ -33,7 +33,7 @@ def test_a_base_that_moved_gives_way_to_the_one_the_adapter_knows(lora_checkpoin
     for path in lora_checkpoint.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     utils.write_json(tmp_path / "train_config.json", {"model": "demo/of/another/folder"})
-    assert model_list.base_model_of(tmp_path) == base
+    assert resolve.base_model_of(tmp_path) == base
 
 
 def test_a_policy_talks_and_nobody_scores_unless_asked(base, reward_checkpoint):
@@ -44,7 +44,7 @@ def test_a_policy_talks_and_nobody_scores_unless_asked(base, reward_checkpoint):
 
 def test_a_policy_adapter_is_no_reward_checkpoint(tmp_path):
     utils.write_json(tmp_path / "adapter_config.json", {"task_type": "CAUSAL_LM"})
-    assert model_list.kind_of(tmp_path) == "policy"
+    assert resolve.kind_of(tmp_path) == "policy"
 
 
 def test_a_run_folder_means_its_newest_sound_step(tmp_path):
@@ -52,12 +52,12 @@ def test_a_run_folder_means_its_newest_sound_step(tmp_path):
         folder = tmp_path / f"step-{step}"
         folder.mkdir()
         (folder / "config.json").write_text(content)
-        checkpoint.write_manifest(folder, step)
-    assert model_list.sound_checkpoint(str(tmp_path)) == tmp_path / "step-10"
+        manifest.write_manifest(folder, step)
+    assert resolve.sound_checkpoint(str(tmp_path)) == tmp_path / "step-10"
     (tmp_path / "step-10" / "config.json").write_text("wholf")
-    assert model_list.sound_checkpoint(str(tmp_path)) == tmp_path / "step-9"
+    assert resolve.sound_checkpoint(str(tmp_path)) == tmp_path / "step-9"
     with pytest.raises(utils.CheckpointError, match="step-9 is complete"):
-        model_list.sound_checkpoint(str(tmp_path / "step-10"))
+        resolve.sound_checkpoint(str(tmp_path / "step-10"))
 
 
 def test_a_reward_checkpoint_of_unknown_base_asks_for_the_reward_model_flag(tmp_path):
@@ -75,14 +75,14 @@ def test_a_policy_is_refused_as_reward_model(base):
 def test_settings_that_are_no_object_are_named(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(utils.UserError, match=r"config\.json"):
-        model_list.kind_of(tmp_path)
+        resolve.kind_of(tmp_path)
 
 
 def test_kinds_are_told_from_the_files_of_a_folder(base, reward_checkpoint, lora_checkpoint, tmp_path):
     generation.PolicyModel.create(base, models.LoraSettings()).save(tmp_path / "adapter")
     (tmp_path / "empty").mkdir()
     folders = (base, reward_checkpoint, lora_checkpoint, tmp_path / "adapter", tmp_path / "empty")
-    kinds = [model_list.kind_of(model_list.Path(folder)) for folder in folders]
+    kinds = [resolve.kind_of(model_list.Path(folder)) for folder in folders]
     assert kinds == ["policy", "reward", "reward", "policy", None]
 
 
@@ -99,7 +99,7 @@ def output_dir(base, reward_checkpoint, tmp_path):
         shutil.copytree(source, folder)
         utils.write_json(folder / "training_state.json", {"eval_accuracy": accuracy})
         (folder / "manifest.json").unlink(missing_ok=True)
-        checkpoint.write_manifest(folder, step)
+        manifest.write_manifest(folder, step)
         os.utime(folder, (step, step))
     return tmp_path
 

@@ -8,7 +8,8 @@ import torch
 
 import models
 import utils
-from checkpointing import checkpoint
+from checkpointing import checkpoint, manifest
+from checkpointing.run_folder import step_folders
 from training.distributed import World
 
 
@@ -33,7 +34,7 @@ def saved(base, tokenizer, tmp_path):
 
 def test_everything_comes_back(saved, base):
     run, model, optimizer = saved
-    folder = checkpoint.find(str(run))
+    folder = manifest.find(str(run))
     assert folder == run / "step-2"
     again = models.RewardModel.restore(folder)
     other = torch.optim.AdamW(again.classifier.parameters(), lr=1e-3, fused=True)
@@ -80,28 +81,28 @@ def test_any_damage_to_any_file_is_named_with_the_newest_sound_step(saved, damag
         whole = path.read_bytes()
         DAMAGES[damage](path)
         with pytest.raises(utils.CheckpointError) as caught:
-            checkpoint.find(str(run / "step-2"))
+            manifest.find(str(run / "step-2"))
         assert caught.value.exit_code == 3
         message = str(caught.value)
         assert name in message and "step-1 is complete" in message and f"--resume_from {run / 'step-1'}" in message
-        assert checkpoint.find(str(run)) == run / "step-1", "a run folder should fall back to its newest sound step"
+        assert manifest.find(str(run)) == run / "step-1", "a run folder should fall back to its newest sound step"
         path.write_bytes(whole)
-    assert checkpoint.find(str(run)) == run / "step-2"
+    assert manifest.find(str(run)) == run / "step-2"
 
 
 def test_a_run_without_sound_steps_is_refused(saved, tmp_path):
     for step in ("step-1", "step-2"):
         (saved[0] / step / "manifest.json").write_text("{}")
     with pytest.raises(utils.CheckpointError, match="every checkpoint"):
-        checkpoint.find(str(saved[0]))
+        manifest.find(str(saved[0]))
     (tmp_path / "empty").mkdir()
     with pytest.raises(utils.CheckpointError, match="no checkpoint there"):
-        checkpoint.find(str(tmp_path / "empty"))
+        manifest.find(str(tmp_path / "empty"))
 
 
 def test_a_typo_suggests_the_nearest_folder(saved):
     with pytest.raises(utils.UserError, match=r"did you mean 'step-1'(.|\n)*step-1, step-2"):
-        checkpoint.find(str(saved[0] / "step_1"))
+        manifest.find(str(saved[0] / "step_1"))
 
 
 def test_an_optimizer_of_another_model_is_refused(saved, base, tokenizer):
@@ -147,8 +148,8 @@ def test_later_steps_are_set_aside_and_not_deleted(saved):
     run = saved[0]
     assert checkpoint.set_aside_later_steps(run, 2) is None
     aside = checkpoint.set_aside_later_steps(run, 1)
-    assert checkpoint.problem(aside / "step-2") is None
-    assert [path.name for path in utils.step_folders(run)] == ["step-1"]
+    assert manifest.problem(aside / "step-2") is None
+    assert [path.name for path in step_folders(run)] == ["step-1"]
 
 
 def test_weights_that_are_not_numbers_are_compared_bit_by_bit_too(saved):
@@ -157,7 +158,7 @@ def test_weights_that_are_not_numbers_are_compared_bit_by_bit_too(saved):
         next(model.classifier.parameters())[0, 0] = float("nan")
     optimizer = torch.optim.AdamW(model.classifier.parameters())
     folder = save(run, model, optimizer, 3, {"lr": 1e-3})
-    assert folder.name == "step-3" and checkpoint.problem(folder) is None
+    assert folder.name == "step-3" and manifest.problem(folder) is None
 
 
 def test_pruning_leaves_links_alone(saved, tmp_path):
@@ -176,7 +177,7 @@ def test_a_damaged_newest_step_is_named_when_an_older_one_is_taken(saved, capsys
     save(run, model, optimizer, 3, {"lr": 1e-3})
     with (run / "step-3" / "config.json").open("ab") as file:
         file.write(b" ")
-    assert checkpoint.find(str(run)).name == "step-2"
+    assert manifest.find(str(run)).name == "step-2"
     said = capsys.readouterr().out
     assert "step-3 is damaged (config.json: " in said and "going on from step-2" in said
 
@@ -198,7 +199,7 @@ def test_a_sound_manifest_over_a_checkpoint_that_is_none_exits_3(saved, name, co
     folder = run / "step-2"
     (folder / "manifest.json").unlink()
     (folder / name).unlink() if content is None else (folder / name).write_text(content)
-    checkpoint.write_manifest(folder, 2)
+    manifest.write_manifest(folder, 2)
     with pytest.raises(utils.CheckpointError, match=found) as caught:
         if name == "training_state.json":
             checkpoint.read_position(folder)

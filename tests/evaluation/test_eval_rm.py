@@ -20,7 +20,8 @@ import torch
 import eval_rm
 import models
 import utils
-from chat_app import model_list
+from checkpointing import resolve
+from checkpointing.run_folder import best_step
 from tests.conftest import ROOT
 from tests.reward_models import save_constant_model, save_length_model
 from utils import CheckpointError, DiskOrNetworkError, UserError
@@ -405,7 +406,7 @@ def test_our_own_checkpoint_knows_its_data_its_base_its_logs_and_its_place(train
     assert (at, correct, pairs) == (2, content["right"], content["n"])
     eval_rm.main(["--model", str(trained_run)])  # a second report takes the first one's place
     assert {path.name: utils.sha256_of(path) for path in step.iterdir()} == before
-    assert model_list.sound_checkpoint(str(step)) == step
+    assert resolve.sound_checkpoint(str(step)) == step
     reports = trained_run / "reports/step-2"
     assert sorted(path.name for path in reports.iterdir()) == ["report.html", "report.json"]
     content = utils.read_json(reports / "report.json")
@@ -438,7 +439,7 @@ def test_a_training_reports_on_its_best_checkpoint_too_or_not_at_all(run_script,
     result = run_script("train_rm.py", *flags, "--run_name", "told")
     assert result.returncode == 0, result.stderr
     run = tmp_path / "checkpoints/rm/told"
-    wanted = {"step-3", utils.best_step(run).name}
+    wanted = {"step-3", best_step(run).name}
     assert {path.name for path in (run / "reports").iterdir()} == wanted
     for step, correct, pairs in utils.read_json(run / "run.json")["evaluations"]:
         if f"step-{step}" in wanted:

@@ -15,7 +15,8 @@ import pytest
 
 import manage_runs
 import utils
-from checkpointing import run_folder
+from checkpointing import manifest, resolve, run_folder
+from checkpointing.run_folder import best_step, step_folders
 from common import file_locks
 from run_manager import deletion_plan, display, inventory, questions, trash
 from tests.conftest import ROOT
@@ -206,7 +207,7 @@ def test_a_run_killed_after_its_last_save_is_mended_by_resuming_it(work):
 
 def test_a_run_that_crashed_before_its_first_save_may_be_begun_again_under_its_name(work, small_flags):
     folder = work / "checkpoints/rm/crashed"
-    for step in utils.step_folders(folder):
+    for step in step_folders(folder):
         shutil.rmtree(step)
     again = train(work, *small_flags, "--run_name", "crashed", "--max_steps", "1")
     assert "done: 1 steps" in again.communicate(timeout=300)[0]
@@ -488,15 +489,15 @@ def test_tensorboard_does_not_show_the_trash(manage, work):
 
 def test_pruning_keeps_what_it_was_told_to(manage, work):
     folder = work / "checkpoints/rm/first"
-    best = utils.best_step(folder).name
+    best = best_step(folder).name
     result = manage("--prune", "keep=best,last", "--name", "first", "--yes")
     assert result.returncode == 0, result.stderr
-    assert {path.name for path in utils.step_folders(folder)} == {best, "step-4"}
-    assert utils.best_step(folder).name == best
+    assert {path.name for path in step_folders(folder)} == {best, "step-4"}
+    assert best_step(folder).name == best
     assert manage("--undo").returncode == 0
     assert manage("--prune", "keep=2", "--name", "first", "--yes").returncode == 0
-    assert [path.name for path in utils.step_folders(folder)] == ["step-3", "step-4"]
-    assert len(utils.step_folders(work / "checkpoints/rm/stopped")) >= 2, "the filter held"
+    assert [path.name for path in step_folders(folder)] == ["step-3", "step-4"]
+    assert len(step_folders(work / "checkpoints/rm/stopped")) >= 2, "the filter held"
 
 
 @pytest.mark.parametrize("keep", ["best", "keep=", "keep=0", "keep=²", "keep=best,,last", "keep=-1", "keep=all"])
@@ -507,18 +508,16 @@ def test_what_pruning_should_keep_must_be_clear(manage, work, keep):
 
 
 def test_steps_that_were_never_evaluated_are_not_pruned_to_the_best(manage, work):
-    for step in utils.step_folders(work / "checkpoints/rm/first"):
+    for step in step_folders(work / "checkpoints/rm/first"):
         content = utils.read_json(step / "training_state.json") | {"eval_accuracy": None}
         utils.write_json(step / "training_state.json", content)
     result = manage("--prune", "keep=best,last", "--name", "first", "--yes")
     assert result.returncode == 0 and "none of its steps was evaluated" in result.stderr
-    assert len(utils.step_folders(work / "checkpoints/rm/first")) == 4
+    assert len(step_folders(work / "checkpoints/rm/first")) == 4
 
 
 def test_a_shrunk_checkpoint_is_sound_loads_and_scores_the_same_but_does_not_resume(manage, work):
     import models
-    from chat_app import model_list
-    from checkpointing import checkpoint
 
     folder = work / "checkpoints/rm/first"
     before = tree(folder)
@@ -526,9 +525,9 @@ def test_a_shrunk_checkpoint_is_sound_loads_and_scores_the_same_but_does_not_res
     reward = models.RewardModel.restore(folder / "step-4").eval().score_dialogues([dialogue])
     result = manage("--shrink", "--name", "first", "--yes")
     assert result.returncode == 0, result.stderr
-    for step in utils.step_folders(folder):
-        assert not (step / "optimizer.safetensors").exists() and checkpoint.problem(step) is None
-    assert model_list.sound_checkpoint(str(folder)) == folder / "step-4"
+    for step in step_folders(folder):
+        assert not (step / "optimizer.safetensors").exists() and manifest.problem(step) is None
+    assert resolve.sound_checkpoint(str(folder)) == folder / "step-4"
     assert models.RewardModel.restore(folder / "step-4").eval().score_dialogues([dialogue]) == reward
     refused = train(work, "--resume_from", folder, "--epochs", "2")
     text = refused.communicate(timeout=300)[0]
@@ -542,7 +541,7 @@ def test_resuming_a_shrunk_step_names_one_that_still_has_its_optimizer(manage, w
     assert manage("--shrink", "--name", "first", "--yes").returncode == 0
     trashed = next((work / "checkpoints/rm/.trash").glob(f"*/files/first/{optimizer}"))
     trashed.rename(folder / optimizer)
-    run_folder.move_in_manifest(folder / "step-2", run_folder.OPTIMIZER, "removed", "files")
+    manifest.move_in_manifest(folder / "step-2", manifest.OPTIMIZER, "removed", "files")
     refused = train(work, "--resume_from", folder / "step-4")
     text = refused.communicate(timeout=300)[0]
     assert refused.returncode == 3 and f"--resume_from {folder / 'step-2'}" in text, text
@@ -553,7 +552,7 @@ def test_resuming_a_shrunk_step_names_one_that_still_has_its_optimizer(manage, w
 def test_only_finished_runs_are_shrunk(manage, work):
     assert manage("--shrink", "--yes").returncode == 0
     for name, is_whole in (("stopped", True), ("killed", True), ("first", False), ("branch", False)):
-        for step in utils.step_folders(work / "checkpoints/rm" / name):
+        for step in step_folders(work / "checkpoints/rm" / name):
             assert (step / "optimizer.safetensors").exists() == is_whole
 
 
@@ -576,7 +575,7 @@ def test_superseded_steps_and_dead_saves_are_shown_counted_and_deleted(manage, w
     before = tree(folder)
     assert manage("--delete_superseded", "--yes").returncode == 0
     assert not list(folder.glob("superseded-*")) and not list(folder.glob(".tmp-*"))
-    assert [path.name for path in utils.step_folders(folder)] == ["step-1", "step-2", "step-3", "step-4"]
+    assert [path.name for path in step_folders(folder)] == ["step-1", "step-2", "step-3", "step-4"]
     assert manage("--undo").returncode == 0 and tree(folder) == before
 
 
@@ -797,7 +796,6 @@ def in_child(function, output):
 @pytest.mark.parametrize("words", [["--delete", "first", "stopped"], ["--shrink"], ["--prune", "keep=last"]])
 def test_a_kill_at_any_point_of_a_deletion_or_its_undoing_loses_nothing(trained, tmp_path, monkeypatch, words):
     """Killed right before each change of the disk; the same again and --undo must give back the first bytes."""
-    from checkpointing import checkpoint
 
     log = tmp_path / "log"
 
@@ -827,8 +825,8 @@ def test_a_kill_at_any_point_of_a_deletion_or_its_undoing_loses_nothing(trained,
             victim = ["--undo"] if is_undo else [*words, "--yes"]
             code = in_child(lambda number=number, victim=victim: die_at(number, victim), log)
             for run in (folder / "checkpoints/rm").iterdir():
-                for step in utils.step_folders(run):
-                    assert checkpoint.problem(step) is None, (number, step)
+                for step in step_folders(run):
+                    assert manifest.problem(step) is None, (number, step)
             if code == 0:
                 break
             assert code == -signal.SIGKILL, log.read_text()
@@ -1175,8 +1173,8 @@ def test_a_name_reaches_the_terminal_without_signs_that_it_obeys():
 def test_a_manifest_is_the_same_after_moving_an_entry_away_and_back(work):
     step = work / "checkpoints/rm/first/step-4"
     before = (step / "manifest.json").read_bytes()
-    run_folder.move_in_manifest(step, run_folder.OPTIMIZER, "files", "removed")
-    run_folder.move_in_manifest(step, run_folder.OPTIMIZER, "files", "removed")  # the second time does nothing
-    assert not run_folder.has_optimizer(step)
-    run_folder.move_in_manifest(step, run_folder.OPTIMIZER, "removed", "files")
+    manifest.move_in_manifest(step, manifest.OPTIMIZER, "files", "removed")
+    manifest.move_in_manifest(step, manifest.OPTIMIZER, "files", "removed")  # the second time does nothing
+    assert not manifest.has_optimizer(step)
+    manifest.move_in_manifest(step, manifest.OPTIMIZER, "removed", "files")
     assert (step / "manifest.json").read_bytes() == before

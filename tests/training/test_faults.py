@@ -20,7 +20,8 @@ import torch
 import data
 import train_rm
 import utils
-from checkpointing import checkpoint
+from checkpointing import checkpoint, manifest
+from checkpointing.run_folder import step_folders
 from common import file_locks
 from tests.conftest import ROOT
 
@@ -116,8 +117,8 @@ def resume(run, *more):
 
 def assert_goes_on_exactly(run, straight, log, last_step=4):
     """Every visible step is sound, and resuming ends with the bytes of the straight run and leaves no debris."""
-    for step in utils.step_folders(run):
-        assert checkpoint.problem(step) is None, step
+    for step in step_folders(run):
+        assert manifest.problem(step) is None, step
     assert in_child(resume(run), log) == 0, log.read_text()
     for name in WEIGHTS:
         assert (run / f"step-{last_step}" / name).read_bytes() == (
@@ -171,7 +172,7 @@ def test_a_kill_at_any_point_of_a_save_loses_nothing(begun, straight, tmp_path, 
             resume(begun, "--keep_checkpoints", "2")()
 
         assert in_child(victim, log) == -signal.SIGKILL, (number, log.read_text())
-        steps = utils.step_folders(begun)
+        steps = step_folders(begun)
         assert len(steps) >= 2, f"kill point {number} lost a step"
         assert_goes_on_exactly(begun, straight, log)
     injected(points)
@@ -186,11 +187,11 @@ def test_a_training_killed_again_and_again_ends_as_the_straight_one(flags, tmp_p
     straight, run = (tmp_path / "checkpoints/rm" / name for name in ("straight", "run"))
     assert in_child(begin(flags, straight), log) == 0, log.read_text()
     for _ in range(kills):
-        victim = fork_child(slowly(resume(run) if utils.step_folders(run) else begin(flags, run)), log)
+        victim = fork_child(slowly(resume(run) if step_folders(run) else begin(flags, run)), log)
         time.sleep(draw.uniform(0.5, 2.0))
         os.kill(victim, signal.SIGKILL)
         assert exit_code_of(victim) == -signal.SIGKILL, log.read_text()
-        assert all(checkpoint.problem(step) is None for step in utils.step_folders(run))
+        assert all(manifest.problem(step) is None for step in step_folders(run))
     assert_goes_on_exactly(run, straight, log, last_step=8 * kills)
     injected(kills)
 
@@ -567,7 +568,7 @@ def test_any_damage_exits_3_and_names_file_and_way_out(begun, straight, tmp_path
 @survives("leftovers of a dead save")
 def test_leftovers_are_cleaned_and_never_picked_up(begun, straight, tmp_path, injected):
     shutil.copytree(begun / "step-2", begun / ".tmp-step-9")
-    assert checkpoint.find(str(begun)) == begun / "step-2"
+    assert manifest.find(str(begun)) == begun / "step-2"
     assert_goes_on_exactly(begun, straight, tmp_path / "log")
     injected()
 

@@ -22,7 +22,8 @@ import data
 import models
 import train_rm
 import utils
-from checkpointing import checkpoint
+from checkpointing import checkpoint, manifest
+from checkpointing.run_folder import best_step, step_folders
 from common import file_locks
 from data_pipeline import packing
 from tests.conftest import ROOT
@@ -208,7 +209,7 @@ def test_a_run_logs_every_tag_once_a_step_and_says_what_to_type_next(run_script,
 
     run = tmp_path / "checkpoints/rm/full"
     assert sorted(path.name for path in run.iterdir() if path.name.startswith("step")) == ["step-4", "step-6"]
-    assert checkpoint.problem(run / "step-6") is None
+    assert manifest.problem(run / "step-6") is None
     position = json.loads((run / "step-6/training_state.json").read_text())
     assert (position["step"], position["examples_seen"]) == (6, 128)
     assert "train: 64 of 64 rows kept" in result.stdout
@@ -280,7 +281,7 @@ def test_a_stopped_run_saves_its_last_completed_step_and_goes_on_exactly(
         output, errors = process.stdout.read(), process.stderr.read()
     assert process.returncode == code, errors
     assert "the last completed step" in output and "Traceback" not in errors
-    saved = checkpoint.find(str(tmp_path / "checkpoints/rm/stopped"))
+    saved = manifest.find(str(tmp_path / "checkpoints/rm/stopped"))
     assert 2 <= checkpoint.read_position(saved).step < 8
     assert run_script("train_rm.py", "--resume_from", saved).returncode == 0
     assert run_script("train_rm.py", *common, "--run_name", "straight").returncode == 0
@@ -302,7 +303,7 @@ def test_a_crash_saves_the_last_completed_step_and_names_the_cause(base, small_d
     monkeypatch.setattr(train_rm, "accumulate_gradients", fail_in_third_step)
     with pytest.raises(RuntimeError, match="the cat"):
         train_rm.main(["--model", base, "--dataset", small_dataset, "--batch_size", "4", "--run_name", "crash", *TINY])
-    assert checkpoint.read_position(checkpoint.find("checkpoints/rm/crash")).step == 2
+    assert checkpoint.read_position(manifest.find("checkpoints/rm/crash")).step == 2
 
 
 def test_a_finished_run_says_so_and_goes_on_with_more_epochs(run_script, base, small_dataset, tmp_path):
@@ -390,7 +391,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(base, small_data
     train_rm.main([*flags, *TINY])
     assert len(re.findall(r"step [24] skipped: .* \(rows \d+, 1 of them\)", capsys.readouterr().out)) == 2
     assert [value for _, value in scalars("logs/rm/nan")[0]["train/skipped_steps"]] == [0, 1, 1, 2, 2, 2, 2, 2]
-    saved = checkpoint.find("checkpoints/rm/nan")
+    saved = manifest.find("checkpoints/rm/nan")
     assert checkpoint.read_position(saved).skipped_steps == 2
     assert all(tensor.isfinite().all() for tensor in loaded(saved, "model.safetensors").values())
     moments = loaded(saved, "optimizer.safetensors")
@@ -405,7 +406,7 @@ def test_ten_skipped_steps_in_a_row_stop_the_run_and_name_the_last_good_step(
     flags = ["--model", base, "--dataset", small_dataset, "--batch_size", "4", "--grad_accum", "1", "--run_name", "nan"]
     with pytest.raises(train_rm.UserError, match=r"10 steps in a row(.|\n)*the last one at step 13(.|\n)*of step 3"):
         train_rm.main([*flags, *TINY])
-    saved = checkpoint.find("checkpoints/rm/nan")
+    saved = manifest.find("checkpoints/rm/nan")
     assert all(tensor.isfinite().all() for tensor in loaded(saved, "model.safetensors").values())
 
 
@@ -437,7 +438,7 @@ def test_out_of_memory_halves_the_budget_and_gives_the_same_gradient(
     train_rm.main([*flags, *TINY, "--run_name", "tight", "--lr", "1e-5"])
     output = capsys.readouterr().out
     assert output.count("out of memory at") in (1, 2, 3), output
-    budget = checkpoint.read_position(checkpoint.find("checkpoints/rm/tight")).tokens_per_batch
+    budget = checkpoint.read_position(manifest.find("checkpoints/rm/tight")).tokens_per_batch
     assert f"going on with {budget:,}" in output and budget <= 800
     roomy, tight = (loaded(f"checkpoints/rm/{name}/step-4", "model.safetensors") for name in ("roomy", "tight"))
     for name, weights in roomy.items():
@@ -493,8 +494,8 @@ def test_the_newest_and_the_best_checkpoints_are_kept(base, small_dataset, tmp_p
          "--no_report", "--eval_num_batches", "1", "--save_steps", "1", "--keep_checkpoints", "2", "--run_name", "kept"]
     )  # fmt: skip
     run = tmp_path / "checkpoints/rm/kept"
-    assert [path.name for path in utils.step_folders(run)] == ["step-4", "step-7", "step-8"]
-    assert utils.best_step(run) == run / "step-4", "of equals, the newest"
+    assert [path.name for path in step_folders(run)] == ["step-4", "step-7", "step-8"]
+    assert best_step(run) == run / "step-4", "of equals, the newest"
     assert not list(run.glob(".tmp-*"))
 
 
@@ -619,7 +620,7 @@ def test_weights_that_are_not_finite_are_refused_at_the_start_and_never_saved(
     monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
     with pytest.raises(utils.UserError, match="not finite after step 1, so it is not saved"):
         train_rm.main(["--model", base, *flags, "--max_steps", "1", "--run_name", "one"])
-    assert not utils.step_folders(tmp_path / "checkpoints/rm/one")
+    assert not step_folders(tmp_path / "checkpoints/rm/one")
 
 
 def test_skipped_steps_stand_in_the_summary(base, small_dataset, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,160 @@
+"""The manifest of a checkpoint: size and SHA-256 of every file. Checks it, and finds a run's newest sound step.
+
+Standard library only: manage_runs.py and the list of models read manifests without importing torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import utils
+from checkpointing.run_folder import step_folders, step_of
+from common import atomic_files
+from utils import CheckpointError
+
+MANIFEST, OPTIMIZER = "manifest.json", "optimizer.safetensors"
+
+
+def write_manifest(folder: Path, step: int) -> None:
+    """Sizes and checksums of all files of a folder, and a checksum of itself."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": utils.sha256_of(path)} for path in sorted(folder.iterdir())
+    }
+    manifest = {"step": step, "files": files}
+    utils.write_json(folder / MANIFEST, manifest | {"sha256": own_checksum(manifest)})
+
+
+def own_checksum(manifest: dict[str, Any]) -> str:
+    """What a manifest says of itself, so that a flipped bit in it is not blamed on a file that it lists."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A step's manifest without its own checksum, which is checked; ValueError if it cannot be trusted."""
+    content = atomic_files.read_own_json(folder / MANIFEST)
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        raise ValueError("no readable manifest")
+    checksum = content.pop("sha256", None)
+    if checksum != own_checksum(content):
+        raise ValueError("its content changed; its SHA-256 is not the one it names")
+    return content
+
+
+def move_in_manifest(folder: Path, name: str, source: str, target: str) -> None:
+    """Move a file's entry between a manifest's "files" and "removed", all or nothing; moving it back is exact."""
+    manifest = read_manifest(folder)
+    if name not in manifest.get(source, {}):
+        return  # done before
+    entry = manifest[source].pop(name)
+    manifest[target] = dict(sorted({**manifest.get(target, {}), name: entry}.items()))
+    manifest = {key: value for key, value in manifest.items() if key != "removed" or value}
+    text = json.dumps(manifest | {"sha256": own_checksum(manifest)}, indent=2, ensure_ascii=False) + "\n"
+    atomic_files.replace_text(folder / MANIFEST, text)
+
+
+def has_optimizer(folder: Path) -> bool:
+    """Whether a step still has the optimizer's state, as far as its manifest knows."""
+    try:
+        return OPTIMIZER not in read_manifest(folder).get("removed", {})
+    except (OSError, ValueError):
+        return True  # a damaged step is reported as damaged
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding and checking
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find(resume_from: str) -> Path:
+    """The `step-N` folder that `--resume_from` means: itself, or the newest sound one of a run folder."""
+    path = Path(resume_from).expanduser()
+    path = path.resolve() if path.name in ("", "..") else path  # "." has no name
+    if path.parent.name == "":  # `step-6` typed inside its run's folder
+        path = path.absolute()
+    if not path.is_dir():
+        parent = path.parent
+        siblings = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
+        raise utils.UserError(
+            f"--resume_from names no folder{utils.nearest(path.name, siblings)}",
+            where=path.absolute(),
+            found=f"{parent} holds {', '.join(siblings[:8]) or 'no folders'}",
+            next="a step-N folder, or a run's folder for its newest step",
+        )
+    if step_of(path) is not None or (path / MANIFEST).exists():
+        verify(path)
+        return path
+    steps = step_folders(path)
+    if not steps:
+        raise CheckpointError("no checkpoint there", where=path.absolute(), next="a folder that holds step-N folders")
+    damaged = []
+    for step in reversed(steps):
+        if (trouble := problem(step)) is None:
+            for file, found in damaged:
+                print(f"{file.parent.name} is damaged ({file.name}: {found}); going on from {step.name}", flush=True)
+            return step
+        damaged.append(trouble)
+    raise CheckpointError(
+        "every checkpoint of this run is damaged",
+        where=damaged[0][0],
+        found=damaged[0][1],
+        next="bring the files back from a copy, or start a new run",
+    )
+
+
+def check_has_optimizer(folder: Path) -> None:
+    """Raise CheckpointError for a step that manage_runs.py shrank to its weights: nothing could go on from it."""
+    if has_optimizer(folder):
+        return
+    sound = [step for step in step_folders(folder.parent) if has_optimizer(step) and not problem(step)]
+    others = f"{', '.join(step.name for step in sound)} still {'has' if len(sound) == 1 else 'have'} it"
+    raise CheckpointError(
+        "this checkpoint has no optimizer state any more, so training cannot go on from it",
+        where=folder,
+        found="manage_runs.py removed it: the step was shrunk to its weights",
+        safe=f"the weights are whole (chat.py loads them); {others if sound else 'no other step of this run has it'}",
+        next=f"python train_rm.py --resume_from {sound[-1]}" if sound
+        else "python manage_runs.py --undo, if that was its last deletion, brings it back",
+    )  # fmt: skip
+
+
+def verify(folder: Path) -> None:
+    """Raise CheckpointError if any file is missing, changed or cut; name the newest sound step before it."""
+    found = problem(folder)
+    if found is None:
+        return
+    number = step_of(folder) or 0
+    earlier = [step for step in step_folders(folder.parent) if (step_of(step) or 0) < number]
+    sound = next((step for step in reversed(earlier) if problem(step) is None), None)
+    raise CheckpointError(
+        "the checkpoint is damaged",
+        where=found[0],
+        found=found[1],
+        safe=f"{sound.name} is complete" if sound else "no earlier step of this run is complete",
+        next=f"python train_rm.py --resume_from {sound}" if sound else None,
+    )
+
+
+def problem(folder: Path) -> tuple[Path, str] | None:
+    """What is wrong with a checkpoint: (file, what was found and expected); None if every file is as it was written."""
+    manifest = folder / MANIFEST
+    try:
+        content = utils.read_json(manifest)
+        checksum = content.pop("sha256")
+        expected = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return manifest, f"no readable manifest ({type(error).__name__}: {error})"
+    if checksum != own_checksum(content):
+        return manifest, "its content changed; its SHA-256 is not the one it names"
+    if step_of(folder) not in (None, content["step"]):
+        return manifest, f"it is of step {content['step']}; the folder was renamed"
+    for path, (size, checksum) in expected.items():
+        if not path.is_file():
+            return path, f"no such file; the manifest says {size:,} bytes"
+        if path.stat().st_size != size:
+            return path, f"{path.stat().st_size:,} bytes; the manifest says {size:,}"
+        if utils.sha256_of(path) != checksum:
+            return path, "its content changed; its SHA-256 is not the manifest's"
+    return None
