@@ -288,7 +288,7 @@ class _LazyModule:
 def lazy_imports() -> Iterator[None]:
     """Modules named by `import` and `from package import module` in this block load when first used.
 
-    For the scripts at the root, whose `--help` must not wait for torch. Type checkers see plain imports, and Python 3.15
+    For the scripts at the root, whose `--help` must not wait for torch. Type checkers see plain imports. Python 3.15
     has such imports of its own (PEP 810). Not importlib's LazyLoader: it leaves a half-made module in `sys.modules`,
     which breaks torch's circular imports. Classes and functions cannot be imported this way.
     """
