@@ -155,7 +155,7 @@ def _cached(source: Source, tokenizer: Any, tokenizer_print: str) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         _remove_dead_entries()
         try:
-            with atomic_files.published_folder(folder, f".tmp-{key}-{os.getpid()}") as temporary:
+            with atomic_files.atomic_folder(folder, f".tmp-{key}-{os.getpid()}") as temporary:
                 _tokenise(source, tokenizer, temporary)
         except FileExistsError as error:
             if (folder / "report.json").exists():

@@ -91,7 +91,7 @@ class StopRequest:
 
     def _note(self, number: int, frame: object) -> None:
         if self.signal_number is not None:
-            os._exit(128 + number)  # no clean-up: nothing visible on disk is ever half-written, see `published_folder`
+            os._exit(128 + number)  # no clean-up: nothing visible on disk is ever half-written, see `atomic_folder`
         self.signal_number = number
         if not self.is_silent:
             say_if_heard("\nstopping at the next micro-batch; once more to leave without saving")

@@ -25,11 +25,11 @@ class Choice:
 
 def choose_models(model: str, reward_model: str | None) -> tuple[str, Path | None]:
     """(who talks: folder or hub id, who scores: folder); UserError or CheckpointError if the flags' files are wrong."""
-    hub.refuse_missing_path(model, "--model")
+    hub.check_path_exists(model, "--model")
     scorer = None
     if reward_model:
         # only folders can score; as it stands, a mistyped "runs/a" would pass for a hub id
-        hub.refuse_missing_path(str(Path(reward_model).expanduser().absolute()), "--reward_model")
+        hub.check_path_exists(str(Path(reward_model).expanduser().absolute()), "--reward_model")
         scorer = resolve.sound_checkpoint(reward_model)
         if resolve.kind_of(scorer) != "reward":
             raise UserError("--reward_model names no reward checkpoint", where=scorer.absolute())

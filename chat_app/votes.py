@@ -57,7 +57,7 @@ def append(path: Path, row: dict[str, Any]) -> int:
             try:
                 if file.write(line) != len(line):  # unbuffered, so that nothing is left to be written after a failure
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-                atomic_files.flush_to_disk(path)
+                atomic_files.fsync_path(path)
             except OSError:
                 file.truncate(size)
                 raise

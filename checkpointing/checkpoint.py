@@ -113,7 +113,7 @@ def save(
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
         refuse_full_disk(run_folder, model)
-        with atomic_files.published_folder(final) as folder:
+        with atomic_files.atomic_folder(final) as folder:
             model.save(folder, state.model)
             save_file(state.optimizer, folder / OPTIMIZER)
             save_file(states, folder / RANDOM_STATE)

@@ -22,7 +22,7 @@ def find_model(name: str, flag: str = "--model") -> Path:
 
     UserError if it is no reward model with one label; CheckpointError if a checkpoint is damaged.
     """
-    hub.refuse_missing_path(name, flag)
+    hub.check_path_exists(name, flag)
     is_local = Path(name).expanduser().exists()
     folder = sound_checkpoint(name) if is_local else _copy_from_hub(name, flag)
     kind = kind_of(folder)
@@ -95,7 +95,7 @@ def base_model_of(folder: Path) -> str:
         )
     # a relative path holds only where the training was started; an adapter's is absolute
     base = next((name for name in known if Path(name).exists()), known[0])
-    hub.refuse_missing_path(base, "--model")
+    hub.check_path_exists(base, "--model")
     return base
 
 

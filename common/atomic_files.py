@@ -1,4 +1,4 @@
-"""Writing what is all there or not at all: under a temporary name, flushed to the disk, then renamed.
+"""Files and folders that are written completely or not at all: under a temporary name, flushed to disk, then renamed.
 
 Standard library only.
 """
@@ -21,15 +21,15 @@ MOST_JSON_BYTES = 2**26  # a record of a million evaluations is smaller
 
 
 @contextlib.contextmanager
-def published_folder(final: Path, temporary_name: str | None = None) -> Iterator[Path]:
-    """Yield a temporary folder beside `final`; on leaving, flush and rename it, so that `final` is all or nothing.
+def atomic_folder(final: Path, temporary_name: str | None = None) -> Iterator[Path]:
+    """Yield a temporary folder beside `final`; on leaving, flush it to disk and rename it to `final`.
 
-    Raises FileExistsError if `final` is there: what is published is never written into. A failure removes the
-    temporary folder; a kill leaves it, and `remove_dead_saves` clears it later. Where several processes may publish the
-    same thing, each wants a `temporary_name` of its own; the first one wins, the others get FileExistsError.
+    Raises FileExistsError if `final` exists: it is never written into. A failure removes the temporary folder; a kill
+    leaves it for `remove_dead_saves`. Processes that may write the same `final` at once need a `temporary_name` each;
+    the first one wins, the others get FileExistsError.
     """
     if final.exists():
-        raise FileExistsError(errno.EEXIST, "already published", str(final))
+        raise FileExistsError(errno.EEXIST, "already exists", str(final))
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(temporary_name or f".tmp-{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -39,39 +39,40 @@ def published_folder(final: Path, temporary_name: str | None = None) -> Iterator
         for path in temporary.rglob("*"):
             if path.is_file():
                 path.chmod(_file_mode())  # safetensors writes 0600, and a group shares its checkpoints
-                flush_to_disk(path)
-        flush_to_disk(temporary)
+                fsync_path(path)
+        fsync_path(temporary)
         try:
             temporary.rename(final)
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-                raise FileExistsError(errno.EEXIST, "already published", str(final)) from error
+                raise FileExistsError(errno.EEXIST, "already exists", str(final)) from error
             raise
-        flush_to_disk(final.parent)
+        fsync_path(final.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
 @contextlib.contextmanager
-def published_file(final: Path | None) -> Iterator[typing.TextIO]:
-    """Yield a text file under a temporary name beside `final`; on leaving, flush it and rename it over `final`.
+def atomic_file(final: Path | None, temporary_name: str | None = None) -> Iterator[typing.TextIO]:
+    """Yield a text file under a temporary name beside `final`; on leaving, flush it to disk and rename it over `final`.
 
-    A failure removes it and leaves `final` as it was. Without a `final` what is written goes nowhere.
+    A failure removes it and leaves `final` as it was. Without a `final`, what is written is discarded.
     """
     if final is None:
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
             yield nowhere
         return
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".tmp-{final.name}-{os.getpid()}")
+    temporary = final.with_name(temporary_name or f".tmp-{final.name}-{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("x", encoding="utf-8", newline="\n") as file:  # "x": never through a link of that name
             yield file
-        flush_to_disk(temporary)
+        fsync_path(temporary)
         os.replace(temporary, final)
     except BaseException:
-        with contextlib.suppress(OSError):  # the one that matters is on its way
+        with contextlib.suppress(OSError):  # the first error matters, not this one
             temporary.unlink(missing_ok=True)
         raise
 
@@ -90,7 +91,7 @@ def remove_dead_saves(folder: Path) -> list[Path]:
     return dead
 
 
-def flush_to_disk(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """fsync a file, or a folder where the platform can (Windows cannot open one)."""
     if path.is_dir() and os.name == "nt":
         return
@@ -124,19 +125,6 @@ def temporary(path: Path) -> Path:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a small file under a temporary name and rename it over the old one."""
-    half = temporary(path)
-    try:
-        try:
-            file = half.open("x", encoding="utf-8")  # never through a link that lies there
-        except FileExistsError:
-            half.unlink()
-            file = half.open("x", encoding="utf-8")
-        with file:
-            file.write(text)
-        flush_to_disk(half)
-        os.replace(half, path)
-    except OSError:
-        with contextlib.suppress(OSError):  # the one that matters is on its way
-            half.unlink(missing_ok=True)
-        raise
+    """Replace a small file, all or nothing. The temporary name is always the same, so kills leave at most one file."""
+    with atomic_file(path, temporary(path).name) as file:
+        file.write(text)

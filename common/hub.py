@@ -25,7 +25,7 @@ def looks_like_a_path(name: str) -> bool:
     return starts_or_ends_so or "\\" in name or name.count("/") > 1 or Path(name).exists()
 
 
-def refuse_missing_path(name: str, flag: str) -> None:
+def check_path_exists(name: str, flag: str) -> None:
     """Raise a UserError with the nearest names if `name` is a path and nothing is there; asks no hub."""
     path = Path(name).expanduser()
     if not looks_like_a_path(name) or path.exists():

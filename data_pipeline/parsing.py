@@ -84,7 +84,7 @@ class Source:
 
 def find_sources(dataset: str) -> tuple[Source, Source]:
     """The train and test split of a hub id, a file, or a folder with `train.*` and `test.*`."""
-    hub.refuse_missing_path(dataset, "--dataset")
+    hub.check_path_exists(dataset, "--dataset")
     path = Path(dataset).expanduser()
     if path.is_file():
         if not path.name.endswith(SUFFIXES):

@@ -314,7 +314,7 @@ def readings(
     chances = statistics.label_probability(table.margins)
     positions = {position for found in wanted.values() for position in found}
     texts: dict[int, dict[str, Any]] = {}
-    with atomic_files.published_file(out) as file:
+    with atomic_files.atomic_file(out) as file:
         for row in data.read() if positions or out else ():
             if not out and row.position not in positions:
                 continue

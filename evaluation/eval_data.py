@@ -155,7 +155,7 @@ def find(dataset: str, split: str, subset_column: str | None) -> Data:
     Of a file, and of a folder with train.* and no test.*, `test` is what training holds out. A folder with neither is
     taken file by file, or folder by folder if its folders have files of the split, as HH-RLHF's own repository has.
     """
-    hub.refuse_missing_path(dataset, "--dataset")
+    hub.check_path_exists(dataset, "--dataset")
     path = Path(dataset).expanduser()
     notes: list[str] = []
     if path.is_file():

@@ -43,7 +43,7 @@ def write(folder: Path, content: dict[str, Any], drawn: list[plots.Plot]) -> Non
             ("weights, tokenizer and precision", content["fingerprint"][:16]),
         ],
     )
-    with atomic_files.published_file(folder / PAGE) as file:
+    with atomic_files.atomic_file(folder / PAGE) as file:
         file.write(page + "\n")
 
 

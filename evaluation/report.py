@@ -20,7 +20,7 @@ MOST_GROUPS_SHOWN = 20  # of a breakdown in the terminal
 def write_json(folder: Path, content: dict[str, Any]) -> None:
     """report.json, all or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_files.published_file(folder / JSON) as file:
+    with atomic_files.atomic_file(folder / JSON) as file:
         file.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 

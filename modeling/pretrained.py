@@ -46,7 +46,7 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of a hub id or folder, with a chat template and a pad token that scoring can rely on."""
     from transformers import AutoTokenizer
 
-    hub.refuse_missing_path(name, "--model")
+    hub.check_path_exists(name, "--model")
     where_to_look = _where_to_look(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where_to_look)
@@ -125,7 +125,7 @@ def open_model(auto_class: Any, name: str, **options: Any) -> tuple[nn.Module, s
             where=name,
             next=f"python train_rm.py --resume_from {name}   (to train the adapter on), or name its base model",
         )
-    hub.refuse_missing_path(name, "--model")
+    hub.check_path_exists(name, "--model")
     options = {"dtype": torch.float32, "trust_remote_code": False, **_where_to_look(name), **options}
     with quiet_transformers():
         try:

@@ -1,4 +1,4 @@
-"""Folders and files that are all there or not at all."""
+"""Folders and files that are written completely or not at all."""
 
 import os
 import stat
@@ -12,9 +12,9 @@ def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_published_folder_appears_whole_and_only_at_the_end(tmp_path):
+def test_a_folder_appears_complete_and_only_at_the_end(tmp_path):
     final = tmp_path / "run" / "step-5"
-    with atomic_files.published_folder(final) as temporary:
+    with atomic_files.atomic_folder(final) as temporary:
         assert temporary.parent == final.parent, "a rename is only whole within one file system"
         (temporary / "weights").write_text("w")
         (temporary / "deeper").mkdir()
@@ -26,51 +26,51 @@ def test_a_published_folder_appears_whole_and_only_at_the_end(tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, OSError])
 def test_a_failure_while_writing_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), atomic_files.published_folder(tmp_path / "step-5") as temporary:
+    with pytest.raises(error), atomic_files.atomic_folder(tmp_path / "step-5") as temporary:
         (temporary / "weights").write_text("half")
         raise error
     assert names_in(tmp_path) == []
 
 
-def test_what_is_published_is_never_written_into(tmp_path):
+def test_a_folder_that_exists_is_never_written_into(tmp_path):
     (tmp_path / "step-5").mkdir()
-    with pytest.raises(FileExistsError), atomic_files.published_folder(tmp_path / "step-5"):
+    with pytest.raises(FileExistsError), atomic_files.atomic_folder(tmp_path / "step-5"):
         pytest.fail("the body ran")
     assert names_in(tmp_path) == ["step-5"] and names_in(tmp_path / "step-5") == []
 
 
-def test_the_first_of_two_publishers_wins(tmp_path):
+def test_the_first_of_two_writers_wins(tmp_path):
     final = tmp_path / "step-5"
-    with pytest.raises(FileExistsError) as caught, atomic_files.published_folder(final, ".tmp-second") as second:
+    with pytest.raises(FileExistsError) as caught, atomic_files.atomic_folder(final, ".tmp-second") as second:
         (second / "weights").write_text("second")
-        with atomic_files.published_folder(final, ".tmp-first") as first:
+        with atomic_files.atomic_folder(final, ".tmp-first") as first:
             (first / "weights").write_text("first")
     assert caught.value.filename == str(final)
     assert (final / "weights").read_text() == "first" and names_in(tmp_path) == ["step-5"]
 
 
-def test_an_existing_file_inside_the_body_is_not_taken_for_another_publisher(tmp_path):
-    with pytest.raises(FileExistsError) as caught, atomic_files.published_folder(tmp_path / "step-5") as temporary:
+def test_an_existing_file_inside_the_body_is_not_taken_for_another_writer(tmp_path):
+    with pytest.raises(FileExistsError) as caught, atomic_files.atomic_folder(tmp_path / "step-5") as temporary:
         (temporary / "weights").mkdir()
         (temporary / "weights").mkdir()
-    assert "already published" not in str(caught.value)
+    assert "already exists" not in str(caught.value)
     assert names_in(tmp_path) == []
 
 
-def test_the_rest_of_a_killed_save_is_no_part_of_the_next(tmp_path):
+def test_what_a_killed_save_left_is_not_part_of_the_next(tmp_path):
     (tmp_path / ".tmp-step-5").mkdir()
     (tmp_path / ".tmp-step-5" / "old").write_text("half")
-    with atomic_files.published_folder(tmp_path / "step-5") as temporary:
+    with atomic_files.atomic_folder(tmp_path / "step-5") as temporary:
         (temporary / "new").write_text("whole")
     assert names_in(tmp_path) == ["step-5"] and names_in(tmp_path / "step-5") == ["new"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask to respect")
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
-def test_published_files_follow_the_umask_whatever_wrote_them(tmp_path, umask, mode):
+def test_files_follow_the_umask_whatever_wrote_them(tmp_path, umask, mode):
     previous = os.umask(umask)
     try:
-        with atomic_files.published_folder(tmp_path / "step-5") as temporary:
+        with atomic_files.atomic_folder(tmp_path / "step-5") as temporary:
             (temporary / "deeper").mkdir()
             for number, path in enumerate((temporary / "private", temporary / "deeper" / "open")):
                 path.write_text("x")
@@ -95,14 +95,14 @@ def test_dead_saves_are_removed_and_nothing_else(tmp_path):
     assert atomic_files.remove_dead_saves(tmp_path) == []
 
 
-def test_a_published_file_is_all_or_nothing(tmp_path):
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path):
     final = tmp_path / "new" / "report.json"
-    with atomic_files.published_file(final) as file:
+    with atomic_files.atomic_file(final) as file:
         file.write("first\n")
         assert not final.exists()
-    with pytest.raises(ZeroDivisionError), atomic_files.published_file(final) as file:
+    with pytest.raises(ZeroDivisionError), atomic_files.atomic_file(final) as file:
         file.write("second, half of it")
         raise ZeroDivisionError
     assert final.read_bytes() == b"first\n" and list(final.parent.iterdir()) == [final]
-    with atomic_files.published_file(None) as file:
+    with atomic_files.atomic_file(None) as file:
         file.write("goes nowhere")
