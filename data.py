@@ -6,17 +6,12 @@ Letters: N pairs.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
-import itertools
-import json
 import os
 import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +20,11 @@ import numpy as np
 
 import utils
 from common import atomic_files
-from data_pipeline.parsing import LEFT_OUT, NOTED, Pair, Source, find_sources, read_pairs
+from data_pipeline.parsing import LEFT_OUT, NOTED
+from data_pipeline.sources import Source, find_sources
+from data_pipeline.tokenization import shared_prefix, tokenized_chunks
 
 CACHE_VERSION = 3  # raise it when parsing, tokenising or the files change
-ROWS_AT_A_TIME = 500  # those being rendered, encoded and written are in memory
 MOST_LEFT_OUT = 0.10
 DEAD_AFTER_SECONDS = 24 * 3600
 
@@ -201,10 +197,9 @@ def _tokenise(source: Source, tokenizer: Any, folder: Path) -> None:
     counts, kind_numbers = Counts(), {"": 0}
     lengths, rows, margins, kinds, notes = [], [], [], [], []
     started, last_shown = time.monotonic(), time.monotonic()
-    encode = functools.partial(encode_pairs, backend=tokenizer.backend_tokenizer, cut_tokens=cut_tokens(tokenizer))
     with (
         (folder / "tokens.bin").open("wb") as tokens_file,
-        contextlib.closing(_one_ahead(_rendered(source, tokenizer), encode)) as chunks,
+        contextlib.closing(tokenized_chunks(source, tokenizer)) as chunks,
     ):
         for chunk, ids in chunks:
             counts.rows += chunk.row_count
@@ -241,150 +236,3 @@ def _tokenise(source: Source, tokenizer: Any, folder: Path) -> None:
          "tokens_sha256": utils.sha256_of(folder / "tokens.bin"), "source": source.name,
          "sha256": {path.name: utils.sha256_of(path) for path in folder.iterdir()}},
     )  # fmt: skip
-
-
-@dataclass
-class _Chunk:
-    """Some rows of a source: the pairs among them, with their dialogues as the chat template writes them."""
-
-    row_count: int
-    left_out: list[tuple[str, int]] = field(default_factory=list)  # (key of LEFT_OUT, row)
-    pairs: list[tuple[int, Pair]] = field(default_factory=list)  # (row, pair)
-    texts: list[str] = field(default_factory=list)  # two a pair: chosen, rejected
-
-
-def _rendered(source: Source, tokenizer: Any) -> Iterator[_Chunk]:
-    """Read a source's rows and put them through the chat template, a chunk at a time."""
-    pairs = read_pairs(source)
-    while some := list(itertools.islice(pairs, ROWS_AT_A_TIME)):
-        chunk = _Chunk(len(some))
-        for row, pair in some:
-            if isinstance(pair, str):
-                chunk.left_out.append((pair, row))
-                continue
-            try:
-                # One call a pair: a call for many is no faster, and a dialogue that is refused would take them along.
-                chunk.texts += tokenizer.apply_chat_template([pair.chosen, pair.rejected], tokenize=False)
-            except Exception as error:  # templates raise what they like; their own complaint is jinja2's TemplateError
-                if type(error).__name__ != "TemplateError":
-                    raise
-                chunk.left_out.append(("template", row))
-                continue
-            chunk.pairs.append((row, pair))
-        yield chunk
-
-
-def _one_ahead(chunks: Iterator[_Chunk], encode: Callable[[list[str]], list[np.ndarray]]) -> Iterator[tuple]:
-    """Yield (chunk, ids of its texts) in order, while a second thread encodes the chunk that comes after it.
-
-    The template runs in Python and needs its lock; the tokenizer does not. Whatever the thread raises is raised here.
-    """
-    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
-    try:
-        waiting = None
-        for chunk in chunks:
-            encoded = thread.submit(encode, chunk.texts)
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            waiting = chunk, encoded
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
-    finally:
-        thread.shutdown(cancel_futures=True)  # waits for the chunk in hand, a fraction of a second
-
-
-def encode_pairs(texts: list[str], backend: Any, cut_tokens: list[str]) -> list[np.ndarray]:
-    """The ids of each text, as encoding it alone gives them. Texts come in twos, whose shared start is encoded once."""
-    # Wherever a text is cut the ids are the same. The commonest token in the first text is one that ends every turn.
-    token = max(cut_tokens, key=texts[0].count, default="") if texts else ""
-    has_start, stretches = [], []
-    for chosen, rejected in zip(texts[::2], texts[1::2], strict=True):
-        cut = _last_cut(chosen, rejected, token) if token else 0
-        has_start.append(cut > 0)
-        stretches += [chosen[:cut]] if cut else []
-        stretches += [chosen[cut:], rejected[cut:]]
-    # `encode_batch_fast` skips the offsets into the text, which nothing here needs
-    encodings = iter(backend.encode_batch_fast(stretches, add_special_tokens=False))
-    ids = []
-    for starts_shared in has_start:
-        start = next(encodings).ids if starts_shared else []
-        ids += [np.array(start + next(encodings).ids, dtype=np.int32) for _ in ("chosen", "rejected")]
-    return ids
-
-
-def _last_cut(chosen: str, rejected: str, token: str) -> int:
-    """The end of the last `token` in what two texts share, leaving each something of its own; 0 if there is none."""
-    low, high = 0, max(0, min(len(chosen), len(rejected)) - 1)
-    while low < high:  # comparing slices takes a twentieth of what comparing letter by letter takes
-        middle = (low + high + 1) // 2
-        if chosen[low:middle] == rejected[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    found = chosen.rfind(token, 0, low)
-    return found + len(token) if found >= 0 else 0
-
-
-def cut_tokens(tokenizer: Any) -> list[str]:
-    """The added tokens behind which a text may be cut, so that its parts' ids, one after the other, are the whole's.
-
-    `tokenizers` first takes the added tokens that are not normalised out of the raw text (leftmost first, then
-    longest); what is left between them is normalised, split and encoded stretch by stretch, and no stretch sees another
-    (`AddedVocabulary::extract_and_normalize`, then `PreTokenizedString`). So behind such a token is a place to cut if
-    wherever its letters stand it is this token that is found, whatever stands around it; and if nothing asks where in
-    the whole a stretch stood, as some pre-tokenizers do. Whatever is not known to be so is not cut.
-    """
-    backend = tokenizer.backend_tokenizer
-    added = {number: token for number, token in backend.get_added_tokens_decoder().items() if not token.normalized}
-    if (
-        backend.encode_special_tokens
-        or getattr(backend.model, "dropout", None)
-        or any(token.single_word or token.lstrip or token.rstrip for token in added.values())
-        or not _reads_stretches_alone(backend.pre_tokenizer)
-    ):
-        return []
-    contents = [token.content for token in added.values()]
-    return [
-        token.content
-        for number, token in added.items()
-        if not any(_may_overlap(token.content, other) for other in contents)
-        # also false if the post-processor adds or repeats something
-        and backend.encode(token.content, add_special_tokens=False).ids == [number]
-    ]
-
-
-def _may_overlap(token: str, other: str) -> bool:
-    """Whether there is a text in which `other` takes letters of `token`: it holds it, or one ends as the other starts.
-
-    "<|a|>" and "<|a|>b" may, "xa" and "ab" may, and "aba" may overlap itself; "<|a|>" and "<|b|>" may not.
-    """
-    if token in other and token != other:
-        return True
-    most = min(len(token), len(other))
-    return any(token[-n:] == other[:n] or other[-n:] == token[:n] for n in range(1, most + (token != other)))
-
-
-def _reads_stretches_alone(pre_tokenizer: Any) -> bool:
-    if pre_tokenizer is None:
-        return True
-    parts = [json.loads(pre_tokenizer.__getstate__())]
-    while parts:
-        part = parts.pop()
-        if part["type"] == "Sequence":
-            parts += part["pretokenizers"]
-        elif part["type"] == "Metaspace":
-            if part["prepend_scheme"] == "first":  # a space before the text's first word only
-                return False
-        elif part["type"] not in ("Split", "ByteLevel", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit"):
-            return False
-    return True
-
-
-def shared_prefix(chosen: np.ndarray, rejected: np.ndarray) -> int:
-    """Tokens that two sequences share from the start, leaving each at least one of its own.
-
-    [a b c] and [a b d e] -> 2; [a b c] and [a b c d] -> 2, so that c is read in both branches.
-    """
-    shortest = min(len(chosen), len(rejected))
-    differ = np.flatnonzero(chosen[:shortest] != rejected[:shortest])
-    return min(int(differ[0]) if len(differ) else shortest, shortest - 1)

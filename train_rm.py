@@ -33,7 +33,7 @@ with utils.lazy_imports():  # --help must not wait for torch
     from torch import Tensor  # for annotations only
 
     from checkpointing import checkpoint
-    from data_pipeline import packing
+    from data_pipeline import packing, sampler
     from evaluation import evaluator
     from modeling import devices
     from training import distributed, logger
@@ -101,7 +101,7 @@ def gradients_of_step(
     If the device runs out of memory, the step begins again with half the token budget: the gradient is the same, and
     the smaller budget stays.
     """
-    world, indices = run.world, run.plan.pairs_of(step)
+    world, indices = run.world, run.plan.indices_for(step)
     while True:
         plans = batching.plans_of(run, run.train_pairs, indices)
         micro_batches = batching.built(run, run.train_pairs, world.share(plans, is_training=True))
@@ -318,7 +318,7 @@ def evaluation_is_missing(run: runs.Run) -> bool:
 def evaluated_pairs(run: runs.Run) -> Any:
     """Indices (N,) of the test pairs that every evaluation of a run is on."""
     config = run.config
-    return packing.fixed_sample(len(run.test_pairs), config.eval_num_batches * config.batch_size, config.seed)
+    return sampler.fixed_sample(len(run.test_pairs), config.eval_num_batches * config.batch_size, config.seed)
 
 
 def evaluate_and_show(run: runs.Run, board: logger.Board, shown: logger.Progress, stop: StopRequest) -> Evaluation:

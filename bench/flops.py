@@ -82,7 +82,7 @@ def main() -> None:
     import models
     import train_rm
     import utils
-    from data_pipeline import packing
+    from data_pipeline import packing, sampler
     from modeling import devices
     from training import distributed
 
@@ -101,7 +101,7 @@ def main() -> None:
         model.compile()
     trained = [parameter for parameter in model.classifier.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-    indices = packing.fixed_sample(len(pairs), arguments.pairs, 0)
+    indices = sampler.fixed_sample(len(pairs), arguments.pairs, 0)
     needed = needed_arithmetic.needed_flops(model, pairs.lengths[indices])
 
     world, pad_id = distributed.World(), tokenizer.pad_token_id

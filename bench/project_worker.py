@@ -37,11 +37,11 @@ def load_pairs(dataset: str, base: str) -> tuple[Any, Any]:
 
 def pairs_of_steps(num_pairs: int, pairs_per_step: int, steps: int) -> list[np.ndarray]:
     """Which pairs the first steps of a run take, in their order."""
-    from data_pipeline import packing
+    from data_pipeline import sampler
     from training import config as train_config
 
-    plan = packing.StepPlan(num_pairs, pairs_per_step, 1, train_config.TrainConfig().seed)
-    return [plan.pairs_of(step) for step in range(1, steps + 1)]
+    plan = sampler.StepSampler(num_pairs, pairs_per_step, 1, train_config.TrainConfig().seed)
+    return [plan.indices_for(step) for step in range(1, steps + 1)]
 
 
 def defaults() -> Any:

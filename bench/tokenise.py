@@ -47,7 +47,7 @@ def cpu_seconds() -> float:
 
 def write_pairs(real: Path, folder: Path, count: int) -> None:
     """`count` lines of the real pairs, shuffled, and again from the start; and the same pairs as messages for TRL."""
-    from data_pipeline import parsing
+    from data_pipeline import parsing, sources
 
     folder.mkdir()
     lines: list[bytes] = []
@@ -63,7 +63,7 @@ def write_pairs(real: Path, folder: Path, count: int) -> None:
     with gzip.open(folder / "test.jsonl.gz", "wb") as file:
         file.write(lines[0])
     with (folder / "messages.json").open("w", encoding="utf-8") as file:
-        for _, pair in parsing.read_pairs(parsing.Source("train", folder / "train.jsonl.gz")):
+        for _, pair in parsing.read_pairs(sources.Source("train", folder / "train.jsonl.gz")):
             if not isinstance(pair, str):
                 file.write(json.dumps({"chosen": pair.chosen, "rejected": pair.rejected}) + "\n")
 

@@ -1,4 +1,4 @@
-"""From token ids to packed tensors: which pairs a step takes, how they are cut into micro-batches, and packing.
+"""From token ids to packed tensors: how a step is cut into micro-batches, and packing.
 
 Nothing here knows attention masks, rewards or losses.
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import collections
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,53 +27,8 @@ WIDTH_STEP = 64  # packed rows are as wide as a multiple of this: see `packed_wi
 PAIRS_PLANNED_AT_ONCE = 4096  # more would pack no better and take memory for their tensors
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The step's plan: which pairs, cut how
+# Planning: how a step is cut into micro-batches
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """Which pairs each optimizer step takes: a function of (seed, epoch, step) alone, so resuming is an index.
-
-    Steps count from 1. The last step of an epoch is smaller if the pairs do not divide.
-    """
-
-    num_pairs: int
-    pairs_per_step: int
-    epochs: int
-    seed: int
-    max_steps: int = 0
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-self.num_pairs // self.pairs_per_step)
-
-    @property
-    def total_steps(self) -> int:
-        steps = self.steps_per_epoch * self.epochs
-        return min(steps, self.max_steps) if self.max_steps else steps
-
-    def pairs_of(self, step: int) -> np.ndarray:
-        """Indices (N,) of the pairs of one step."""
-        epoch, position = divmod(step - 1, self.steps_per_epoch)
-        order = _shuffled(self.num_pairs, self.seed, epoch)
-        return order[position * self.pairs_per_step : (position + 1) * self.pairs_per_step]
-
-    def examples_seen(self, step: int) -> int:
-        """Pairs taken by steps 1 to `step`."""
-        epochs, position = divmod(step, self.steps_per_epoch)
-        return epochs * self.num_pairs + min(position * self.pairs_per_step, self.num_pairs)
-
-
-@functools.lru_cache(maxsize=2)
-def _shuffled(num_pairs: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_pairs)
-
-
-def fixed_sample(num_pairs: int, size: int, seed: int) -> np.ndarray:
-    """The same `size` indices every time, spread over the whole split; all of them if size is 0."""
-    everything = np.arange(num_pairs)
-    return everything if size == 0 or size >= num_pairs else np.sort(_shuffled(num_pairs, seed, 0)[:size])
 
 
 Rows = list[list[int]]  # for each row, the positions of its pairs

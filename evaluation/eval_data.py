@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from common import hub
-from data_pipeline import parsing
-from data_pipeline.parsing import Messages, Pair, Source
+from data_pipeline import parsing, sources
+from data_pipeline.parsing import Messages, Pair
+from data_pipeline.sources import Source
 from evaluation import reward_bench
 from utils import UserError, nearest
 
-SPLITS = {"train": ("train",), "test": parsing.TEST_NAMES}
+SPLITS = {"train": ("train",), "test": sources.TEST_NAMES}
 SUBSET_COLUMNS = ("subset", "kind")  # the first that a row has
 
 
@@ -82,14 +83,13 @@ class Data:
         """The rows in order. UserError says what is broken where."""
         position = 0
         for part_number, part in enumerate(self.parts):
-            for number, row in parsing.read_rows(part.source):
+            for number, row in sources.read_rows(part.source):
                 if self.chosen_rows is not None and (part_number, number) not in self.chosen_rows:
                     continue
                 content = self._parse(part, number, row)
-                if part.source.part != "all" and (part.source.part == "test") != parsing.is_held_out(row):
-                    continue
-                yield Row(position, part_number, number, content)
-                position += 1
+                if part.source.includes(row):
+                    yield Row(position, part_number, number, content)
+                    position += 1
 
     def _parse(self, part: Part, number: int, row: Any) -> Comparison | str:
         def refuse(problem: str) -> UserError:
@@ -166,18 +166,18 @@ def find(dataset: str, split: str, subset_column: str | None) -> Data:
         parts = [Part("", source) for source in _on_hub(dataset, split)]
     for source in (part.source for part in parts if part.source.part != "all"):
         whom = (
-            f"the {split} split of {source.name}: by prompt, 1 in {parsing.HELD_OUT_IN} is held out, as in train_rm.py"
+            f"the {split} split of {source.name}: by prompt, 1 in {sources.HELD_OUT_IN} is held out, as in train_rm.py"
         )
         notes.append(f"{whom}; --split all takes every row")
     return Data(tuple(parts), subset_column, notes=tuple(notes))
 
 
 def _in_file(path: Path, split: str) -> Source:
-    train, test = parsing.find_sources(str(path))
+    train, test = sources.find_sources(str(path))
     whole = replace(test, part="all")
     if split not in (*SPLITS, "all"):
         raise UserError(f"--split {split}: a single file has train, test and all", where=path)
-    first = next((row for _, row in itertools.islice(parsing.read_rows(whole), 1)), None)
+    first = next((row for _, row in itertools.islice(sources.read_rows(whole), 1)), None)
     if split == "all" or is_of_benchmark(first):  # nobody trains on a benchmark, so nothing of it was held out
         return whole
     return train if split == "train" else test
@@ -187,9 +187,9 @@ def _in_folder(folder: Path, split: str) -> tuple[list[Part], list[str]]:
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name.endswith(hub.DATA_SUFFIXES))
     if split == "all" and files:
         return [Part(_stem(path), _whole(path)) for path in files], []
-    if split in SPLITS and parsing.file_in(folder, ("train",)):
-        return [Part("", parsing.find_sources(str(folder))[split == "test"])], []
-    if found := parsing.file_in(folder, SPLITS.get(split, (split,))):
+    if split in SPLITS and sources.file_in(folder, ("train",)):
+        return [Part("", sources.find_sources(str(folder))[split == "test"])], []
+    if found := sources.file_in(folder, SPLITS.get(split, (split,))):
         return [Part("", _whole(found))], []
     if files:
         if split not in SPLITS:
@@ -198,7 +198,7 @@ def _in_folder(folder: Path, split: str) -> tuple[list[Part], list[str]]:
     parts, without = [], []
     for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
         stems = [name for names in SPLITS.values() for name in names] if split == "all" else SPLITS.get(split, (split,))
-        found_here = [path for stem in stems if (path := parsing.file_in(inner, (stem,)))]
+        found_here = [path for stem in stems if (path := sources.file_in(inner, (stem,)))]
         parts += [Part(inner.name, _whole(path)) for path in found_here[: None if split == "all" else 1]]
         without += [] if found_here else [inner.name]
     if not parts:
@@ -217,8 +217,8 @@ def _whole(path: Path) -> Source:
 
 def _on_hub(dataset: str, split: str) -> list[Source]:
     if split in SPLITS:
-        return [parsing.find_sources(dataset)[split == "test"]]
-    splits = parsing.hub_splits(dataset)
+        return [sources.find_sources(dataset)[split == "test"]]
+    splits = sources.hub_splits(dataset)
     names = list(splits) if split == "all" else [split]
     if split not in (*splits, "all"):
         raise UserError(
@@ -229,17 +229,17 @@ def _on_hub(dataset: str, split: str) -> list[Source]:
 
 def sample(data: Data, size: int) -> Data:
     """`size` rows spread over all of them, the same every time; all of them if there are no more."""
-    from data_pipeline import packing
+    from data_pipeline import sampler
 
     places = [(part, number) for part, number in _places(data)]
     if not size or size >= len(places):
         return data
-    return replace(data, chosen_rows=frozenset(places[i] for i in packing.fixed_sample(len(places), size, seed=0)))
+    return replace(data, chosen_rows=frozenset(places[i] for i in sampler.fixed_sample(len(places), size, seed=0)))
 
 
 def _places(data: Data) -> Iterator[tuple[int, int]]:
     for part_number, part in enumerate(data.parts):
-        for number, row in parsing.read_rows(part.source):
+        for number, row in sources.read_rows(part.source):
             is_dict = isinstance(row, dict) and row.get("chosen") is not None  # what is not is refused when it is read
-            if part.source.part == "all" or not is_dict or (part.source.part == "test") == parsing.is_held_out(row):
+            if not is_dict or part.source.includes(row):
                 yield part_number, number

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_pipeline import parsing
+from data_pipeline import parsing, sources
 from data_pipeline.parsing import Messages
+from data_pipeline.tokenization import tokenize_groups
 from modeling import scorer as scoring
 from utils import UserError, nearest
 
@@ -48,7 +49,7 @@ def read(name: str) -> Iterator[Line]:
             raise UserError("--score -: standard input is closed", next="... | python eval_rm.py --score -, or a file")
         # a handle of our own: at its end Python wants the lock of sys.stdin's, which the reading thread would hold
         with os.fdopen(os.dup(sys.stdin.fileno()), "rb") as lines:
-            for number, row in parsing.parse_json_lines(lines, lambda number: f"standard input:{number}"):
+            for number, row in sources.parse_json_lines(lines, lambda number: f"standard input:{number}"):
                 yield parse(row, f"standard input:{number}")
         return
     path = Path(name).expanduser()
@@ -58,10 +59,10 @@ def read(name: str) -> Iterator[Line]:
     if not path.is_file():
         siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"--score names no file{nearest(path.name, siblings)}", where=path.absolute())
-    if not path.name.endswith(parsing.SUFFIXES):
+    if not path.name.endswith(sources.SUFFIXES):
         raise UserError("--score: a file of this kind is not read here", where=path, next=WANTS_FILE)
-    source = parsing.Source(str(path), path)
-    for number, row in parsing.read_rows(source):
+    source = sources.Source(str(path), path)
+    for number, row in sources.read_rows(source):
         yield parse(row, source.place(number))
 
 
@@ -111,7 +112,7 @@ def score(scorer: scoring.Scorer, lines: Iterator[Line], best_of: bool, waits: b
     counts: Counter = Counter()
     for chunk in _chunks(lines, waits):
         wanted = [line.dialogues for line in chunk if not isinstance(line.dialogues, str)]
-        tokenised = iter(scoring.tokenise(wanted, scorer.model.tokenizer, scorer.max_length))
+        tokenised = iter(tokenize_groups(wanted, scorer.model.tokenizer, scorer.max_length))
         found = [line.dialogues if isinstance(line.dialogues, str) else next(tokenised) for line in chunk]
         jobs = [at for at, one in enumerate(found) if not isinstance(one, str)]
         rewards: dict[int, list[float]] = {}

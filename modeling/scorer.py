@@ -22,11 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import data
 import models
 import utils
 from data_pipeline import packing
-from data_pipeline.parsing import Messages
+from data_pipeline.tokenization import TokenizedGroup, shared_prefix, tokenize_groups
 from evaluation.eval_data import Comparison, Row
 from evaluation.scores import ScoreLog
 from modeling import devices
@@ -169,7 +168,7 @@ class TokenPairs:
 
     def __init__(self, pairs: list[tuple[np.ndarray, np.ndarray]]):
         self._pairs = pairs
-        prefixes = [data.shared_prefix(first, second) for first, second in pairs]
+        prefixes = [shared_prefix(first, second) for first, second in pairs]
         tails = [(p, len(a) - p, len(b) - p) for p, (a, b) in zip(prefixes, pairs, strict=True)]
         self.lengths = np.array(tails, dtype=np.int32)  # (N, 3)
         self.packed_lengths = self.lengths.sum(axis=1)  # (N,)
@@ -189,44 +188,6 @@ class TokenPairs:
         return self._pairs[index]
 
 
-@dataclass(frozen=True)
-class Tokenised:
-    """The dialogues of one job as token ids, and the tokens of each last reply alone."""
-
-    ids: list[np.ndarray]
-    reply_lengths: list[int]
-
-
-def tokenise(jobs: Sequence[list[Messages]], tokenizer: Any, max_length: int) -> list[Tokenised | str]:
-    """Template and tokenise jobs of dialogues; a key of `rows.LEFT_OUT` for those that cannot be scored."""
-    results: list[Tokenised | str] = []
-    texts: list[str] = []  # in twos, as `data.encode_pairs` wants them
-    replies: list[str] = []
-    spans: list[tuple[int, int]] = []  # (job, dialogues of it)
-    for job in jobs:
-        try:
-            rendered = tokenizer.apply_chat_template(job, tokenize=False)
-        except Exception as error:  # templates raise what they like; their own complaint is jinja2's TemplateError
-            if type(error).__name__ != "TemplateError":
-                raise
-            results.append("template")
-            continue
-        spans.append((len(results), len(job)))
-        texts += rendered + rendered[-1:] * (len(job) % 2)
-        replies += [messages[-1]["content"] for messages in job]
-        results.append("template")  # until its ids are there
-    backend = tokenizer.backend_tokenizer
-    encoded = iter(data.encode_pairs(texts, backend, data.cut_tokens(tokenizer)))
-    lengths = iter([len(found.ids) for found in backend.encode_batch_fast(replies, add_special_tokens=False)])
-    for number, size in spans:
-        ids = [next(encoded) for _ in range(size + size % 2)][:size]
-        reply_lengths = [next(lengths) for _ in range(size)]
-        if all(len(sequence) for sequence in ids):
-            is_too_long = max(map(len, ids)) > max_length
-            results[number] = "too_long" if is_too_long else Tokenised(ids, reply_lengths)
-    return results
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # A whole dataset
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,7 +203,7 @@ def score_rows(
     """Score every row that the log does not hold yet; `seen` is told of each row, in order, by the reading thread."""
     tokenizer = scorer.model.tokenizer
 
-    def next_chunk() -> list[tuple[int, Tokenised | str]] | None:
+    def next_chunk() -> list[tuple[int, TokenizedGroup | str]] | None:
         chunk: list[tuple[int, Any]] = []
         for row in rows:
             seen(row)
@@ -253,12 +214,12 @@ def score_rows(
         if not chunk:
             return None
         wanted = [content.dialogues for _, content in chunk if not isinstance(content, str)]
-        tokenised = iter(tokenise(wanted, tokenizer, scorer.max_length))
+        tokenised = iter(tokenize_groups(wanted, tokenizer, scorer.max_length))
         return [
             (at, content if isinstance(content, str) else checked(content, next(tokenised))) for at, content in chunk
         ]
 
-    def checked(content: Comparison, found: Tokenised | str) -> Tokenised | str:
+    def checked(content: Comparison, found: TokenizedGroup | str) -> TokenizedGroup | str:
         """Different texts may be the same tokens, and then nothing is compared."""
         if isinstance(found, str):
             return found

@@ -123,14 +123,21 @@ def real_tokenizer_folder():
     return folder
 
 
+@pytest.fixture(scope="session")
+def real_tokenizer(real_tokenizer_folder):
+    import models
+
+    return models.load_tokenizer(real_tokenizer_folder)
+
+
 def dataset_of(folder, pairs, margins=None):
     """A PairDataset of given token ids, through files like the cache's."""
     import data
     import utils
-    from data_pipeline import parsing
+    from data_pipeline import parsing, tokenization
 
     folder.mkdir()
-    prefixes = [data.shared_prefix(np.array(c), np.array(r)) for c, r in pairs]
+    prefixes = [tokenization.shared_prefix(np.array(c), np.array(r)) for c, r in pairs]
     lengths = [(p, len(c) - p, len(r) - p) for p, (c, r) in zip(prefixes, pairs, strict=True)]
     tokens = [np.concatenate([c, r[p:]]) for p, (c, r) in zip(prefixes, pairs, strict=True)]
     np.concatenate(tokens).astype(np.int32).tofile(folder / "tokens.bin")

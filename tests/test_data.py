@@ -4,7 +4,6 @@ import gzip
 import itertools
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -13,18 +12,13 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers.models import BPE
-from tokenizers.normalizers import NFC, Lowercase, Prepend, Replace, Strip
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Sequence, UnicodeScripts
 
 import data
 import models
-from data_pipeline import packing, parsing
+from data_pipeline import packing, parsing, sampler, sources, tokenization
 from tests.conftest import ROOT, dataset_of
 from utils import DiskOrNetworkError, UserError
 
@@ -131,13 +125,8 @@ def assert_tokens_are_the_templates(pairs, source, tokenizer):
 def test_the_demos_tokens_are_exactly_the_chat_templates(small_dataset, tokenizer):
     both = data.load_pairs(small_dataset, tokenizer)
     assert [len(pairs) for pairs in both] == [64, 16]
-    for pairs, source in zip(both, parsing.find_sources(small_dataset), strict=True):
+    for pairs, source in zip(both, sources.find_sources(small_dataset), strict=True):
         assert_tokens_are_the_templates(pairs, source, tokenizer)
-
-
-@pytest.fixture(scope="module")
-def real_tokenizer(real_tokenizer_folder):
-    return models.load_tokenizer(real_tokenizer_folder)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +135,7 @@ def real_pairs(real_data, real_tokenizer):
 
 
 def test_real_tokens_are_exactly_the_chat_templates(real_pairs, real_data, real_tokenizer):
-    for pairs, source in zip(real_pairs, parsing.find_sources(real_data), strict=True):
+    for pairs, source in zip(real_pairs, sources.find_sources(real_data), strict=True):
         assert_tokens_are_the_templates(pairs, source, real_tokenizer)
 
 
@@ -161,11 +150,13 @@ def test_every_real_row_is_kept_or_left_out_for_a_reason(real_pairs):
 
 def test_at_least_95_percent_of_the_computed_real_tokens_are_needed(real_pairs, real_tokenizer):
     train, _ = real_pairs
-    plan = packing.StepPlan(len(train), pairs_per_step=128, epochs=1, seed=0)
+    plan = sampler.StepSampler(len(train), examples_per_step=128, epochs=1, seed=0)
     needed = computed = 0
     taken = []
     for step in range(1, plan.total_steps + 1):
-        for batch in packing.micro_batches_of(train, plan.pairs_of(step), 4096, 32, real_tokenizer.pad_token_id, 3840):
+        for batch in packing.micro_batches_of(
+            train, plan.indices_for(step), 4096, 32, real_tokenizer.pad_token_id, 3840
+        ):
             needed += batch.needed_tokens
             computed += batch.computed_tokens
             taken += batch.indices.tolist()
@@ -203,7 +194,7 @@ def test_a_tokenizer_that_adds_tokens_on_its_own_adds_none_to_the_templates(load
 
 
 def test_rows_beyond_the_first_chunk_keep_numbers_and_tokens(load, tokenizer, monkeypatch, empty_cache):
-    monkeypatch.setattr(data, "ROWS_AT_A_TIME", 3)
+    monkeypatch.setattr(tokenization, "ROWS_AT_A_TIME", 3)
     pairs = load([row for row, _, _ in FORMS[:4]] + [IDENTICAL_ROW] * 3 + [row for row, _, _ in FORMS[4:8]])
     assert pairs.rows.tolist() == [1, 2, 3, 4, 8, 9, 10, 11] and pairs.counts.rows == 11
     for index, (_, chosen, rejected) in enumerate(FORMS[:8]):
@@ -220,7 +211,7 @@ def plain_files(source, tokenizer, folder):
             counts.add(pair, row)
             continue
         chosen, rejected = (np.array(ids_of(tokenizer, side), np.int32) for side in (pair.chosen, pair.rejected))
-        prefix = data.shared_prefix(chosen, rejected)
+        prefix = tokenization.shared_prefix(chosen, rejected)
         kept.append((row, pair, chosen, rejected[prefix:], prefix))
     folder.mkdir()
     np.concatenate([np.concatenate(ids) for _, _, *ids, _ in kept]).tofile(folder / "tokens.bin")
@@ -244,109 +235,13 @@ def assert_files_are_the_plain_ones(source, tokenizer, tmp_path):
 
 
 def test_the_cache_holds_what_row_by_row_gives_byte_for_byte(tmp_path, tokenizer, write_rows, monkeypatch):
-    monkeypatch.setattr(data, "ROWS_AT_A_TIME", 3)
-    source = parsing.Source("made up", write_rows([row for form in FORMS for row in (form[0], IDENTICAL_ROW)]))
+    monkeypatch.setattr(tokenization, "ROWS_AT_A_TIME", 3)
+    source = sources.Source("made up", write_rows([row for form in FORMS for row in (form[0], IDENTICAL_ROW)]))
     assert_files_are_the_plain_ones(source, tokenizer, tmp_path)
 
 
 def test_real_pairs_cache_holds_what_row_by_row_gives_byte_for_byte(tmp_path, real_data, real_tokenizer):
-    assert_files_are_the_plain_ones(parsing.find_sources(real_data)[1], real_tokenizer, tmp_path)
-
-
-def of_backend(backend):
-    return SimpleNamespace(backend_tokenizer=backend)
-
-
-def bytes_tokenizer(pre_tokenizer, *added, special=True):
-    """Every byte a token, and some added tokens, each given as its letters or (letters, flags)."""
-    vocabulary = {letter: number for number, letter in enumerate(sorted([*ByteLevel.alphabet(), "▁"]))}
-    backend = tokenizers.Tokenizer(BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizer
-    for token in added:
-        content, flags = (token, {}) if isinstance(token, str) else token
-        made = tokenizers.AddedToken(content, **{"normalized": False, **flags})
-        (backend.add_special_tokens if special else backend.add_tokens)([made])
-    return backend
-
-
-PARTS = ["a", "b", " ", "<", "|", ">", "<|a|>", "<|b|>", "é", "e\u0301", "\u0301", "\n", "x<|a|>", "<|a|>b", "ab", ""]
-
-
-@pytest.mark.parametrize("special", [True, False])
-@pytest.mark.parametrize(
-    "pre_tokenizer",
-    [None, ByteLevel(add_prefix_space=True), Sequence([Digits(), ByteLevel()]), Metaspace(prepend_scheme="always")],
-    ids=str,
-)
-@pytest.mark.parametrize(
-    "normalizer", [None, NFC(), Prepend("▁"), Strip(), Replace("a", "b"), Lowercase()], ids=lambda value: str(value)
-)
-def test_cutting_behind_an_added_token_changes_no_id(special, pre_tokenizer, normalizer):
-    backend = bytes_tokenizer(pre_tokenizer, "<|a|>", "<|b|>", ("ab", {"normalized": True}), special=special)
-    if normalizer is not None:
-        backend.normalizer = normalizer
-    tokens = data.cut_tokens(of_backend(backend))
-    assert tokens == ["<|a|>", "<|b|>"]
-    draw = random.Random(0)
-    for _ in range(50):
-        start = "".join(draw.choices(PARTS, k=8))
-        texts = [start + "".join(draw.choices(PARTS, k=draw.randrange(5))) for _ in range(2)]
-        wanted = [backend.encode(text, add_special_tokens=False).ids for text in texts]
-        assert [ids.tolist() for ids in data.encode_pairs(texts, backend, tokens)] == wanted, texts
-
-
-@pytest.mark.parametrize(
-    "backend, token, texts",
-    [
-        (bytes_tokenizer(ByteLevel(), "<|a|>", "<|a|>b"), "<|a|>", ("<|a|>b", "<|a|>bc")),
-        (bytes_tokenizer(ByteLevel(), "<|a|>", "x<|a|>b"), "<|a|>", ("x<|a|>b", "x<|a|>bc")),
-        (bytes_tokenizer(ByteLevel(), "<|a|>", "x<|"), "<|a|>", ("x<|a|>b", "x<|a|>c")),
-        (bytes_tokenizer(ByteLevel(), "<|a|>", "|>b"), "<|a|>", None),
-        (bytes_tokenizer(ByteLevel(), "aba"), "aba", ("ababax", "ababay")),
-        (bytes_tokenizer(ByteLevel(False), ("<|a|>", {"rstrip": True})), "<|a|>", ("<|a|> b", "<|a|> c")),
-        (bytes_tokenizer(ByteLevel(), ("<|a|>", {"single_word": True})), "<|a|>", ("x<|a|>b", "x<|a|>c")),
-        (bytes_tokenizer(Metaspace(prepend_scheme="first"), "<|a|>"), "<|a|>", ("<|a|>b", "<|a|>c")),
-        (bytes_tokenizer(UnicodeScripts(), "<|a|>"), "<|a|>", None),
-    ],
-    ids=[
-        "starts_longer",
-        "within_longer",
-        "begins_within_another",
-        "another_begins_within",
-        "itself",
-        "strips",
-        "word",
-        "first",
-        "unknown",
-    ],
-)
-def test_behind_a_token_that_its_surroundings_may_change_no_text_is_cut(backend, token, texts):
-    assert token not in data.cut_tokens(of_backend(backend))
-    if texts is not None:  # and rightly so
-        wanted = [backend.encode(text, add_special_tokens=False).ids for text in texts]
-        assert [ids.tolist() for ids in data.encode_pairs(list(texts), backend, [token])] != wanted
-        assert [ids.tolist() for ids in data.encode_pairs(list(texts), backend, [])] == wanted
-
-
-def test_special_tokens_that_are_read_as_plain_text_are_no_place_to_cut():
-    backend = bytes_tokenizer(ByteLevel(), "<|a|>")
-    backend.encode_special_tokens = True
-    assert data.cut_tokens(of_backend(backend)) == []
-
-
-def test_qwen3s_shared_starts_are_encoded_once(real_tokenizer, real_data):
-    _, pair = next(parsing.read_pairs(parsing.find_sources(real_data)[0]))
-    texts = real_tokenizer.apply_chat_template([pair.chosen, pair.rejected], tokenize=False)
-    given = []
-
-    class Watched:
-        def encode_batch_fast(self, stretches, add_special_tokens):
-            given.extend(stretches)
-            return real_tokenizer.backend_tokenizer.encode_batch_fast(stretches, add_special_tokens)
-
-    data.encode_pairs(texts, Watched(), data.cut_tokens(real_tokenizer))
-    start, chosen, rejected = given
-    assert [start + chosen, start + rejected] == texts and len(start) > len(texts[0]) / 2
+    assert_files_are_the_plain_ones(sources.find_sources(real_data)[1], real_tokenizer, tmp_path)
 
 
 class BreaksAt:
@@ -376,7 +271,7 @@ class WithBackend:
 @pytest.mark.parametrize("error", [RuntimeError("no such byte"), MemoryError(), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("call", [1, 2, 4])
 def test_an_error_while_encoding_surfaces_and_leaves_nothing(load, tokenizer, empty_cache, monkeypatch, call, error):
-    monkeypatch.setattr(data, "ROWS_AT_A_TIME", 3)
+    monkeypatch.setattr(tokenization, "ROWS_AT_A_TIME", 3)
     broken = WithBackend(tokenizer, BreaksAt(tokenizer.backend_tokenizer, call, error))
     with pytest.raises(type(error)) as caught:
         load([row for row, _, _ in FORMS], tokenizer=broken)
@@ -386,30 +281,11 @@ def test_an_error_while_encoding_surfaces_and_leaves_nothing(load, tokenizer, em
 
 
 def test_a_broken_row_behind_good_chunks_surfaces_and_no_thread_stays(load, empty_cache, monkeypatch):
-    monkeypatch.setattr(data, "ROWS_AT_A_TIME", 2)
+    monkeypatch.setattr(tokenization, "ROWS_AT_A_TIME", 2)
     with pytest.raises(UserError, match=r"train\.jsonl:8"):
         load([GOOD_ROW] * 7 + [{"chosen": "Yes."}])
     assert list(empty_cache.iterdir()) == []
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
-
-
-def test_at_most_one_chunk_is_encoded_ahead():
-    rendered, encoded = [], []
-
-    def chunks():
-        for number in range(6):
-            rendered.append(number)
-            yield data._Chunk(1, texts=[str(number)])
-
-    def encode(texts):
-        encoded.append(int(texts[0]))
-        return texts
-
-    for number, (chunk, ids) in enumerate(data._one_ahead(chunks(), encode)):
-        assert chunk.texts == ids == [str(number)]
-        assert max(encoded) <= number + 1 and len(rendered) <= number + 2
-        time.sleep(0.01)  # time in which the thread would run ahead if it could
-    assert encoded == rendered == list(range(6))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends a console's Ctrl-C to no single process")
@@ -440,7 +316,7 @@ def test_a_stop_while_encoding_ends_at_the_chunk_in_hand(empty_cache, real_data,
 @pytest.mark.parametrize("columns", ["20", "200"])
 def test_progress_is_shown_in_plain_lines_however_wide_the_terminal(load, monkeypatch, capsys, empty_cache, columns):
     monkeypatch.setenv("COLUMNS", columns)
-    monkeypatch.setattr(data, "ROWS_AT_A_TIME", 2)
+    monkeypatch.setattr(tokenization, "ROWS_AT_A_TIME", 2)
     clock = itertools.count(step=4)
     monkeypatch.setattr(data.time, "monotonic", lambda: float(next(clock)))
     load([row for row, _, _ in FORMS])
@@ -457,39 +333,6 @@ def test_half_a_surrogate_pair_in_a_text_does_not_stop_the_run(load):
 def test_no_usable_row_makes_an_empty_dataset(load):
     pairs = load([IDENTICAL_ROW])
     assert len(pairs) == 0 and (pairs.counts.rows, pairs.counts.left_out) == (1, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The shared prefix
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "chosen, rejected, expected",
-    [
-        ([1, 2, 3], [1, 2, 4, 5], 2),
-        ([1, 2, 3], [1, 2, 3, 4], 2),  # one side is a prefix of the other
-        ([1, 2, 3, 4], [1, 2, 3], 2),
-        ([1], [1, 2, 3], 0),
-        ([1, 2], [1], 0),
-        ([1, 2, 3], [4, 2, 3], 0),  # the first token differs
-        ([1], [2], 0),
-        ([1, 2, 3], [1, 4, 3], 1),  # equal again after the difference
-        ([1, 2, 3], [1, 2, 3], 2),
-    ],
-)
-def test_shared_prefix_leaves_each_side_a_token(chosen, rejected, expected):
-    assert data.shared_prefix(np.array(chosen), np.array(rejected)) == expected
-
-
-def test_shared_prefix_agrees_with_a_plain_loop_on_random_sequences():
-    draw = np.random.default_rng(0)
-    for _ in range(500):
-        chosen, rejected = (draw.integers(0, 2, size=draw.integers(1, 9)) for _ in range(2))
-        length = 0
-        while length < min(len(chosen), len(rejected)) - 1 and chosen[length] == rejected[length]:
-            length += 1
-        assert data.shared_prefix(chosen, rejected) == length
 
 
 def test_sides_of_which_one_starts_with_the_other_come_back_whole(tmp_path):

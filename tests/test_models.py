@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import data
 import models
 import train_rm
-from data_pipeline import packing
+from data_pipeline import packing, tokenization
 from modeling import attention
 from utils import CheckpointError, UserError
 
@@ -26,7 +26,7 @@ class PairsFromIds(data.PairDataset):
 
     def __init__(self, pairs):
         sequences = [(np.array(c, np.int32), np.array(r, np.int32)) for c, r in pairs]
-        prefixes = [data.shared_prefix(c, r) for c, r in sequences]
+        prefixes = [tokenization.shared_prefix(c, r) for c, r in sequences]
         self.lengths = np.array([(p, len(c) - p, len(r) - p) for p, (c, r) in zip(prefixes, sequences, strict=True)])
         self.packed_lengths = self.lengths.sum(axis=1)
         self._tokens = np.concatenate(

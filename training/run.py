@@ -24,7 +24,7 @@ from checkpointing import checkpoint
 from checkpointing import run_folder as records
 from checkpointing.run_folder import step_folder, step_of
 from common import atomic_files, file_locks
-from data_pipeline import packing
+from data_pipeline import sampler
 from modeling import devices
 from training import distributed, launch, probe
 from training.config import AUTO, NOT_STORED, TrainConfig
@@ -42,7 +42,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     train_pairs: data.PairDataset
     test_pairs: data.PairDataset
-    plan: packing.StepPlan
+    plan: sampler.StepSampler
     folder: Path
     step: int
     random_state: dict[str, Tensor]
@@ -227,7 +227,7 @@ def open_run(
         print("no pair is held out: this run will say nothing of how good the model is", flush=True)
     if len(train_pairs) == 0:
         raise UserError("no training pair is left", where=train_pairs.name, next="see the counts above")
-    plan = packing.StepPlan(len(train_pairs), config.pairs_per_step, config.epochs, config.seed, config.max_steps)
+    plan = sampler.StepSampler(len(train_pairs), config.pairs_per_step, config.epochs, config.seed, config.max_steps)
 
     if resumed_from:
         model = models.RewardModel.restore(resumed_from, config.model if config.lora else None)
@@ -354,7 +354,11 @@ def has_begun(run_folder: Path) -> bool:
 
 
 def describe(
-    config: TrainConfig, model: models.RewardModel, trained: list[Any], plan: packing.StepPlan, world: distributed.World
+    config: TrainConfig,
+    model: models.RewardModel,
+    trained: list[Any],
+    plan: sampler.StepSampler,
+    world: distributed.World,
 ) -> None:
     total = sum(parameter.numel() for parameter in model.classifier.parameters())
     count = sum(parameter.numel() for parameter in trained)

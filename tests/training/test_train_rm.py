@@ -781,7 +781,7 @@ def small_qwen3(real_tokenizer_folder, tmp_path_factory):
 
 
 def test_64_real_pairs_are_learned_by_heart(run_script, small_qwen3, real_data, write_rows, tmp_path):
-    from data_pipeline.parsing import Source, read_rows
+    from data_pipeline.sources import Source, read_rows
 
     rows = [row for _, row in read_rows(Source("train", Path(real_data) / "train.jsonl.gz"))][:64]
     write_rows(rows)

@@ -1,0 +1,220 @@
+"""Preference data: finding its files or hub splits, and reading their rows.
+
+What is wrong with a file (broken JSON, a cut archive) stops with file, line and reason.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import hub
+from utils import UserError, sha256_of
+
+SUFFIXES = hub.DATA_SUFFIXES
+TEST_NAMES = ("test", "validation", "eval")
+MEND = "mend that place of the file, then the same command again"
+HELD_OUT_IN = 20  # without a test split, one prompt in 20 is held out
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split of a dataset: a local file, or a split on the hub."""
+
+    name: str
+    path: Path | None = None
+    hub_split: str = ""
+    part: str = "all"  # "all", or "train" / "test" of a file that is split by the hash of its prompts
+    hub_rows: Any = None  # a datasets.Dataset
+
+    def fingerprint(self) -> str:
+        """Changes whenever the rows do; what the token cache is keyed by."""
+        content = sha256_of(self.path) if self.path else self.hub_rows._fingerprint
+        return f"{content}/{self.part}"
+
+    def includes(self, row: dict[str, Any]) -> bool:
+        """Whether a row of the file belongs to this part of it."""
+        return self.part == "all" or (self.part == "test") == is_held_out(row)
+
+    def place(self, row: int) -> str:
+        """`file:line`, or the row number where there are no lines."""
+        is_lines = self.path is not None and ".jsonl" in self.path.name
+        return f"{self.name}:{row}" if is_lines else f"{self.name}, row {row}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_sources(dataset: str) -> tuple[Source, Source]:
+    """The train and test split of a hub id, a file, or a folder with `train.*` and `test.*`."""
+    hub.check_path_exists(dataset, "--dataset")
+    path = Path(dataset).expanduser()
+    if path.is_file():
+        if not path.name.endswith(SUFFIXES):
+            raise UserError("--dataset is of a kind that is not read here", where=path, next=f"wants {_or(SUFFIXES)}")
+        return Source(str(path), path, part="train"), Source(str(path), path, part="test")
+    if path.is_dir():
+        train, test = file_in(path, ("train",)), file_in(path, TEST_NAMES)
+        if train is None:
+            found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+            raise UserError("--dataset is a folder without a train file", where=path, found=found, next="wants train.*")
+        if test is None:
+            return Source(str(train), train, part="train"), Source(str(train), train, part="test")
+        return Source(str(train), train), Source(str(test), test)
+    return _hub_sources(dataset)
+
+
+def _or(words: tuple[str, ...]) -> str:
+    return ", ".join(words[:-1]) + " or " + words[-1]
+
+
+def file_in(folder: Path, stems: tuple[str, ...]) -> Path | None:
+    """The folder's data file of the first of `stems` that has one; UserError if two files have the same stem."""
+    for stem in stems:
+        found = [folder / f"{stem}{suffix}" for suffix in SUFFIXES if (folder / f"{stem}{suffix}").is_file()]
+        if len(found) > 1:
+            raise UserError(
+                f"--dataset has more than one {stem} file", where=folder, found=", ".join(p.name for p in found),
+                next="keep one of them there, or name the file itself",
+            )  # fmt: skip
+        if found:
+            return found[0]
+    return None
+
+
+def hub_splits(dataset: str) -> Any:
+    """All splits of a dataset on the hub, or of its local copy: name -> datasets.Dataset."""
+    instead = "python train_rm.py --demo   (offline), or --dataset FILE.jsonl"
+    local_only = hub.only_local_copy(dataset, "dataset", "--dataset", instead)
+    import datasets
+
+    if local_only:
+        datasets.config.HF_HUB_OFFLINE = True  # otherwise it retries for half a minute before it looks in its cache
+    try:
+        return datasets.load_dataset(dataset)
+    except Exception as error:  # its errors share no base; whatever it is, the dataset did not open
+        raise UserError(
+            "--dataset cannot be opened", where=dataset, found=f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _hub_sources(dataset: str) -> tuple[Source, Source]:
+    splits = hub_splits(dataset)
+    train = next((name for name in splits if name.startswith("train")), None)
+    if train is None:
+        raise UserError("--dataset has no train split", where=dataset, found=", ".join(splits))
+    test = next((name for stem in TEST_NAMES for name in splits if name.startswith(stem)), None)
+    if test is None:
+        parts = [
+            Source(f"{dataset} {train}", hub_split=train, hub_rows=splits[train], part=p) for p in ("train", "test")
+        ]
+        return parts[0], parts[1]
+    return tuple(Source(f"{dataset} {name}", hub_split=name, hub_rows=splits[name]) for name in (train, test))
+
+
+def is_held_out(row: dict[str, Any]) -> bool:
+    """By the prompt's hash: rows of one prompt stay together, and a file that grows keeps its split."""
+    prompt = row.get("prompt")
+    if prompt is None:
+        chosen = row["chosen"]
+        prompt = chosen[:-1] if isinstance(chosen, list) else chosen.rpartition("\n\nAssistant:")[0] or chosen
+    digest = hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).digest()
+    return int.from_bytes(digest[:8], "big") % HELD_OUT_IN == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line or row number from 1, row) of a source's file or hub split. UserError says what is broken where."""
+    if source.path is None:
+        yield from enumerate(source.hub_rows, start=1)
+    elif source.path.name.endswith((".jsonl", ".jsonl.gz")):
+        yield from _json_lines(source)
+    elif source.path.suffix == ".json":
+        yield from _json_list(source)
+    else:
+        yield from _parquet(source)
+
+
+def _json_lines(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
+    assert source.path is not None
+    open_file = gzip.open if source.path.suffix == ".gz" else open
+    number = 0
+    try:
+        with open_file(source.path, "rb") as file:
+            for number, row in parse_json_lines(file, source.place):
+                yield number, row
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(
+            "the data file is damaged or cut off", where=f"{source.name}, after line {number}", found=error,
+            next="fetch or write the file again",
+        ) from error  # fmt: skip
+
+
+def parse_json_lines(lines: Iterable[bytes], place: Callable[[int], str]) -> Iterator[tuple[int, Any]]:
+    """Yield (line number from 1, content) of JSONL; empty lines are skipped. `place` names a line in errors."""
+    for number, line in enumerate(lines, start=1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark says nothing about the rows
+        if line.strip():
+            yield number, _parse_json(place(number), line)
+
+
+def _parse_json(place: str, text: bytes) -> Any:
+    """The content of a line, or of a whole file (then the errors count its lines themselves)."""
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_row_without_repeats)
+    except UnicodeDecodeError as error:
+        line = text.count(b"\n", 0, error.start) + 1
+        found = f"byte {text[error.start]:#04x}" + (f" in line {line}" if line > 1 else "")
+        raise UserError("the data is not UTF-8 text", where=place, found=found, next=MEND) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError("the data is not JSON", where=place, found=error, next=MEND) from error
+
+
+def _row_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return row
+
+
+def _json_list(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
+    assert source.path is not None
+    text = source.path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    content = _parse_json(source.name, text)
+    if not isinstance(content, list):
+        raise UserError(
+            "a .json file wants one list of rows", where=source.name, found=type(content).__name__,
+            next="one row per line goes into a .jsonl file",
+        )  # fmt: skip
+    yield from enumerate(content, start=1)
+
+
+def _parquet(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(source.path).iter_batches(1000):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            "the data file is damaged, or no parquet file", where=f"{source.name}, after row {number}", found=error,
+            next="fetch or write the file again",
+        ) from error  # fmt: skip

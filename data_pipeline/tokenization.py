@@ -1,0 +1,211 @@
+"""From dialogues to token ids, by chat template and tokenizer; what two texts share is encoded once."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.parsing import Messages, Pair, read_pairs
+from data_pipeline.sources import Source
+
+ROWS_AT_A_TIME = 500  # those being rendered, encoded and written are in memory
+
+
+@dataclass
+class Chunk:
+    """Some rows of a source: the pairs among them, with their dialogues as the chat template writes them."""
+
+    row_count: int
+    left_out: list[tuple[str, int]] = field(default_factory=list)  # (key of LEFT_OUT, row)
+    pairs: list[tuple[int, Pair]] = field(default_factory=list)  # (row, pair)
+    texts: list[str] = field(default_factory=list)  # two a pair: chosen, rejected
+
+
+def tokenized_chunks(source: Source, tokenizer: Any) -> Iterator[tuple[Chunk, list[np.ndarray]]]:
+    """Yield a source's rows a chunk at a time, with the token ids of each chunk's texts."""
+    encode = functools.partial(encode_pairs, backend=tokenizer.backend_tokenizer, cut_tokens=cut_tokens(tokenizer))
+    yield from _one_ahead(_rendered(source, tokenizer), encode)
+
+
+def _rendered(source: Source, tokenizer: Any) -> Iterator[Chunk]:
+    """Read a source's rows and put them through the chat template, a chunk at a time."""
+    pairs = read_pairs(source)
+    while some := list(itertools.islice(pairs, ROWS_AT_A_TIME)):
+        chunk = Chunk(len(some))
+        for row, pair in some:
+            if isinstance(pair, str):
+                chunk.left_out.append((pair, row))
+                continue
+            # one call per pair: a call for many is no faster, and one refused dialogue would take the others along
+            texts = render([pair.chosen, pair.rejected], tokenizer)
+            if texts is None:
+                chunk.left_out.append(("template", row))
+                continue
+            chunk.texts += texts
+            chunk.pairs.append((row, pair))
+        yield chunk
+
+
+def render(dialogues: list[Messages], tokenizer: Any) -> list[str] | None:
+    """Dialogues as the chat template writes them; None if the template itself rejects one (`raise_exception`)."""
+    try:
+        return tokenizer.apply_chat_template(dialogues, tokenize=False)
+    except Exception as error:  # templates raise anything; only their own complaint is about the dialogue
+        if type(error).__name__ != "TemplateError":  # jinja2's, which need not be imported for this
+            raise
+        return None
+
+
+def _one_ahead(chunks: Iterator[Chunk], encode: Callable[[list[str]], list[np.ndarray]]) -> Iterator[tuple]:
+    """Yield (chunk, ids of its texts) in order, while a second thread encodes the chunk that comes after it.
+
+    The template runs in Python and needs its lock; the tokenizer does not. Whatever the thread raises is raised here.
+    """
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
+    try:
+        waiting = None
+        for chunk in chunks:
+            encoded = thread.submit(encode, chunk.texts)
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = chunk, encoded
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
+    finally:
+        thread.shutdown(cancel_futures=True)  # waits for the chunk in hand, a fraction of a second
+
+
+def encode_pairs(texts: list[str], backend: Any, cut_tokens: list[str]) -> list[np.ndarray]:
+    """The ids of each text, as encoding it alone gives them. Texts come in twos, whose shared start is encoded once."""
+    # Wherever a text is cut the ids are the same. The commonest token in the first text is one that ends every turn.
+    token = max(cut_tokens, key=texts[0].count, default="") if texts else ""
+    has_start, stretches = [], []
+    for chosen, rejected in zip(texts[::2], texts[1::2], strict=True):
+        cut = _last_cut(chosen, rejected, token) if token else 0
+        has_start.append(cut > 0)
+        stretches += [chosen[:cut]] if cut else []
+        stretches += [chosen[cut:], rejected[cut:]]
+    # `encode_batch_fast` skips the offsets into the text, which nothing here needs
+    encodings = iter(backend.encode_batch_fast(stretches, add_special_tokens=False))
+    ids = []
+    for starts_shared in has_start:
+        start = next(encodings).ids if starts_shared else []
+        ids += [np.array(start + next(encodings).ids, dtype=np.int32) for _ in ("chosen", "rejected")]
+    return ids
+
+
+def _last_cut(chosen: str, rejected: str, token: str) -> int:
+    """The end of the last `token` in what two texts share, leaving each something of its own; 0 if there is none."""
+    low, high = 0, max(0, min(len(chosen), len(rejected)) - 1)
+    while low < high:  # comparing slices takes a twentieth of what comparing letter by letter takes
+        middle = (low + high + 1) // 2
+        if chosen[low:middle] == rejected[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    found = chosen.rfind(token, 0, low)
+    return found + len(token) if found >= 0 else 0
+
+
+def cut_tokens(tokenizer: Any) -> list[str]:
+    """The added tokens behind which a text may be cut, so that its parts' ids, one after the other, are the whole's.
+
+    `tokenizers` first takes the added tokens that are not normalised out of the raw text (leftmost first, then
+    longest); what is left between them is normalised, split and encoded stretch by stretch, and no stretch sees another
+    (`AddedVocabulary::extract_and_normalize`, then `PreTokenizedString`). So behind such a token is a place to cut if
+    wherever its letters stand it is this token that is found, whatever stands around it; and if nothing asks where in
+    the whole a stretch stood, as some pre-tokenizers do. Whatever is not known to be so is not cut.
+    """
+    backend = tokenizer.backend_tokenizer
+    added = {number: token for number, token in backend.get_added_tokens_decoder().items() if not token.normalized}
+    if (
+        backend.encode_special_tokens
+        or getattr(backend.model, "dropout", None)
+        or any(token.single_word or token.lstrip or token.rstrip for token in added.values())
+        or not _reads_stretches_alone(backend.pre_tokenizer)
+    ):
+        return []
+    contents = [token.content for token in added.values()]
+    return [
+        token.content
+        for number, token in added.items()
+        if not any(_may_overlap(token.content, other) for other in contents)
+        # also false if the post-processor adds or repeats something
+        and backend.encode(token.content, add_special_tokens=False).ids == [number]
+    ]
+
+
+def _may_overlap(token: str, other: str) -> bool:
+    """Whether there is a text in which `other` takes letters of `token`: it holds it, or one ends as the other starts.
+
+    "<|a|>" and "<|a|>b" may, "xa" and "ab" may, and "aba" may overlap itself; "<|a|>" and "<|b|>" may not.
+    """
+    if token in other and token != other:
+        return True
+    most = min(len(token), len(other))
+    return any(token[-n:] == other[:n] or other[-n:] == token[:n] for n in range(1, most + (token != other)))
+
+
+def _reads_stretches_alone(pre_tokenizer: Any) -> bool:
+    if pre_tokenizer is None:
+        return True
+    parts = [json.loads(pre_tokenizer.__getstate__())]
+    while parts:
+        part = parts.pop()
+        if part["type"] == "Sequence":
+            parts += part["pretokenizers"]
+        elif part["type"] == "Metaspace":
+            if part["prepend_scheme"] == "first":  # a space before the text's first word only
+                return False
+        elif part["type"] not in ("Split", "ByteLevel", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit"):
+            return False
+    return True
+
+
+def shared_prefix(chosen: np.ndarray, rejected: np.ndarray) -> int:
+    """Tokens that two sequences share from the start, leaving each at least one of its own.
+
+    [a b c] and [a b d e] -> 2; [a b c] and [a b c d] -> 2, so that c is read in both branches.
+    """
+    shortest = min(len(chosen), len(rejected))
+    differ = np.flatnonzero(chosen[:shortest] != rejected[:shortest])
+    return min(int(differ[0]) if len(differ) else shortest, shortest - 1)
+
+
+@dataclass(frozen=True)
+class TokenizedGroup:
+    """Dialogues as token ids, and how many tokens each last reply alone has."""
+
+    ids: list[np.ndarray]
+    reply_lengths: list[int]
+
+
+def tokenize_groups(groups: Sequence[list[Messages]], tokenizer: Any, max_length: int) -> list[TokenizedGroup | str]:
+    """Render and tokenize groups of dialogues; for a group that cannot be scored, the key of `LEFT_OUT` instead."""
+    results: list[TokenizedGroup | str] = ["template"] * len(groups)  # until its ids are there
+    texts: list[str] = []  # in twos, as `encode_pairs` wants them
+    replies: list[str] = []
+    spans: list[tuple[int, int]] = []  # (number of the group, dialogues in it)
+    for number, dialogues in enumerate(groups):
+        rendered = render(dialogues, tokenizer)
+        if rendered is not None:
+            spans.append((number, len(dialogues)))
+            texts += rendered + rendered[-1:] * (len(dialogues) % 2)
+            replies += [messages[-1]["content"] for messages in dialogues]
+    backend = tokenizer.backend_tokenizer
+    encoded = iter(encode_pairs(texts, backend, cut_tokens(tokenizer)))
+    lengths = iter([len(found.ids) for found in backend.encode_batch_fast(replies, add_special_tokens=False)])
+    for number, size in spans:
+        ids = [next(encoded) for _ in range(size + size % 2)][:size]
+        reply_lengths = [next(lengths) for _ in range(size)]
+        if all(len(sequence) for sequence in ids):
+            is_too_long = max(map(len, ids)) > max_length
+            results[number] = "too_long" if is_too_long else TokenizedGroup(ids, reply_lengths)
+    return results

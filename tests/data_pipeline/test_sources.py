@@ -1,0 +1,391 @@
+"""sources.py: where files are found, how they are split and read, and what is said about broken ones."""
+
+import gzip
+import json
+
+import pytest
+
+from data_pipeline import parsing, sources
+from data_pipeline.parsing import Pair
+from tests.data_pipeline.rows import GOOD_ROW, NO, PROMPT, QUESTION, YES, numbered_row, parse, read_all, write_as
+from utils import UserError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The split by the hash of the prompts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parts_of(path):
+    """(row numbers of the train part, of the test part) of a file that is split by hash."""
+    train, test = sources.find_sources(str(path))
+    assert (train.part, test.part) == ("train", "test")
+    return tuple({number for number, _ in parsing.read_pairs(source)} for source in (train, test))
+
+
+def test_the_parts_of_one_file_are_disjoint_and_together_complete(write_rows):
+    train, test = parts_of(write_rows([numbered_row(number) for number in range(2000)]))
+    assert not train & test and train | test == set(range(1, 2001))
+    assert 60 <= len(test) <= 140, "about one prompt in 20 is held out"
+
+
+def test_the_split_stays_when_the_file_grows(write_rows):
+    content = [numbered_row(number) for number in range(800)]
+    train, test = parts_of(write_rows(content[:500]))
+    grown_train, grown_test = parts_of(write_rows(content))
+    assert train == {number for number in grown_train if number <= 500} and len(grown_train) > len(train)
+    assert test == {number for number in grown_test if number <= 500} and len(grown_test) > len(test)
+
+
+def as_message_lists(row):
+    return {side: parsing.parse_transcript(text) for side, text in row.items()}
+
+
+def as_prompt_and_replies(row):
+    return {
+        "prompt": row["chosen"].split(" Yes")[0],
+        "chosen": "Yes" + row["chosen"].split(" Yes")[1],
+        "rejected": "No.",
+    }
+
+
+@pytest.mark.parametrize("form", [dict, as_message_lists, as_prompt_and_replies])
+def test_rows_of_one_prompt_are_on_one_side_of_the_split(write_rows, form):
+    replies = ("Yes.", "Yes, surely.", "Yes!\n\nAnd why not?")
+    content = [form(numbered_row(number, reply)) for number in range(150) for reply in replies]
+    train, test = parts_of(write_rows(content))
+
+    def prompts(part):
+        return {(number - 1) // len(replies) for number in part}
+
+    assert len(train) + len(test) == len(content) and test
+    assert not prompts(train) & prompts(test)
+
+
+def test_left_out_rows_are_in_exactly_one_part_too(write_rows):
+    content = [{**numbered_row(number), "rejected": numbered_row(number)["chosen"]} for number in range(200)]
+    path = write_rows(content)
+    keys = [key for source in sources.find_sources(str(path)) for _, key in parsing.read_pairs(source)]
+    assert keys == ["identical"] * 200
+
+
+def test_the_parts_have_fingerprints_of_their_own_that_follow_the_content(write_rows):
+    path = write_rows([GOOD_ROW])
+    before = [source.fingerprint() for source in sources.find_sources(str(path))]
+    again = [source.fingerprint() for source in sources.find_sources(str(path))]
+    write_rows([GOOD_ROW, GOOD_ROW])
+    after = [source.fingerprint() for source in sources.find_sources(str(path))]
+    assert before == again and len({*before, *after}) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", sources.SUFFIXES)
+@pytest.mark.parametrize("test_name", sources.TEST_NAMES)
+def test_a_folder_with_a_train_and_a_test_file_is_read_whole(tmp_path, suffix, test_name):
+    write_as(tmp_path / f"train{suffix}", [numbered_row(number) for number in range(40)])
+    write_as(tmp_path / f"{test_name}{suffix}", [numbered_row(number) for number in range(40, 50)])
+    train, test = ([pair for _, pair in parsing.read_pairs(source)] for source in sources.find_sources(str(tmp_path)))
+    assert [pair.chosen[0]["content"] for pair in train] == [f"What is {number}?" for number in range(40)]
+    assert [pair.chosen[0]["content"] for pair in test] == [f"What is {number}?" for number in range(40, 50)]
+
+
+def test_train_and_test_may_have_different_suffixes(tmp_path):
+    write_as(tmp_path / "train.parquet", [GOOD_ROW])
+    write_as(tmp_path / "test.jsonl.gz", [GOOD_ROW])
+    assert [source.path.name for source in sources.find_sources(str(tmp_path))] == ["train.parquet", "test.jsonl.gz"]
+
+
+@pytest.mark.parametrize("suffix", sources.SUFFIXES)
+def test_a_single_file_of_each_suffix_is_read_the_same(tmp_path, suffix):
+    content = [{**numbered_row(number), "margin": 0.5, "kind": "sums"} for number in range(100)]
+    path = write_as(tmp_path / f"pairs{suffix}", content)
+    assert read_all(path) == [(number, parse(**row)) for number, row in enumerate(content, start=1)]
+    train, test = parts_of(path)
+    assert not train & test and train | test == set(range(1, 101))
+
+
+@pytest.mark.parametrize("suffix", sources.SUFFIXES)
+def test_message_lists_come_through_each_suffix(tmp_path, suffix):
+    path = write_as(tmp_path / f"pairs{suffix}", [{"chosen": [QUESTION, YES], "rejected": [QUESTION, NO]}] * 2)
+    assert read_all(path) == [(number, Pair([QUESTION, YES], [QUESTION, NO])) for number in (1, 2)]
+
+
+def test_a_folder_without_a_test_file_is_split_by_hash(tmp_path):
+    write_as(tmp_path / "train.jsonl", [numbered_row(number) for number in range(100)])
+    train, test = parts_of(tmp_path)
+    assert not train & test and train | test == set(range(1, 101))
+
+
+def test_a_home_folder_may_be_abbreviated(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    write_as(tmp_path / "pairs.jsonl", [GOOD_ROW])
+    assert sources.find_sources("~/pairs.jsonl")[0].path == tmp_path / "pairs.jsonl"
+
+
+def test_a_folder_with_two_train_files_is_refused(tmp_path):
+    write_as(tmp_path / "train.jsonl", [GOOD_ROW])
+    write_as(tmp_path / "train.parquet", [GOOD_ROW])
+    with pytest.raises(UserError, match=r"more than one train file(.|\n)*train\.jsonl, train\.parquet") as caught:
+        sources.find_sources(str(tmp_path))
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_folder_without_a_train_file_says_what_it_holds(tmp_path):
+    write_as(tmp_path / "test.jsonl", [GOOD_ROW])
+    (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(
+        UserError, match=r"without a train file(.|\n)*notes\.txt, test\.jsonl(.|\n)*wants train"
+    ) as caught:
+        sources.find_sources(str(tmp_path))
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_an_empty_folder_is_said_to_hold_nothing(tmp_path):
+    with pytest.raises(UserError, match="nothing"):
+        sources.find_sources(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.txt", "train", "train.jsonl.zip"])
+def test_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path, name):
+    (tmp_path / name).write_text("chosen,rejected\n")
+    with pytest.raises(UserError, match=r"\.jsonl, \.jsonl\.gz, \.json or \.parquet") as caught:
+        sources.find_sources(str(tmp_path / name))
+    assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("mistyped", ["trian.jsonl", "train.json"])
+def test_a_mistyped_path_names_the_nearest(tmp_path, mistyped):
+    write_as(tmp_path / "train.jsonl", [GOOD_ROW])
+    (tmp_path / "zebra").mkdir()
+    with pytest.raises(UserError, match=r"--dataset .*did you mean 'train\.jsonl'\?") as caught:
+        sources.find_sources(str(tmp_path / mistyped))
+    assert str(tmp_path / mistyped) in str(caught.value)
+
+
+@pytest.mark.parametrize("mistyped", ["trian.jsonl", "pairs/trian.jsonl"])
+def test_a_mistyped_file_name_is_not_taken_for_a_hub_id(tmp_path, monkeypatch, mistyped):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs").mkdir()
+    for folder in (tmp_path, tmp_path / "pairs"):
+        write_as(folder / "train.jsonl", [GOOD_ROW])
+    with pytest.raises(UserError, match=r"did you mean 'train\.jsonl'\?"):
+        sources.find_sources(mistyped)
+
+
+def test_a_path_in_a_missing_folder_says_so(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        sources.find_sources(str(tmp_path / "nowhere" / "train.jsonl"))
+
+
+def fake_hub(monkeypatch, **splits):
+    import datasets
+
+    hub_splits = {name: datasets.Dataset.from_list(content) for name, content in splits.items()}
+    monkeypatch.setattr(sources.hub, "only_local_copy", lambda *arguments: True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(hub_splits))
+
+
+def test_the_splits_of_a_hub_dataset_are_found_and_read(monkeypatch):
+    content = [{"chosen": [QUESTION, YES], "rejected": [QUESTION, NO]}]
+    fake_hub(monkeypatch, test_prefs=content, train_prefs=[*content, *content], other=[{"text": "no pairs"}])
+    train, test = sources.find_sources("somebody/pairs")
+    assert (train.hub_split, test.hub_split) == ("train_prefs", "test_prefs")
+    pair = Pair([QUESTION, YES], [QUESTION, NO])
+    assert list(parsing.read_pairs(train)) == [(1, pair), (2, pair)] and list(parsing.read_pairs(test)) == [(1, pair)]
+    assert train.fingerprint() != test.fingerprint()
+
+
+def test_a_hub_dataset_without_a_test_split_is_split_by_hash(monkeypatch):
+    fake_hub(monkeypatch, train=[numbered_row(number) for number in range(100)])
+    train, test = parts_of("somebody/pairs")
+    assert not train & test and train | test == set(range(1, 101))
+
+
+def test_a_hub_dataset_without_a_train_split_is_refused(monkeypatch):
+    fake_hub(monkeypatch, test=[GOOD_ROW], other=[GOOD_ROW])
+    with pytest.raises(UserError, match=r"no train split(.|\n)*somebody/pairs(.|\n)*test, other"):
+        sources.find_sources("somebody/pairs")
+
+
+def test_a_broken_row_on_the_hub_is_named(monkeypatch):
+    fake_hub(monkeypatch, train=[GOOD_ROW, {**GOOD_ROW, "chosen": None}], test=[GOOD_ROW])
+    train, _ = sources.find_sources("somebody/pairs")
+    with pytest.raises(UserError, match=r"somebody/pairs train, row 2"):
+        list(parsing.read_pairs(train))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Broken files: file, line, reason
+# ---------------------------------------------------------------------------------------------------------------------
+
+GOOD_LINE = json.dumps(GOOD_ROW).encode()
+BAD_LINES = {
+    "cut line": (GOOD_LINE[:-5], "not JSON"),
+    "two rows": (GOOD_LINE + GOOD_LINE, "not JSON"),
+    "single quotes": (b"{'chosen': 'Yes.'}", "not JSON"),
+    "open brackets": (b"[" * 100_000, "not JSON"),
+    "duplicate key": (b'{"chosen": "Yes.", "chosen": "No.", "rejected": "No."}', "'chosen' stands there twice"),
+    "duplicate key in a message": (b'{"chosen": [{"role": "user", "role": "user"}]}', "'role' stands there twice"),
+    "byte of latin-1": (b'{"chosen": "caf\xe9"}', "not UTF-8 text"),
+    "byte of utf-16": (b"\xff\xfe" + GOOD_LINE, "not UTF-8 text"),
+    "raw control character": (b'{"chosen": "a\x00b"}', "not JSON"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize("name", list(BAD_LINES))
+def test_a_broken_line_is_named_with_file_line_and_reason(tmp_path, suffix, name):
+    line, reason = BAD_LINES[name]
+    content = b"\n".join([GOOD_LINE, line, GOOD_LINE])
+    path = tmp_path / f"train{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix == ".jsonl.gz" else content)
+    with pytest.raises(UserError) as caught:
+        read_all(path)
+    assert f"{path}:2" in str(caught.value) and reason in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["cut line", "single quotes", "duplicate key", "byte of latin-1"])
+def test_a_broken_row_in_a_json_file_is_not_blamed_on_the_first(tmp_path, name):
+    line, reason = BAD_LINES[name]
+    path = tmp_path / "train.json"
+    path.write_bytes(b"[\n" + b",\n".join([GOOD_LINE, line, GOOD_LINE]) + b"\n]\n")
+    with pytest.raises(UserError) as caught:
+        read_all(path)
+    text = str(caught.value)
+    assert str(path) in text and reason in text
+    assert "row 1" not in text, "the first row is whole"
+
+
+def test_broken_json_in_a_json_file_names_the_line(tmp_path):
+    path = tmp_path / "train.json"
+    path.write_bytes(b"[\n" + b",\n".join([GOOD_LINE, b"{'chosen': 'Yes.'}", GOOD_LINE]) + b"\n]\n")
+    with pytest.raises(UserError, match="line 3"):
+        read_all(path)
+
+
+@pytest.mark.parametrize("kept", [0.02, 0.5, 0.99])
+def test_a_cut_gzip_file_is_named_with_the_last_whole_line(tmp_path, kept):
+    lines = b"".join(json.dumps(numbered_row(number)).encode() + b"\n" for number in range(2000))
+    path = tmp_path / "train.jsonl.gz"
+    whole = gzip.compress(lines)
+    path.write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(UserError, match=r"damaged or cut off(.|\n)*after line \d+") as caught:
+        read_all(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", [GOOD_LINE, gzip.compress(GOOD_LINE)[:-8] + b"\0" * 8, b"\x1f\x8b\x08\0" + b"\xff" * 99]
+)
+def test_what_is_no_gzip_file_is_named(tmp_path, content):
+    path = tmp_path / "train.jsonl.gz"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged or cut off") as caught:
+        read_all(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content, kind", [(GOOD_LINE, "dict"), (b'"text"', "str"), (b"null", "NoneType"), (b"3", "int")]
+)
+def test_a_json_file_that_is_no_list_is_refused(tmp_path, content, kind):
+    path = tmp_path / "train.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"wants one list of rows(.|\n)*{kind}(.|\n)*\.jsonl") as caught:
+        read_all(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "overwritten"])
+def test_a_broken_parquet_file_is_named(tmp_path, damage):
+    path = write_as(tmp_path / "train.parquet", [numbered_row(number) for number in range(3000)])
+    whole = path.read_bytes()
+    middle = len(whole) // 3
+    damaged = {
+        "cut": whole[: len(whole) // 2],
+        "text": GOOD_LINE,
+        "empty": b"",
+        "overwritten": whole[:10] + b"\xff" * middle + whole[10 + middle :],
+    }
+    path.write_bytes(damaged[damage])
+    with pytest.raises(UserError, match=r"damaged, or no parquet file(.|\n)*after row \d+") as caught:
+        read_all(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_broken_row_is_named_whichever_part_is_read(write_rows):
+    path = write_rows([GOOD_ROW, {"chosen": "Yes."}])
+    for source in sources.find_sources(str(path)):
+        with pytest.raises(UserError, match=r"train\.jsonl:2"):
+            list(parsing.read_pairs(source))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Harmless oddities
+# ---------------------------------------------------------------------------------------------------------------------
+
+PAIR = Pair([QUESTION, YES], [QUESTION, NO])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json"])
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, suffix):
+    content = b"[" + GOOD_LINE + b"]" if suffix == ".json" else GOOD_LINE + b"\n" + GOOD_LINE
+    content = b"\xef\xbb\xbf" + content
+    path = tmp_path / f"train{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix == ".jsonl.gz" else content)
+    assert read_all(path)[0] == (1, PAIR)
+
+
+def test_windows_line_ends_are_read(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(GOOD_LINE + b"\r\n" + GOOD_LINE + b"\r\n")
+    assert read_all(path) == [(1, PAIR), (2, PAIR)]
+
+
+def test_blank_lines_are_skipped_and_still_counted_as_lines(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b"\n" + GOOD_LINE + b"\n\n  \t\r\n" + GOOD_LINE + b"\n\n\n")
+    assert read_all(path) == [(2, PAIR), (5, PAIR)]
+
+
+def test_a_last_line_without_an_end_is_read(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(GOOD_LINE + b"\n" + GOOD_LINE)
+    assert read_all(path) == [(1, PAIR), (2, PAIR)]
+
+
+def test_an_empty_file_has_no_rows(tmp_path):
+    (tmp_path / "train.jsonl").touch()
+    assert read_all(tmp_path / "train.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    "odd", ["a\0b", "a\u2028b\x85c\x0bd", "😀 naïve مرحبا", "line\r\nline", "<|im_end|>", "\\n\\nHuman: x"]
+)
+def test_odd_characters_inside_a_text_come_through(write_rows, odd):
+    row = {"chosen": f"{PROMPT} {odd}", "rejected": f"{PROMPT} No."}
+    assert read_all(write_rows([row, GOOD_ROW])) == [
+        (1, Pair([QUESTION, {"role": "assistant", "content": odd}], [QUESTION, NO])), (2, PAIR),
+    ]  # fmt: skip
+
+
+def test_unescaped_line_separators_do_not_end_a_line(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({**GOOD_ROW, "note": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_all(path) == [(1, PAIR)]
+
+
+@pytest.mark.parametrize("suffix", sources.SUFFIXES)
+def test_a_reply_of_120_000_words_is_read_whole(tmp_path, suffix):
+    reply = " ".join(f"word{number}" for number in range(120_000))
+    path = write_as(tmp_path / f"train{suffix}", [GOOD_ROW, {**GOOD_ROW, "chosen": f"{PROMPT} {reply}"}])
+    assert read_all(path)[1] == (2, Pair([QUESTION, {"role": "assistant", "content": reply}], [QUESTION, NO]))
+
+
+def test_other_columns_do_no_harm(write_rows):
+    row = {**GOOD_ROW, "id": 3, "source": None, "scores": [1, 2], "meta": {"a": {"b": []}}}
+    assert read_all(write_rows([row])) == [(1, PAIR)]
