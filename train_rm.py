@@ -23,6 +23,7 @@ from typing import Any
 
 import utils
 from checkpointing.run_folder import step_folder
+from common.progress import ProgressBar
 from training import launch
 from training.config import TrainConfig, read_config
 from utils import StopRequest, UserError
@@ -245,15 +246,15 @@ def train(run: runs.Run, stop: StopRequest) -> Evaluation | None:
     """From the step after the last completed one to the end; returns the last evaluation."""
     config, model, optimizer, plan = run.config, run.model, run.optimizer, run.plan
     logs = Path(config.log_dir) / run.folder.name if run.world.is_main else None
-    board = logger.Board(logs, run.step, run.examples_seen(run.step))
-    board.table("config", dataclasses.asdict(config), run.step)
-    shown = logger.Progress(plan.total_steps, run.step, is_shown=run.world.is_main)
+    log = logger.TensorBoardLogger(logs, run.step, run.examples_seen(run.step))
+    log.table("config", dataclasses.asdict(config), run.step)
+    shown = ProgressBar("step", plan.total_steps, done=run.step, is_shown=run.world.is_main)
     parameters = list(checkpoint.trained_parameters(model).values())
     checkpoint.set_random_state(run.random_state)
     evaluation = None
     try:
         if evaluation_is_missing(run):  # the run was stopped in the middle of it
-            evaluation = evaluate_and_show(run, board, shown, stop)
+            evaluation = evaluate_and_show(run, log, shown, stop)
         for step in range(run.step + 1, plan.total_steps + 1):
             started = time.perf_counter()
             is_last = step == plan.total_steps
@@ -285,13 +286,13 @@ def train(run: runs.Run, stop: StopRequest) -> Evaluation | None:
             # log
             examples = run.examples_seen(step)
             metrics |= speed(plans, time.perf_counter() - started, model.device)
-            board.scalars(metrics, step, examples)
-            shown.step(step, metrics)
+            log.scalars(metrics, step, examples)
+            shown.update(step, *figures(metrics))
 
             # evaluate
             if evaluation_is_missing(run):
-                board.histogram("train/rewards", rewards, step)
-                evaluation = evaluate_and_show(run, board, shown, stop)
+                log.histogram("train/rewards", rewards, step)
+                evaluation = evaluate_and_show(run, log, shown, stop)
 
             # save
             if is_last or (config.save_steps and step % config.save_steps == 0):
@@ -299,7 +300,7 @@ def train(run: runs.Run, stop: StopRequest) -> Evaluation | None:
             run.world.check(stop)
     finally:
         shown.close()
-        board.close()
+        log.close()
     return evaluation
 
 
@@ -321,16 +322,18 @@ def evaluated_pairs(run: runs.Run) -> Any:
     return sampler.fixed_sample(len(run.test_pairs), config.eval_num_batches * config.batch_size, config.seed)
 
 
-def evaluate_and_show(run: runs.Run, board: logger.Board, shown: logger.Progress, stop: StopRequest) -> Evaluation:
+def evaluate_and_show(
+    run: runs.Run, log: logger.TensorBoardLogger, shown: ProgressBar, stop: StopRequest
+) -> Evaluation:
     """Evaluate after the last completed step, always on the same pairs, and write it where people look."""
     step = run.step
     evaluation = evaluate(run, evaluated_pairs(run), stop)
     run.eval_accuracy, run.eval_pairs = evaluation.metrics["accuracy"], evaluation.pairs
     run.note_evaluation(evaluation.correct, evaluation.pairs)
     values = {f"eval/{name}": value for name, value in evaluation.metrics.items()}
-    board.scalars(values, step, run.examples_seen(step))
-    board.histogram("eval/rewards_chosen", evaluation.rewards[:, 0], step)
-    board.histogram("eval/rewards_rejected", evaluation.rewards[:, 1], step)
+    log.scalars(values, step, run.examples_seen(step))
+    log.histogram("eval/rewards_chosen", evaluation.rewards[:, 0], step)
+    log.histogram("eval/rewards_rejected", evaluation.rewards[:, 1], step)
     shown.say(f"step {step}: {evaluation.line()}")
     return evaluation
 
@@ -364,6 +367,12 @@ def speed(plans: list[packing.MicroBatchPlan], seconds: float, device: Any) -> d
         "train/useful_tokens": needed / computed,
         "train/peak_memory_gib": devices.peak_gib(device),
     }
+
+
+def figures(metrics: dict[str, float]) -> tuple[str, ...]:
+    """A step's metrics as the progress bar shows them."""
+    loss, accuracy, rate = (metrics[f"train/{name}"] for name in ("loss", "accuracy", "pairs_per_second"))
+    return f"loss {loss:.4f}", f"accuracy {accuracy:.1%}", f"{rate:.1f} pairs/s"
 
 
 def summary(run: runs.Run, evaluation: Evaluation | None) -> str:

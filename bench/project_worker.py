@@ -199,14 +199,16 @@ def time_steps(run: Any, clock: harness.Clock, count: int, key: str) -> list[flo
 
 def log_steps(run: Any, times: int) -> None:
     """Write and show a step's metrics; the board is closed, as its file's thread works on while a training computes."""
+    import train_rm
+    from common.progress import ProgressBar
     from training import logger
 
     metrics = {tag: values[-1] for tag, values in logged_scalars(run).items() if not tag.endswith("_by_examples")}
-    board = logger.Board(Path(run.config.log_dir) / f"{run.folder.name}-steps")
-    shown = logger.Progress(times, 0)
+    board = logger.TensorBoardLogger(Path(run.config.log_dir) / f"{run.folder.name}-steps")
+    shown = ProgressBar("step", times)
     for step in range(1, times + 1):
         board.scalars(metrics, step, run.config.pairs_per_step * step)
-        shown.step(step, metrics)
+        shown.update(step, *train_rm.figures(metrics))
     board.close()
     shown.close()
 
@@ -224,7 +226,7 @@ def note_evaluations(run: Any, rewards: Any, times: int) -> None:
     """All that `train_rm.evaluate_and_show` writes, and the histogram of the step before it."""
     from training import logger
 
-    board = logger.Board(Path(run.config.log_dir) / f"{run.folder.name}-evaluations")
+    board = logger.TensorBoardLogger(Path(run.config.log_dir) / f"{run.folder.name}-evaluations")
     names = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected")
     for step in range(1, times + 1):
         board.histogram("train/rewards", rewards[: run.config.pairs_per_step], step)

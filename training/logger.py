@@ -1,62 +1,16 @@
-"""What a run shows while it works: TensorBoard, a progress bar or plain lines."""
+"""TensorBoard's event file of a run, and rewriting it when a run is resumed."""
 
 from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import utils
-
 BY_EXAMPLES = "_by_examples"
-PLAIN_LINES = 20  # lines of a whole run when nobody watches a terminal ...
-PLAIN_SECONDS = 30  # ... and at least one in so many seconds
 
 
-class Progress:
-    """A bar with rate, loss and time left on a terminal; plain lines elsewhere, so that logs stay readable."""
-
-    def __init__(self, total_steps: int, first_step: int, is_shown: bool = True):
-        self.total, self.first = total_steps, first_step
-        self.started = self.last_line = time.monotonic()
-        self.bar = None
-        if is_shown and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
-
-    def step(self, step: int, metrics: dict[str, float]) -> None:
-        loss, accuracy, rate = (metrics[f"train/{key}"] for key in ("loss", "accuracy", "pairs_per_second"))
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.1%}, {rate:.1f} pairs/s", refresh=False)
-            self.bar.update(step - self.bar.n)
-            return
-        now = time.monotonic()
-        due = step % max(1, self.total // PLAIN_LINES) == 0 or now - self.last_line > PLAIN_SECONDS
-        if due or step in (self.first + 1, self.total):
-            self.last_line = now
-            left = (now - self.started) / (step - self.first) * (self.total - step)
-            self.say(
-                f"step {step}/{self.total}  loss {loss:.4f}  accuracy {accuracy:.1%}  "
-                f"{rate:.1f} pairs/s  {utils.format_duration(left)} left"
-            )
-
-    def say(self, text: str) -> None:
-        """A line that stays, above the bar if there is one."""
-        if self.bar is not None:
-            self.bar.clear()
-        print(text, flush=True)
-        if self.bar is not None:
-            self.bar.refresh()
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-class Board:
+class TensorBoardLogger:
     """TensorBoard's event file of one run."""
 
     def __init__(self, folder: Path | None, resumed_step: int = 0, resumed_examples: int = 0):
