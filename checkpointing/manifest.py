@@ -12,7 +12,7 @@ from typing import Any
 
 import utils
 from checkpointing.run_folder import step_folders, step_of
-from common import atomic_files
+from common import atomic_files, json_records
 from utils import CheckpointError
 
 MANIFEST, OPTIMIZER = "manifest.json", "optimizer.safetensors"
@@ -34,7 +34,7 @@ def own_checksum(manifest: dict[str, Any]) -> str:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """A step's manifest without its own checksum, which is checked; ValueError if it cannot be trusted."""
-    content = atomic_files.read_own_json(folder / MANIFEST)
+    content = json_records.read_own_json(folder / MANIFEST)
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
         raise ValueError("no readable manifest")
     checksum = content.pop("sha256", None)

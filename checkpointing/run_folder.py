@@ -6,22 +6,19 @@ Standard library only, so that manage_runs.py reads a thousand of them without i
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import os
 import platform
 import re
 import sys
-import types
-import typing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import utils
-from common import atomic_files
+from common import atomic_files, json_records
 
 RUN = "run.json"
 RUNNING, FINISHED, STOPPED, CRASHED = "running", "finished", "stopped", "crashed"
@@ -110,39 +107,18 @@ def new_record(step: int, planned_steps: int, config: dict[str, Any], defaults: 
     )
 
 
-@functools.cache
-def kinds_of_fields() -> dict[str, tuple[type, ...]]:
-    """`cause: str | None` -> (str, NoneType); a list's or dict's own kind only."""
-    found = {}
-    for name, hint in typing.get_type_hints(RunRecord).items():
-        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        found[name] = tuple(typing.get_origin(kind) or kind for kind in kinds)
-    return found
-
-
 def time_text() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def read_record(run_folder: Path) -> RunRecord | None:
     """A run's record, None if it has none; ValueError says what is wrong with the file."""
-    content = atomic_files.read_own_json(run_folder / RUN)
-    if content is None:
+    record = json_records.load(RunRecord, run_folder / RUN)
+    if record is None:
         return None
-    if not isinstance(content, dict):
-        raise ValueError("it is no JSON object")
-    known = kinds_of_fields()
-    for name, kinds in known.items():
-        if name in content and type(content[name]) not in kinds:
-            raise ValueError(f"{name!r} is {content[name]!r}")
-    try:
-        record = RunRecord(**{name: value for name, value in content.items() if name in known})
-    except TypeError as error:
-        raise ValueError(str(error).removeprefix("RunRecord.__init__() ")) from None
     for entry in record.evaluations:
-        fits = isinstance(entry, list) and len(entry) == 3 and all(type(number) is int for number in entry)
-        if not fits or not 0 <= entry[1] <= entry[2] or entry[2] == 0:
-            raise ValueError(f"{entry!r} is no evaluation")
+        if len(entry) != 3 or not 0 <= entry[1] <= entry[2] or entry[2] == 0:
+            raise ValueError(f"{entry!r} is not an evaluation")
     for text in (record.started, record.began, record.ended or record.began):
         when = datetime.fromisoformat(text)
         if when.tzinfo is None or not 1970 < when.year < 9999:

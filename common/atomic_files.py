@@ -9,15 +9,9 @@ import contextlib
 import errno
 import os
 import shutil
-import stat
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import utils
-
-MOST_JSON_BYTES = 2**26  # a record of a million evaluations is smaller
 
 
 @contextlib.contextmanager
@@ -100,24 +94,6 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def read_own_json(path: Path) -> Any:
-    """A JSON file's content, None if there is no such file; ValueError for anything that no program of ours wrote."""
-    try:
-        found = path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    if not stat.S_ISREG(found.st_mode):  # a pipe would keep us waiting, a link leads who knows where
-        raise ValueError("it is no ordinary file")
-    if found.st_size > MOST_JSON_BYTES:
-        raise ValueError(f"it has {utils.format_bytes(found.st_size)}")
-    try:
-        return utils.read_json(path)
-    except FileNotFoundError:
-        return None
-    except RecursionError as error:
-        raise ValueError("it is nested without end") from error
 
 
 def temporary(path: Path) -> Path:

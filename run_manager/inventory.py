@@ -18,7 +18,7 @@ from typing import Any
 import utils
 from checkpointing import manifest, run_folder
 from checkpointing.run_folder import best_step, step_of
-from common import atomic_files, file_locks
+from common import file_locks, json_records
 from utils import UserError, printable
 
 TRASH = ".trash"
@@ -304,7 +304,7 @@ def walk(path: Path) -> Iterator[tuple[str, os.stat_result]]:
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON file's object; {} for anything else, which is reported where it matters: on loading."""
     try:
-        content = atomic_files.read_own_json(path)
+        content = json_records.read_own_json(path)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -11,6 +11,7 @@ TensorBoard would show event files in hidden folders too, so there they carry an
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -26,7 +27,7 @@ import utils
 from checkpointing import manifest
 from checkpointing import run_folder as records
 from checkpointing.run_folder import step_folders
-from common import atomic_files, file_locks
+from common import atomic_files, file_locks, json_records
 from run_manager import inventory
 from run_manager.deletion_plan import Item, Plan, link_or_mount, mounted_beneath, why_not
 from run_manager.inventory import TRASH
@@ -36,6 +37,23 @@ MANIFEST, FILES, GONE = "manifest.json", "files", "gone-"
 ENTRY = re.compile(r"(\d{8}_\d{6})-(\d{3})", re.ASCII)
 SHOWN_EVENTS, HIDDEN_EVENTS = "tfevents", "tf-events-in-trash"
 LOCK_SECONDS = 5.0  # how long to wait for another manage_runs.py: it renames, which is quick
+
+
+@dataclass(frozen=True)
+class TakenItem:
+    """What an entry's manifest.json says of one item; see `Item`."""
+
+    way: tuple[str, ...]
+    bytes: int
+    began: str | None
+
+
+@dataclass(frozen=True)
+class TakenItems:
+    """The manifest.json of an entry in a trash."""
+
+    has_checkpoints: bool  # whether the deletion took checkpoints too, from this root or the other
+    items: list[TakenItem]
 
 
 @dataclass
@@ -63,9 +81,9 @@ def delete(plan: Plan, roots: inventory.Roots) -> Outcome:
         for root in touched:
             items = [item for item in plan.items if item.root == root]
             (root / TRASH / entry / FILES).mkdir(parents=True)
-            described = [{"way": item.way, "bytes": item.bytes, "began": item.began} for item in items]
-            content = {"has_checkpoints": roots.output in touched, "items": described}
-            atomic_files.replace_text(root / TRASH / entry / MANIFEST, json.dumps(content, indent=2) + "\n")
+            taken = TakenItems(roots.output in touched, [TakenItem(item.way, item.bytes, item.began) for item in items])
+            text = json.dumps(dataclasses.asdict(taken), indent=2) + "\n"
+            atomic_files.replace_text(root / TRASH / entry / MANIFEST, text)
         for items in by_run(plan.items):
             delete_items_of_run(items, entry, outcome)
         for root in touched:
@@ -220,19 +238,13 @@ def read_entry(root: Path, entry: str) -> list[Item]:
     """What a deletion took from one root; UserError if its manifest was not written by us."""
     folder = root / TRASH / entry
     try:
-        content = atomic_files.read_own_json(folder / MANIFEST)
-        if content is None:
-            return []
-        items = [Item(root, (*one["way"],), one["bytes"], one["began"]) for one in content["items"]]
-        if any(type(one["way"]) is not list for one in content["items"]):
-            raise ValueError("a path is no list")
-        for item in items:
-            if type(item.bytes) is not int or not item.way or not all(type(part) is str for part in item.way):
-                raise ValueError(f"{item.way!r} is no path")
-            outward = ("/", "\0", "\\", ":") if os.name == "nt" else ("/", "\0")
-            if any(part in ("", ".", "..", TRASH) or any(sign in part for sign in outward) for part in item.way):
-                raise ValueError(f"{item.way!r} leads out of the root")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        taken = json_records.load(TakenItems, folder / MANIFEST)
+        items = [Item(root, one.way, one.bytes, one.began) for one in taken.items] if taken else []
+        outward = ("/", "\0", "\\", ":") if os.name == "nt" else ("/", "\0")
+        for way in (item.way for item in items):
+            if not way or any(part in ("", ".", "..", TRASH) or any(sign in part for sign in outward) for part in way):
+                raise ValueError(f"{way!r} leads out of the root")
+    except (OSError, ValueError) as error:
         raise UserError(
             "what the last deletion took cannot be read",
             where=folder / MANIFEST,
