@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import sqlite3
 import sys
 import time
 from array import array
@@ -107,12 +108,11 @@ def score(
     try:
         scoring.score_rows(scorer, data.read(), log, told, between)
     except BaseException:
-        with contextlib.suppress(OSError):  # the one that matters is on its way
+        with contextlib.suppress(sqlite3.Error):  # the error that matters is already on its way
+            if kept := len(log):
+                utils.say_if_heard(f"{what}: the scores of {kept:,} rows are kept; the same command goes on from there")
             log.close()
-        if kept := len(log):
-            utils.say_if_heard(f"{what}: the scores of {kept:,} rows are kept; the same command goes on from there")
         raise
-    log.flush()
     seconds = time.monotonic() - started
     scored = len(log) - done
     if seconds > SAY_EVERY_SECONDS:
@@ -127,8 +127,7 @@ def _table(log: ScoreLog, seen: _Seen, fingerprint: str) -> Table:
     kept, groups = array("q"), []
     margins, longest, rewards, lengths = array("d"), array("i"), array("f"), array("i")
     longer_by, chances = array("i"), 0.0
-    for position in range(len(seen.turns)):
-        found = log[position]
+    for position, found in log.items():
         if isinstance(found, str):
             counts.add(found, int(places[position, 1]))
             continue
@@ -346,7 +345,7 @@ def _entry(data: Data, row: Row, log: ScoreLog, other: ScoreLog | None) -> dict[
     if content.subset:
         entry["subset"] = content.subset
     entry |= _scores(content, *found)
-    if other is not None and row.position in other and not isinstance(theirs := other[row.position], str):
+    if other is not None and not isinstance(theirs := other[row.position], str):
         entry["against"] = _scores(content, *theirs)
     return entry | {
         "chosen": content.right[0] if content.is_pair else list(content.right),

@@ -9,6 +9,7 @@ A line whose content cannot be scored keeps its place: its reward is null, and "
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import queue
@@ -116,7 +117,7 @@ def score(scorer: scoring.Scorer, lines: Iterator[Line], best_of: bool, waits: b
         found = [line.dialogues if isinstance(line.dialogues, str) else next(tokenised) for line in chunk]
         jobs = [at for at, one in enumerate(found) if not isinstance(one, str)]
         rewards: dict[int, list[float]] = {}
-        for number, values in scorer.rewards([found[at].ids for at in jobs]):
+        for number, values in itertools.chain.from_iterable(scorer.rewards([found[at].ids for at in jobs])):
             scoring.refuse_non_finite(values)
             rewards[jobs[number]] = values
         for at, line in enumerate(chunk):

@@ -1,99 +1,107 @@
-"""Scores as they come: in memory as plain numbers, on disk a line a row, so that a killed evaluation can go on.
-
-The first line of the file says whose scores these are; the others are [position, rewards, reply lengths] or
-[position, why it was left out], in any order. A line that a kill or a full disk cut off is cut away.
-"""
+"""The scores of one model, kept on disk as they come, so that an evaluation that was killed goes on where it was."""
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
+import errno
+import sqlite3
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from data_pipeline.parsing import LEFT_OUT
 
+# rewards and reply lengths, the chosen replies first; or why the row is skipped, a key of LEFT_OUT
+Scores = tuple[list[float], list[int]] | str
+SCHEMA = """
+CREATE TABLE evaluation (key TEXT);
+CREATE TABLE scores (position INTEGER PRIMARY KEY, rewards BLOB, lengths BLOB, skipped TEXT);
+"""
+DAMAGED = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)  # an error: no such table
+
 
 class ScoreLog:
-    """The scores of one model on one set of rows, which `key` names."""
+    """The scores of one model on one set of rows, which `key` names: an SQLite file, deleted once the report is there.
+
+    What was added survives a killed process. A file that is damaged or holds something else is replaced.
+    """
 
     def __init__(self, folder: Path, key: str):
-        self._start, self._count = array("q"), array("i")  # by position; count -1: unknown, -2 and below: left out
-        self._rewards, self._lengths = array("f"), array("i")
-        self._reasons = list(LEFT_OUT)
-        self.path = folder / f".partial-{key[:24]}.jsonl"
-        self.found = 0  # rows that were there when it was opened
-        header = json.dumps({"key": key}).encode() + b"\n"
-        whole = self._read(header)
-        if whole is None:
-            self.path.write_bytes(header)
-        elif whole < self.path.stat().st_size:
-            os.truncate(self.path, whole)
-        self._file = self.path.open("ab")
+        self.path = folder / f".partial-{key[:24]}.sqlite"
+        with self._disk_errors():
+            try:
+                self._connect(key)
+            except (sqlite3.Error, ValueError) as error:
+                if isinstance(error, sqlite3.Error) and error.sqlite_errorcode & 0xFF not in DAMAGED:
+                    raise
+                self.delete()
+                self._connect(key)
+        self.found = len(self)  # rows that were there when it was opened
 
-    def _read(self, header: bytes) -> int | None:
-        """Take in what is there; returns the bytes up to the last whole line, None if it is not our file."""
+    def _connect(self, key: str) -> None:
+        """Open the file; ValueError or sqlite3.Error if it is damaged or not ours."""
+        is_new = not self.path.exists() or not self.path.stat().st_size
+        # the thread that reads the rows asks which of them are known, while this one adds
+        self._database = sqlite3.connect(self.path, check_same_thread=False)
+        self._database.execute("PRAGMA synchronous = OFF")  # a power cut may cost the file, but not a killed process
+        if is_new:
+            self._database.executescript(SCHEMA)
+            with self._database:
+                self._database.execute("INSERT INTO evaluation VALUES (?)", (key,))
+        (state,) = self._database.execute("PRAGMA quick_check(1)").fetchone()
+        keys = self._database.execute("SELECT key FROM evaluation").fetchall()
+        reasons = self._database.execute("SELECT DISTINCT skipped FROM scores WHERE skipped NOT NULL").fetchall()
+        if state != "ok" or keys != [(key,)] or not {reason for (reason,) in reasons} <= LEFT_OUT.keys():
+            raise ValueError(state)
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
         try:
-            with self.path.open("rb") as file:
-                if file.readline() != header:
-                    return None
-                whole = len(header)
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
-                    position, *rest = json.loads(line)
-                    self._remember(position, *rest)
-                    self.found += 1
-                    whole += len(line)
-                return whole
-        except (OSError, ValueError, TypeError):
-            self.__dict__.update(_start=array("q"), _count=array("i"), _rewards=array("f"), _lengths=array("i"))
-            self.found = 0
-            return None
+            yield
+        except sqlite3.Error as error:
+            raise OSError(errno.EIO, str(error), str(self.path)) from error
 
     def __len__(self) -> int:
-        return len(self._count) - self._count.count(-1)
+        return self._database.execute("SELECT COUNT(*) FROM scores").fetchone()[0]
 
     def __contains__(self, position: int) -> bool:
-        return position < len(self._count) and self._count[position] != -1
+        found = self._database.execute("SELECT 1 FROM scores WHERE position = ?", (position,))
+        return found.fetchone() is not None
 
-    def __getitem__(self, position: int) -> tuple[list[float], list[int]] | str:
-        start, count = self._start[position], self._count[position]
-        if count < -1:
-            return self._reasons[-2 - count]
-        return list(self._rewards[start : start + count]), list(self._lengths[start : start + count])
+    def __getitem__(self, position: int) -> Scores:
+        found = self._database.execute("SELECT rewards, lengths, skipped FROM scores WHERE position = ?", (position,))
+        return _scores(*found.fetchone())
 
-    def add(self, position: int, rewards: Sequence[float], lengths: Sequence[int]) -> None:
-        # the shortest text that is the same number in fp32
-        texts = ", ".join(str(np.float32(reward)) for reward in rewards)
-        self._file.write(f"[{position}, [{texts}], {json.dumps(list(lengths))}]\n".encode())
-        self._remember(position, rewards, lengths)
+    def items(self) -> Iterator[tuple[int, Scores]]:
+        """(position, scores) of every row, in order."""
+        for position, *found in self._database.execute(
+            "SELECT position, rewards, lengths, skipped FROM scores ORDER BY position"
+        ):
+            yield position, _scores(*found)
 
-    def leave_out(self, position: int, reason: str) -> None:
-        self._file.write(json.dumps([position, reason]).encode() + b"\n")
-        self._remember(position, reason)
+    def add(self, rows: Iterable[tuple[int, Sequence[float], Sequence[int]]]) -> None:
+        """Keep (position, rewards, reply lengths) of some rows."""
+        self._insert(
+            (position, array("f", rewards).tobytes(), array("i", lengths).tobytes(), None)
+            for position, rewards, lengths in rows
+        )
 
-    def _remember(self, position: int, rewards: Any, lengths: Any = ()) -> None:
-        while len(self._count) <= position:
-            self._count.append(-1)
-            self._start.append(0)
-        if isinstance(rewards, str):
-            self._count[position] = -2 - self._reasons.index(rewards)
-            return
-        self._start[position], self._count[position] = len(self._rewards), len(rewards)
-        self._rewards.extend(rewards)
-        self._lengths.extend(lengths)
+    def skip(self, rows: Iterable[tuple[int, str]]) -> None:
+        """Keep (position, a key of LEFT_OUT) of rows that cannot be scored."""
+        self._insert((position, None, None, reason) for position, reason in rows)
 
-    def flush(self) -> None:
-        self._file.flush()
+    def _insert(self, rows: Iterable[tuple]) -> None:
+        with self._disk_errors(), self._database:
+            self._database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?)", rows)
 
     def close(self) -> None:
-        self._file.close()
+        self._database.close()
 
     def delete(self) -> None:
         self.close()
-        self.path.unlink(missing_ok=True)
+        for path in (self.path, self.path.with_name(f"{self.path.name}-journal")):
+            path.unlink(missing_ok=True)
+
+
+def _scores(rewards: bytes | None, lengths: bytes | None, skipped: str | None) -> Scores:
+    return skipped or (array("f", rewards).tolist(), array("i", lengths).tolist())

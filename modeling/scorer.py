@@ -67,8 +67,8 @@ class Scorer:
 
     def rewards(
         self, jobs: list[list[np.ndarray]], between: Callable[[], None] = lambda: None
-    ) -> Iterator[tuple[int, list[float]]]:
-        """Yield (job, its sequences' rewards) as jobs are done; a job is a list of token sequences.
+    ) -> Iterator[list[tuple[int, list[float]]]]:
+        """Yield (job, its sequences' rewards) of the jobs that each batch finished; a job is a list of token sequences.
 
         The sequences of one job should share their beginnings. If the device runs out of memory, what is left goes
         on with half the token budget, which stays.
@@ -87,15 +87,18 @@ class Scorer:
         missing = [-(-len(result) // 2) for result in results]
         if not pairs:
             return
-        for index, values in self._score(TokenPairs(pairs), between):
-            number, first, second = owners[index]
-            results[number][first], results[number][second] = values
-            missing[number] -= 1
-            if not missing[number]:
-                yield number, [results[number][place] for place in places[number]]
+        for indices, rewards in self._score(TokenPairs(pairs), between):
+            finished = []
+            for index, values in zip(indices.tolist(), rewards.tolist(), strict=True):
+                number, first, second = owners[index]
+                results[number][first], results[number][second] = values
+                missing[number] -= 1
+                if not missing[number]:
+                    finished.append((number, [results[number][place] for place in places[number]]))
+            yield finished
 
-    def _score(self, dataset: TokenPairs, between: Callable[[], None]) -> Iterator[tuple[int, tuple[float, float]]]:
-        """Yield (pair, its two rewards) in the order of the micro-batches."""
+    def _score(self, dataset: TokenPairs, between: Callable[[], None]) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Yield (indices (N,), rewards (N, 2)) of the pairs of each micro-batch."""
         left = np.arange(len(dataset))
         device, pad_id = self.model.device, self.model.tokenizer.pad_token_id
         packs = self.model.packs_up_to(int(dataset.longest_sides().max()))
@@ -114,12 +117,12 @@ class Scorer:
                     except RuntimeError as error:
                         self.tokens_per_batch = smaller_budget(plan, device, error)
                         break
-                    if launched:  # fetched one batch late, so that the device never waits for us
-                        yield from _fetched(*launched)
+                    if launched:  # read one batch late, so that the device never waits for us
+                        yield launched
                     launched = plan.indices, rewards
                     done.append(plan.indices)
             if launched:
-                yield from _fetched(*launched)
+                yield launched
             left = np.setdiff1d(left, np.concatenate(done)) if done else left
             if len(left):
                 devices.free(device)  # not in the `except`, where the traceback still holds activations
@@ -136,11 +139,6 @@ def smaller_budget(tried: packing.MicroBatchPlan, device: Any, error: RuntimeErr
         ) from error
     utils.say_if_heard(f"out of memory at {tried.computed_tokens:,} tokens a batch; going on with half of it")
     return tried.computed_tokens // 2
-
-
-def _fetched(indices: np.ndarray, rewards: Tensor) -> Iterator[tuple[int, tuple[float, float]]]:
-    for index, (first, second) in zip(indices, rewards.tolist(), strict=True):
-        yield int(index), (first, second)
 
 
 def fingerprint_of(model: models.RewardModel) -> str:
@@ -230,14 +228,12 @@ def score_rows(
         ahead = reader.submit(next_chunk)
         while (chunk := ahead.result()) is not None:
             jobs = [(at, found) for at, found in chunk if not isinstance(found, str)]
-            for at, found in chunk:
-                if isinstance(found, str):
-                    log.leave_out(at, found)
+            log.skip((at, found) for at, found in chunk if isinstance(found, str))
             ahead = reader.submit(next_chunk)
-            for number, rewards in scorer.rewards([found.ids for _, found in jobs], between):
-                refuse_non_finite(rewards)
-                log.add(jobs[number][0], rewards, jobs[number][1].reply_lengths)
-                log.flush()
+            for batch in scorer.rewards([found.ids for _, found in jobs], between):
+                for _, rewards in batch:
+                    refuse_non_finite(rewards)
+                log.add((jobs[at][0], rewards, jobs[at][1].reply_lengths) for at, rewards in batch)
 
 
 def refuse_non_finite(rewards: Sequence[float]) -> None:

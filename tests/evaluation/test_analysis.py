@@ -23,7 +23,7 @@ def test_a_pair_leaves_numbers_only_and_few_of_them(tmp_path):
         log, seen = ScoreLog(tmp_path, "key"), analysis._Seen()
         for position in range(PAIRS):
             seen(Row(position, 0, position, CONTENT))
-            log.add(position, rewards[position].tolist(), [position % 300, 150])
+        log.add((position, rewards[position].tolist(), [position % 300, 150]) for position in range(PAIRS))
         kept, _ = tracemalloc.get_traced_memory()
         table = analysis._table(log, seen, "fingerprint")
         content = analysis.measure(table)

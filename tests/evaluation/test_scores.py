@@ -1,4 +1,7 @@
-"""score_log.py: what is written comes back bit for bit, whatever happened to the file."""
+"""evaluation/scores.py: what is written comes back bit for bit, whatever happened to the process or the file."""
+
+import shutil
+import sqlite3
 
 import numpy as np
 import pytest
@@ -11,49 +14,104 @@ def test_scores_come_back_bit_for_bit_and_in_any_order(tmp_path):
     rewards = {at: draw.normal(scale=10.0**size, size=2).astype(np.float32) for at, size in ((7, -30), (2, 0), (0, 20))}
     log = ScoreLog(tmp_path, "key")
     for at, values in rewards.items():
-        log.add(at, values.tolist(), [3, at])
-    log.leave_out(4, "too_long")
+        log.add([(at, values.tolist(), [3, at])])
+    log.skip([(4, "too_long")])
     log.close()
     again = ScoreLog(tmp_path, "key")
     assert again.found == len(again) == 4
     for at, values in rewards.items():
         found, lengths = again[at]
         assert np.array_equal(np.array(found, dtype=np.float32), values) and lengths == [3, at]
-        assert log[at] == again[at]
     assert again[4] == "too_long"
     assert [at in again for at in range(9)] == [True, False, True, False, True, False, False, True, False]
+    assert list(again.items()) == [(at, again[at]) for at in (0, 2, 4, 7)]
 
 
-@pytest.mark.parametrize("end", [b"[5, [1.0", b"[5, [1.0, 2.0], [1, 1]]", b"\x00\x00"])
-def test_a_torn_last_line_is_cut_away_and_written_again(end, tmp_path):
+def test_a_kill_in_the_middle_of_writing_costs_only_what_was_being_written(tmp_path):
     log = ScoreLog(tmp_path, "key")
-    log.add(0, [1.5, 2.5], [1, 1])
-    log.close()
-    with log.path.open("ab") as file:
-        file.write(end)
-    again = ScoreLog(tmp_path, "key")
+    log.add([(0, [1.5, 2.5], [1, 1])])
+    writer = sqlite3.connect(log.path, isolation_level=None)
+    writer.execute("PRAGMA cache_size = 1")  # so that half a transaction is in the file before it is committed
+    writer.execute("BEGIN")
+    for at in range(1, 5000):
+        writer.execute("INSERT INTO scores VALUES (?, ?, ?, NULL)", (at, b"12345678", b"12345678"))
+    assert log.path.stat().st_size > 50_000
+    shutil.copytree(tmp_path, tmp_path / "killed")
+    writer.close()
+    again = ScoreLog(tmp_path / "killed", "key")
     assert again.found == 1 and 5 not in again
-    again.add(5, [3.0, 4.0], [1, 1])
+    again.add([(5, [3.0, 4.0], [1, 1])])
     again.close()
-    last = ScoreLog(tmp_path, "key")
+    last = ScoreLog(tmp_path / "killed", "key")
     assert last.found == 2 and last[5] == ([3.0, 4.0], [1, 1])
     last.delete()
-    assert not log.path.exists()
+    assert not list((tmp_path / "killed").iterdir())
 
 
-@pytest.mark.parametrize("content", [b"", b"junk\n", b'{"key": "another"}\n[0, [1.0, 2.0], [1, 1]]\n'])
-def test_a_file_that_is_not_ours_is_begun_anew(content, tmp_path):
-    path = ScoreLog(tmp_path, "key").path
-    path.write_bytes(content)
-    assert ScoreLog(tmp_path, "key").found == 0
-    assert path.read_bytes() == b'{"key": "key"}\n'
+def damage_start(path):
+    with path.open("r+b") as file:
+        file.write(b"junk" * 30)
 
 
-def test_a_line_that_says_something_else_makes_the_file_begin_anew(tmp_path):
+def damage_page(path):
+    with path.open("r+b") as file:
+        file.seek(-5000, 2)
+        file.write(b"junk" * 1000)
+
+
+def cut(path):
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def junk(path):
+    path.write_bytes(b'{"key": "key"}\n[0, [1.0, 2.0], [1, 1]]\n')
+
+
+def other_key(path):
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE evaluation SET key = 'key of another model'")
+
+
+def other_program(path):
+    path.unlink()
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE recipes (bread TEXT)")
+
+
+def unknown_reason(path):
+    with sqlite3.connect(path) as database:
+        database.execute("INSERT INTO scores VALUES (9999, NULL, NULL, 'no such reason')")
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_start, damage_page, cut, empty, junk, other_key, other_program, unknown_reason]
+)
+def test_a_damaged_or_foreign_file_is_noticed_and_replaced(damage, tmp_path):
     log = ScoreLog(tmp_path, "key")
-    log.add(0, [1.0, 2.0], [1, 1])
+    log.add((at, [1.0, 2.0], [1, 1]) for at in range(1000))
     log.close()
-    with log.path.open("ab") as file:
-        file.write(b'[1, "no such reason"]\n')
+    damage(log.path)
     again = ScoreLog(tmp_path, "key")
     assert again.found == len(again) == 0 and 0 not in again
+    again.add([(5, [3.0, 4.0], [1, 1])])
+    again.close()
+    last = ScoreLog(tmp_path, "key")
+    assert last.found == 1 and last[5] == ([3.0, 4.0], [1, 1])
+
+
+def test_scores_that_cannot_be_written_are_an_error_of_the_disk(tmp_path):
+    log = ScoreLog(tmp_path, "key")
+    log._database.execute("PRAGMA query_only = 1")
+    with pytest.raises(OSError, match="readonly") as raised:
+        log.add([(0, [1.0, 2.0], [1, 1])])
+    assert raised.value.filename == str(log.path)
+    log.close()
+    log.path.unlink()
+    log.path.mkdir()
+    with pytest.raises(OSError, match="unable to open"):
+        ScoreLog(tmp_path, "key")
