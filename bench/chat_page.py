@@ -81,15 +81,15 @@ def measure_in_a_browser() -> dict[str, float]:
 
 def share_of_the_reward(model: str, reward_model: str) -> float:
     """Scoring a reply against writing it, both in this process."""
-    on_stage = engine.Stage(model, Path(reward_model))
-    on_stage.load()
+    chat_engine = engine.ChatEngine(model, Path(reward_model))
+    chat_engine.load()
     shares = []
     for _ in range(TIMES + 1):
         question = [{"role": "user", "content": QUESTION}]
         started = time.perf_counter()
-        (reply,) = list(on_stage.write(question, engine.Settings(max_new_tokens=100, temperature=1.0)))[-1]
+        (reply,) = list(chat_engine.generate(question, engine.Settings(max_new_tokens=100, temperature=1.0)))[-1]
         written = time.perf_counter()
-        on_stage.rewards_of([[*question, {"role": "assistant", "content": reply.content}]])
+        chat_engine.rewards_of([[*question, {"role": "assistant", "content": reply.content}]])
         shares.append((time.perf_counter() - written) / (written - started))
     return statistics.median(shares[1:])  # the first one warms up
 

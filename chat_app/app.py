@@ -1,4 +1,4 @@
-"""The page as a whole: status, tabs, the choice of models, and the same for programs over the API."""
+"""The page: status, tabs and the choice of models; and the API, which offers the same to programs."""
 
 from __future__ import annotations
 
@@ -9,94 +9,78 @@ from typing import Any
 
 import gradio as gr
 
-from chat_app.chat_tab import AT_ONCE, ChatTab
-from chat_app.compare_tab import CompareTab, asked
-from chat_app.engine import Settings, Stage
-from chat_app.model_list import NOBODY
+from chat_app import conversation, model_list
+from chat_app.chat_tab import ChatTab
+from chat_app.compare_tab import CompareTab
+from chat_app.engine import ChatEngine, Settings
+from chat_app.events import AT_ONCE, errors_shown
+from data_pipeline.parsing import Messages
 
-SECONDS_BETWEEN_LOOKS = 10
-# The theme's lighter greys are hard to read on white.
-STYLE = """
-.gradio-container { --body-text-color-subdued: #52525b; --block-info-text-color: #52525b; }
-.dark .gradio-container { --body-text-color-subdued: #a1a1aa; --block-info-text-color: #a1a1aa; }
-#status { font-size: var(--text-sm); }
-#status dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1em; margin: 0; }
-#status dd { margin: 0; overflow-wrap: anywhere; }
-#status dt, small.footer { opacity: .8; }
-small.footer { display: block; margin-top: .4em; }
-#chat { min-height: 20em; }
-#chat .message-markdown-disabled .md { white-space: pre-wrap; }
-#chat .options { justify-content: start; margin-left: 0; }  /* candidates are the model's */
-footer .divider:last-child { display: none; }
-#verdict { font-size: var(--text-lg); }
-"""
+SECONDS_BETWEEN_STATUS_UPDATES = 10
 
 
-def build_page(stage: Stage, votes_file: Path) -> gr.Blocks:
+def build_page(engine: ChatEngine, votes_file: Path) -> gr.Blocks:
     with gr.Blocks(title="rl-with-rm", fill_height=True, analytics_enabled=False) as page:
         status = gr.HTML(elem_id="status")
         with gr.Tabs():
             with gr.Tab("Chat"):
-                chat = ChatTab(stage, page)
+                chat = ChatTab(engine, page)
             with gr.Tab("Compare"):
-                CompareTab(stage, votes_file, chat)
+                CompareTab(engine, votes_file, chat.conversation, chat.settings)
             with gr.Tab("Models") as models_tab:
-                build_models_tab(stage, page, models_tab, status)
-        page.load(lambda: status_list(stage), None, status, **AT_ONCE)
-        add_api(stage)
+                build_models_tab(engine, page, models_tab, status)
+        page.load(lambda: status_list(engine), None, status, **AT_ONCE)
+        # another visitor may have loaded other models
+        timer = gr.Timer(SECONDS_BETWEEN_STATUS_UPDATES)
+        timer.tick(lambda: status_list(engine), None, status, **AT_ONCE)
+        add_api(engine)
     return page
 
 
-def status_list(stage: Stage) -> str:
-    lines = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in stage.status())
+def status_list(engine: ChatEngine) -> str:
+    lines = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in engine.status())
     return f"<dl>{lines}</dl>"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def build_models_tab(stage: Stage, page: gr.Blocks, tab: gr.Tab, status: gr.HTML) -> None:
-    talker = gr.Dropdown(label="Talks", elem_id="talker", info="a policy; of a reward checkpoint, its base model")
-    scorer = gr.Dropdown(
-        label="Scores", elem_id="scorer", info="a reward model; the newest and the best of a run are marked"
+def build_models_tab(engine: ChatEngine, page: gr.Blocks, tab: gr.Tab, status: gr.HTML) -> None:
+    policy = gr.Dropdown(
+        label="Policy", elem_id="policy", info="writes the replies; reward checkpoints offer their base model"
+    )
+    reward_model = gr.Dropdown(
+        label="Reward model", elem_id="reward-model", info="scores the replies; each run's newest and best are marked"
     )
     load = gr.Button("Load", variant="primary", elem_id="load")
     problem = gr.HTML(elem_id="load-problem")
 
     def refresh() -> list[gr.Dropdown]:
-        current = stage.talker, stage.scorer
+        loaded = engine.policy_name, engine.reward_model_name
         return [
             gr.Dropdown([(choice.label, choice.name) for choice in offered], value=name)
-            for offered, name in zip(stage.choices(), current, strict=True)
+            for offered, name in zip(engine.choices(), loaded, strict=True)
         ]
 
-    def press_load(chosen_talker: str, chosen_scorer: str | None) -> list[Any]:
-        said = ""
+    def load_chosen(policy_name: str, reward_model_name: str | None) -> list[Any]:
+        message = ""
         try:
-            stage.load(chosen_talker, chosen_scorer or NOBODY)
-        except Exception as error:  # whatever it is, the visitor must hear of it, and what was loaded stays
-            stays = "What was loaded before stays as it was." if stage.policy else "Nothing is loaded."
-            said = f"<p>{stays}</p><pre>{html.escape(stage.explain(error))}</pre>"
-        return [status_list(stage), said, *refresh()]
+            engine.load(policy_name, reward_model_name or model_list.NONE)
+        except Exception as error:  # shown on the page, whatever it is
+            remaining = "The models loaded before are still loaded." if engine.policy else "No model is loaded."
+            message = f"<p>{remaining}</p><pre>{html.escape(engine.explain(error))}</pre>"
+        return [status_list(engine), message, *refresh()]
 
     for event in (page.load, tab.select):
-        event(refresh, None, [talker, scorer], **AT_ONCE)
-    shown = [status, problem, talker, scorer]
-    load.click(press_load, [talker, scorer], shown, show_progress="minimal", api_visibility="private")
-    # others may have loaded something since
-    gr.Timer(SECONDS_BETWEEN_LOOKS).tick(lambda: status_list(stage), None, status, **AT_ONCE)
+        event(refresh, None, [policy, reward_model], **AT_ONCE)
+    outputs = [status, problem, policy, reward_model]
+    load.click(load_chosen, [policy, reward_model], outputs, show_progress="minimal", api_visibility="private")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same for programs
+# API
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def add_api(stage: Stage) -> None:
-    def said_plainly(error: Exception) -> gr.Error:
-        return gr.Error(stage.explain(error), print_exception=False)  # a program wants no HTML
+def add_api(engine: ChatEngine) -> None:
+    """The endpoints /chat, /score and /compare. Their docstrings are the API's documentation on the page."""
 
     def chat(
         message: str,
@@ -110,31 +94,27 @@ def add_api(stage: Stage) -> None:
     ) -> Iterator[str]:
         """Reply to a message after a history of {"role", "content"} messages; streams the reply so far.
 
-        With `candidates` above 1 so many replies are written at once, and the last piece is the one with the highest
-        reward.
+        With `candidates` above 1, that many replies are generated at once, and the last text streamed is the one with
+        the highest reward.
         """
-        try:
+        with errors_shown(engine, as_html=False):
             if not isinstance(message, str) or not message.strip():
                 raise ValueError("the message is empty, or no text")
             dialogue = [*checked_dialogue(history or []), {"role": "user", "content": message}]
             settings = Settings(system_prompt, temperature, top_p, max_new_tokens, thinking, candidates)
             replies = []
-            for replies in stage.write(dialogue, settings):
+            for replies in engine.generate(dialogue, settings):
                 yield replies[0].content
             if candidates > 1:
-                yield stage.ranked(dialogue, replies, system_prompt)[0][0].content
-        except Exception as error:
-            raise said_plainly(error) from error
+                yield engine.rank(dialogue, replies, system_prompt)[0][0].content
 
     def score(messages: list[dict[str, str]]) -> float:
         """The reward of a dialogue: a list of {"role", "content"} messages that ends in a reply."""
-        try:
+        with errors_shown(engine, as_html=False):
             dialogue = checked_dialogue(messages)
             if not dialogue or dialogue[-1]["role"] != "assistant" or not dialogue[-1]["content"].strip():
-                raise ValueError("a reward is of a reply: the last message must be the assistant's, and not empty")
-            return stage.rewards_of([dialogue])[0]
-        except Exception as error:  # the caller must hear what it is, and the server lives on
-            raise said_plainly(error) from error
+                raise ValueError("only a reply has a reward: the last message must be the assistant's, and not empty")
+            return engine.rewards_of([dialogue])[0]
 
     def compare(prompt: str, reply_a: str, reply_b: str) -> dict[str, Any]:
         """Two replies to a prompt (a question or a transcript): "reward_a", "reward_b", "p_a", "tokens_a", "tokens_b".
@@ -142,20 +122,18 @@ def add_api(stage: Stage) -> None:
         `p_a` is the probability that A is preferred, sigmoid(reward_a - reward_b); `tokens_…` are pairs of a token's
         text and the reward after it.
         """
-        try:
+        with errors_shown(engine, as_html=False):
             if not all(isinstance(text, str) for text in (prompt, reply_a, reply_b)):
                 raise ValueError("wants three texts: prompt, reply_a, reply_b")
-            return stage.compare(asked("", prompt), (reply_a, reply_b))
-        except Exception as error:
-            raise said_plainly(error) from error
+            return engine.compare(conversation.prompt_messages(prompt), (reply_a, reply_b))
 
-    gr.api(chat, api_name="chat", concurrency_id="writing", concurrency_limit=1)
+    gr.api(chat, api_name="chat", concurrency_id="generation", concurrency_limit=1)
     gr.api(score, api_name="score", concurrency_limit=2)
     gr.api(compare, api_name="compare", concurrency_limit=2)
 
 
-def checked_dialogue(messages: Any) -> list[dict[str, str]]:
-    """A list of messages as it came over the API; ValueError if it is none. Content may come as Gradio's blocks."""
+def checked_dialogue(messages: Any) -> Messages:
+    """The messages that a program sent; ValueError if they are not a dialogue. Content may be a list of text blocks."""
     wanted = 'wants a list of {"role": "user" or "assistant" or "system", "content": text}'
     if not isinstance(messages, list):
         raise ValueError(f"{wanted}, got {type(messages).__name__}")

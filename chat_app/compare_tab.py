@@ -1,4 +1,4 @@
-"""The page's comparison: two replies to one prompt, their rewards, the words behind them, and the visitor's vote."""
+"""The Compare tab: two replies to one prompt side by side, their rewards token by token, and the visitor's vote."""
 
 from __future__ import annotations
 
@@ -11,193 +11,173 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import pandas
 
-from chat_app import conversation as talk
-from chat_app import votes
-from chat_app.chat_tab import AT_ONCE, QUIET, WRITING, ChatTab, reasons
-from chat_app.engine import Settings, Stage, dialogue_with
-from data_pipeline import parsing
+from chat_app import conversation, votes
+from chat_app.conversation import Conversation
+from chat_app.engine import ChatEngine, Settings
+from chat_app.events import AT_ONCE, GENERATION, QUIET, errors_shown
 from data_pipeline.parsing import Messages
 
-SAME_WRITER = "the model that talks"
+SAME_POLICY = "the loaded policy"
+CopiedPrompt = tuple[str, Messages]  # a prompt copied from the chat: its text, and its messages
 
 
 class CompareTab:
-    """Two replies to one prompt, side by side: their rewards, the words behind them, and the visitor's own vote."""
+    """The tab's components and what each click does. The chat's `settings` apply here too, system prompt first."""
 
-    def __init__(self, stage: Stage, votes_file: Path, chat: ChatTab):
-        self.stage, self.votes_file = stage, votes_file
+    def __init__(self, engine: ChatEngine, votes_file: Path, chat: gr.State, settings: list[gr.components.Component]):
+        self.engine, self.votes_file = engine, votes_file
+        system_prompt = settings[0]
         prompt = gr.Textbox(
             label="Prompt", lines=3, max_lines=12, elem_id="prompt",
             info='a question, or a dialogue as "Human: … Assistant: … Human: …", with an empty line before each turn',
         )  # fmt: skip
         with gr.Row():
-            writer_b = gr.Dropdown(
-                [SAME_WRITER], value=SAME_WRITER, label="Reply B is written by", elem_id="writer-b", scale=2
+            policy_b = gr.Dropdown(
+                [SAME_POLICY], value=SAME_POLICY, label="Reply B is written by", elem_id="policy-b", scale=2
             )
             with gr.Column(min_width=200):
                 write = gr.Button("Write both", size="md", elem_id="write-both")
                 stop = gr.Button("Stop", size="md", variant="stop", visible=False, elem_id="stop-writing")
-                from_chat = gr.Button("Take the chat's last reply", size="md", elem_id="from-chat")
-        told = gr.HTML(elem_id="told")
-        replies, liked = [], []
+                from_chat = gr.Button("Copy the chat's last reply", size="md", elem_id="from-chat")
+        system_prompt_note = gr.HTML()
+        replies, token_texts = [], []
         with gr.Row():
             for letter in "AB":
                 with gr.Column(min_width=280):
                     replies.append(
                         gr.Textbox(label=f"Reply {letter}", lines=5, max_lines=16, elem_id=f"reply-{letter}")
                     )
-                    liked.append(gr.HighlightedText(label=f"Reward of {letter} by token: red raises it, violet lowers"))
+                    label = f"Reward of {letter} by token: red raises it, violet lowers it"
+                    token_texts.append(gr.HighlightedText(label=label))
         compare = gr.Button("Compare", variant="primary", elem_id="compare")
         verdict = gr.HTML(elem_id="verdict")
         plot = gr.LinePlot(
             x="token", y="reward", color="reply", tooltip=["text", "reward", "reply"], height=260, visible=False,
-            title="The reward as each reply grows", elem_id="growth",
+            title="Reward after each token", elem_id="growth",
         )  # fmt: skip
         with gr.Row(elem_classes="votes"):
             buttons = {vote: gr.Button(label, size="md", elem_id=f"vote-{vote}") for vote, label in votes.VOTES.items()}
         saved = gr.HTML(elem_id="saved")
-        last_vote = gr.State()
-        taken = gr.State()  # (text, messages) of a prompt that came from the chat, whatever its words look like
+        last_vote, copied = gr.State(), gr.State()
 
-        # the chat's settings hold here too, its system prompt above all
-        inputs = [chat.system_prompt, taken, prompt, *replies]
-        results = [verdict, plot, *liked]
-        judged = {"fn": self.judge, "inputs": inputs, "outputs": results, **QUIET}
-        compare.click(**judged)
-        from_chat.click(self.take, chat.conversation, [taken, prompt, *replies], **AT_ONCE)
+        inputs = [system_prompt, copied, prompt, *replies]
+        results = [verdict, plot, *token_texts]
+        comparison = {"fn": self.compare, "inputs": inputs, "outputs": results, **QUIET}
+        compare.click(**comparison)
+        from_chat.click(self.copy_from_chat, chat, [copied, prompt, *replies], **AT_ONCE)
         gr.on(
-            [prompt.input, *(reply.input for reply in replies), from_chat.click], nothing_yet, None, results, **AT_ONCE
+            [prompt.input, *(reply.input for reply in replies), from_chat.click], no_results, None, results, **AT_ONCE
         )
-        chat.system_prompt.change(system_prompt_note, chat.system_prompt, told, **AT_ONCE)
+        system_prompt.change(note_on, system_prompt, system_prompt_note, **AT_ONCE)
 
-        # while both are being written, nobody may vote on half of them
+        # no votes while the replies are being written
         controls = [write, stop, *buttons.values()]
-        begun = write.click(lambda: [*nothing_yet(), *self.controls(True)], None, [*results, *controls], **AT_ONCE)
-        writing = begun.then(
-            self.write_both, [taken, prompt, writer_b, *chat.settings], replies, show_progress="minimal", **WRITING
+        started = write.click(lambda: [*no_results(), *set_controls(True)], None, [*results, *controls], **AT_ONCE)
+        writing = started.then(
+            self.write_both, [copied, prompt, policy_b, *settings], replies, show_progress="minimal", **GENERATION
         )
-        writing.then(lambda: self.controls(False), None, controls, **AT_ONCE)
-        writing.success(**judged)
+        writing.then(lambda: set_controls(False), None, controls, **AT_ONCE)
+        writing.success(**comparison)
         stop.click(None, None, None, cancels=[writing], **QUIET).then(
-            lambda: self.controls(False), None, controls, **AT_ONCE
+            lambda: set_controls(False), None, controls, **AT_ONCE
         )
-        writer_b.focus(self.list_writers, writer_b, writer_b, **AT_ONCE)
+        policy_b.focus(self.list_policies, policy_b, policy_b, **AT_ONCE)
         for vote, button in buttons.items():
             button.click(
                 lambda *values, vote=vote: self.vote(vote, *values), [last_vote, *inputs], [saved, last_vote], **QUIET
             )
 
-    def controls(self, is_busy: bool) -> list[gr.Button]:
-        """The values of Write both, Stop and the votes."""
-        return [
-            gr.Button(visible=not is_busy),
-            gr.Button(visible=is_busy),
-            *(gr.Button(interactive=not is_busy) for _ in votes.VOTES),
-        ]
-
-    def take(self, kept: talk.Conversation) -> list[Any]:
-        """The chat's last prompt, its reply as A, and as B the next best candidate if there were several."""
-        dialogue = talk.dialogue(kept)
-        if not dialogue or dialogue[-1]["role"] != "assistant":
-            raise reasons(self.stage, ValueError("the chat has no reply yet"))
-        others = kept["messages"][-1].get("others") or [{"content": ""}]
-        text = transcript_of(dialogue[:-1])
+    def copy_from_chat(self, chat: Conversation) -> list[Any]:
+        """The chat's last prompt, its reply as A, and the best of the other candidates, if any, as B."""
+        dialogue = conversation.dialogue(chat)
+        with errors_shown(self.engine):
+            if not dialogue or dialogue[-1]["role"] != "assistant":
+                raise ValueError("the chat has no reply yet")
+        others = chat["messages"][-1].get("others") or [{"content": ""}]
+        text = conversation.transcript(dialogue[:-1])
         return [(text, dialogue[:-1]), text, dialogue[-1]["content"], others[0]["content"]]
 
-    def list_writers(self, chosen: str) -> gr.Dropdown:
-        talkers, _ = self.stage.choices()
-        choices = [SAME_WRITER, *((choice.label, choice.name) for choice in talkers)]
-        return gr.Dropdown(choices, value=chosen)
+    def list_policies(self, chosen: str) -> gr.Dropdown:
+        policies, _ = self.engine.choices()
+        return gr.Dropdown([SAME_POLICY, *((choice.label, choice.name) for choice in policies)], value=chosen)
 
-    def write_both(self, taken: Any, prompt: str, writer_b: str, *values: Any) -> Iterator[list[str]]:
-        """Write both replies, at once if one model does it; with the chat's settings, but always drawn at random."""
-        settings = Settings(*values)
-        try:
-            dialogue = asked("", prompt, taken)
-            if writer_b in (SAME_WRITER, self.stage.talker):
-                for replies in self.stage.write(dialogue, replace(settings, candidates=2)):
+    def write_both(
+        self, copied: CopiedPrompt | None, prompt: str, policy_b: str, *settings: Any
+    ) -> Iterator[list[str]]:
+        """Write both replies: in one batch if one policy writes both, else one after the other."""
+        with errors_shown(self.engine):
+            dialogue = conversation.prompt_messages(prompt, copied)
+            if policy_b in (SAME_POLICY, self.engine.policy_name):
+                for replies in self.engine.generate(dialogue, replace(Settings(*settings), candidates=2)):
                     yield [reply.content for reply in replies]
                 return
+            alone = replace(Settings(*settings), candidates=1)
             first = ""
-            for (reply,) in self.stage.write(dialogue, replace(settings, candidates=1)):
+            for (reply,) in self.engine.generate(dialogue, alone):
                 first = reply.content
                 yield [first, ""]
-            for (reply,) in self.stage.write(dialogue, replace(settings, candidates=1), self.stage.guest(writer_b)):
+            for (reply,) in self.engine.generate(dialogue, alone, self.engine.second_policy(policy_b)):
                 yield [first, reply.content]
-        except Exception as error:
-            raise reasons(self.stage, error) from error
 
-    def judge(self, system_prompt: str, taken: Any, prompt: str, reply_a: str, reply_b: str) -> list[Any]:
-        """The values of verdict, plot and the two coloured texts."""
-        try:
-            found = self.stage.compare(asked(system_prompt, prompt, taken), (reply_a, reply_b))
-        except Exception as error:
-            raise reasons(self.stage, error) from error
+    def compare(self, system_prompt: str, copied: CopiedPrompt | None, prompt: str, *replies: str) -> list[Any]:
+        """The values of the verdict, the plot and the two coloured texts."""
+        with errors_shown(self.engine):
+            messages = conversation.prompt_messages(prompt, copied)
+            found = self.engine.compare(conversation.with_system_prompt(system_prompt, messages), replies)
         if found["p_a"] == 0.5:
             preferred = "the reward model sees no difference"
         else:
             letter, share = ("A", found["p_a"]) if found["p_a"] > 0.5 else ("B", 1 - found["p_a"])
-            shown = f"{share:.1%}" if share < 0.9995 else "over 99.9%"  # certain it never is
-            preferred = f"the reward model prefers <b>{letter}</b> with probability <b>{shown}</b>"
+            percent = f"{share:.1%}" if share < 0.9995 else "over 99.9%"  # it never reaches 100 %
+            preferred = f"the reward model prefers <b>{letter}</b> with probability <b>{percent}</b>"
         verdict = (
             f"reward of A <b>{found['reward_a']:+.3f}</b> · of B <b>{found['reward_b']:+.3f}</b> · {preferred}"
             f" · P(A preferred) = {found['p_a']:.3g}"
         )
-        return [verdict, growth_plot(found), *(coloured(found[f"tokens_{letter}"]) for letter in "ab")]
+        return [verdict, reward_plot(found), *(coloured(found[f"tokens_{letter}"]) for letter in "ab")]
 
-    def vote(self, vote: str, last_vote: Any, system_prompt: str, taken: Any, prompt: str, *replies: str) -> list[Any]:
-        """Append a vote to the file; the same vote twice in a row is one."""
+    def vote(
+        self, vote: str, last_vote: Any, system_prompt: str, copied: CopiedPrompt | None, prompt: str, *replies: str
+    ) -> list[Any]:
+        """Append a vote to the file, unless it repeats the last one."""
         values = [vote, system_prompt, prompt, *replies]
-        try:
+        with errors_shown(self.engine):
             if values == last_vote:
                 raise ValueError("this vote is saved already")
-            count = votes.append(self.votes_file, votes.row_of(asked(system_prompt, prompt, taken), *replies, vote))
-        except Exception as error:
-            raise reasons(self.stage, error) from error
+            messages = conversation.prompt_messages(prompt, copied)
+            row = votes.row_of(conversation.with_system_prompt(system_prompt, messages), *replies, vote)
+            count = votes.append(self.votes_file, row)
         name, quoted = (html.escape(text) for text in (str(self.votes_file), shlex.quote(str(self.votes_file))))
         return [
-            f"“{votes.VOTES[vote]}” is saved, row {count:,} of {name}. "
+            f"“{votes.VOTES[vote]}” is saved as row {count:,} of {name}. "
             f"Train on it: <code>python train_rm.py --dataset {quoted}</code>",
             values,
         ]
 
 
-def asked(system_prompt: str, prompt: str, taken: tuple[str, Messages] | None = None) -> Messages:
-    """What the two replies answer, as messages; ValueError if it is nothing that could be answered.
-
-    A text that was `taken` from the chat stands for the messages that it came from.
-    """
-    if not prompt.strip():
-        raise ValueError("the prompt is empty")
-    messages = taken[1] if taken and taken[0] == prompt else parsing.parse_prompt(prompt)
-    if messages[-1]["role"] != "user":
-        raise ValueError('the prompt ends in the assistant\'s turn: the two replies need a "Human:" turn to answer')
-    return dialogue_with(system_prompt, list(messages))
+def set_controls(is_busy: bool) -> list[gr.Button]:
+    """The states of Write both, Stop and the votes."""
+    return [
+        gr.Button(visible=not is_busy),
+        gr.Button(visible=is_busy),
+        *(gr.Button(interactive=not is_busy) for _ in votes.VOTES),
+    ]
 
 
-def nothing_yet() -> list[Any]:
-    """The values of verdict, plot and the two coloured texts before a comparison, or when it is one of other texts."""
+def no_results() -> list[Any]:
+    """The values of the verdict, the plot and the two coloured texts as long as the present texts are not compared."""
     return ["", gr.LinePlot(visible=False), [], []]
 
 
-def system_prompt_note(system_prompt: str) -> str:
+def note_on(system_prompt: str) -> str:
     text = html.escape(system_prompt.strip())
-    return f"The chat's system prompt holds here too, and goes into votes: <i>{text}</i>" if text else ""
+    return f"The chat's system prompt applies here too, and is saved with votes: <i>{text}</i>" if text else ""
 
 
-def transcript_of(dialogue: Messages) -> str:
-    """A dialogue as `rows.parse_prompt` reads it back; a single question stays as it is."""
-    if len(dialogue) == 1 and dialogue[0]["role"] == "user":
-        return dialogue[0]["content"]
-    names = {"user": "Human", "assistant": "Assistant"}
-    return "\n\n".join(f"{names[message['role']]}: {message['content']}" for message in dialogue)
-
-
-def growth_plot(found: dict[str, Any]) -> gr.LinePlot:
-    """The reward after each token of both replies; hidden where the architecture has none."""
-    import pandas
-
+def reward_plot(found: dict[str, Any]) -> gr.LinePlot:
+    """The reward after each token of both replies; hidden for architectures that have none."""
     points = [
         {"token": number, "reward": reward, "reply": letter.upper(), "text": text}
         for letter in "ab"
@@ -208,11 +188,11 @@ def growth_plot(found: dict[str, Any]) -> gr.LinePlot:
 
 
 def coloured(tokens: list[list[Any]]) -> list[tuple[str, float | None]]:
-    """Each token with how much the reward rose or fell at it, from -1 to 1 in shares of the largest change."""
+    """Each token with the change of the reward at it, divided by the largest change: from -1 to 1."""
     if len(tokens) < 2:
         return [(text, None) for text, _ in tokens]
-    changes = [later - earlier for (_, earlier), (_, later) in itertools.pairwise(tokens)]
+    changes = [after - before for (_, before), (_, after) in itertools.pairwise(tokens)]
     largest = max(map(abs, changes)) or 1.0
     shares = [None, *(change / largest for change in changes)]
-    # the later tokens of one character have no text of their own
+    # of a character that takes several tokens, only one has a text
     return [(text or "·", share) for (text, _), share in zip(tokens, shares, strict=True)]

@@ -1,12 +1,12 @@
-"""A conversation of the page: what was said, as plain data that a browser can keep, and how it changes.
+"""A conversation as plain data that a browser can keep, and its changes. Knows neither models nor components.
 
-{"id": …, "system_prompt": …, "messages": [message, …]}, and "is_busy" while a reply is written; a message is one of
+{"id": …, "system_prompt": …, "messages": [message, …]}, and "is_busy" while a reply is being generated. A message:
 
     {"role": "user", "content": …}
     {"role": "assistant", "content": …, "thinking": …, "others": [{"content": …, "thinking": …}, …]}   best-of-N's rest
-    {"role": "note", "content": …}                                     what the page says itself: why there is no reply
+    {"role": "note", "content": …}                                            from the page: why there is no reply
 
-Every function returns a new conversation. Nothing here knows models or the page.
+Every function returns a new conversation and leaves the old one unchanged.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from __future__ import annotations
 import html
 import uuid
 from typing import Any
+
+from data_pipeline import parsing
+from data_pipeline.parsing import Messages
 
 Conversation = dict[str, Any]
 Message = dict[str, Any]
@@ -25,15 +28,15 @@ def new(system_prompt: str = "") -> Conversation:
 
 
 def checked(value: Any) -> Conversation:
-    """What a browser kept, if it is a conversation; a new one if it is not."""
+    """The conversation that a browser kept, or a new one if the value is not a conversation."""
     try:
-        messages = [checked_message(message) for message in value["messages"]]
+        messages = [_checked_message(message) for message in value["messages"]]
         return {"id": str(value["id"]), "system_prompt": str(value["system_prompt"]), "messages": messages}
     except (KeyError, TypeError, ValueError):
         return new()
 
 
-def checked_message(message: Message) -> Message:
+def _checked_message(message: Message) -> Message:
     role, content = message["role"], message["content"]
     if role not in ("user", "assistant", "note") or not isinstance(content, str):
         raise ValueError("not a message of a conversation")
@@ -44,28 +47,71 @@ def checked_message(message: Message) -> Message:
 
 
 def title(conversation: Conversation) -> str:
-    """The first thing that the user said, shortened."""
-    asked = [message["content"] for message in conversation["messages"] if message["role"] == "user"]
-    words = " ".join(asked[0].split()) if asked else "empty"
-    return words if len(words) <= 48 else words[:47] + "…"
+    """The user's first message, shortened."""
+    questions = [message["content"] for message in conversation["messages"] if message["role"] == "user"]
+    return shortened(questions[0], 48) if questions else "empty"
 
 
-def dialogue(conversation: Conversation) -> list[dict[str, str]]:
-    """What was really said: no notes, and no message that was never answered but the last."""
-    said: list[dict[str, str]] = []
+def shortened(text: str, length: int) -> str:
+    """A text on one line, cut to `length` characters."""
+    words = " ".join(text.split())
+    return words if len(words) <= length else words[: length - 1] + "…"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As messages for a model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def dialogue(conversation: Conversation) -> Messages:
+    """The messages that models see: no notes, and of two messages in a row from one side only the later."""
+    messages: Messages = []
     for message in conversation["messages"]:
         if message["role"] == "note":
             continue
-        if said and said[-1]["role"] == message["role"]:
-            said.pop()
-        said.append({"role": message["role"], "content": message["content"]})
-    return said
+        if messages and messages[-1]["role"] == message["role"]:
+            messages.pop()
+        messages.append({"role": message["role"], "content": message["content"]})
+    return messages
 
 
-def dialogues_to_score(conversation: Conversation) -> list[list[dict[str, str]]]:
+def dialogues_to_score(conversation: Conversation) -> list[Messages]:
     """For each reply, in order, the dialogue that ends in it."""
-    ends = [end for end, message in enumerate(conversation["messages"], 1) if message["role"] == "assistant"]
-    return [dialogue({**conversation, "messages": conversation["messages"][:end]}) for end in ends]
+    messages = conversation["messages"]
+    ends = [end for end, message in enumerate(messages, 1) if message["role"] == "assistant"]
+    return [dialogue(_with(conversation, messages[:end])) for end in ends]
+
+
+def with_system_prompt(system_prompt: str, messages: Messages) -> Messages:
+    """A dialogue after its system prompt, if there is one."""
+    prompt = system_prompt.strip()
+    return [{"role": "system", "content": prompt}, *messages] if prompt else list(messages)
+
+
+def with_reply(prompt: Messages, reply: str) -> Messages:
+    return [*prompt, {"role": "assistant", "content": reply}]
+
+
+def prompt_messages(prompt: str, from_chat: tuple[str, Messages] | None = None) -> Messages:
+    """A typed prompt as messages; ValueError if two replies could not answer it.
+
+    `from_chat` is (text, messages) of a prompt copied from the chat: an unchanged text means those messages, even if
+    words in it look like turns.
+    """
+    if not prompt.strip():
+        raise ValueError("the prompt is empty")
+    messages = from_chat[1] if from_chat and from_chat[0] == prompt else parsing.parse_prompt(prompt)
+    if messages[-1]["role"] != "user":
+        raise ValueError('the prompt ends in the assistant\'s turn: the two replies need a "Human:" turn to answer')
+    return messages
+
+
+def transcript(messages: Messages) -> str:
+    """The text from which `prompt_messages` reads a dialogue; a single question stays as it is."""
+    if len(messages) == 1 and messages[0]["role"] == "user":
+        return messages[0]["content"]
+    names = {"user": "Human", "assistant": "Assistant"}
+    return "\n\n".join(f"{names[message['role']]}: {message['content']}" for message in messages)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,12 +123,13 @@ def _with(conversation: Conversation, messages: list[Message]) -> Conversation:
     return {**conversation, "messages": messages}
 
 
-def say(conversation: Conversation, text: str) -> Conversation:
+def ask(conversation: Conversation, text: str) -> Conversation:
+    """Add a message from the user."""
     return _with(conversation, [*conversation["messages"], {"role": "user", "content": text}])
 
 
 def answer(conversation: Conversation, replies: list[tuple[str, str]]) -> Conversation:
-    """Add a reply; of several (content, thinking) the first is the one that counts."""
+    """Add a reply. `replies` are (content, thinking) of all candidates; the first is the one that counts."""
     (content, thinking), *rest = replies
     others = [{"content": other, "thinking": thought} for other, thought in rest]
     reply = {"role": "assistant", "content": content, "thinking": thinking, "others": others}
@@ -90,11 +137,12 @@ def answer(conversation: Conversation, replies: list[tuple[str, str]]) -> Conver
 
 
 def note(conversation: Conversation, text: str) -> Conversation:
+    """Add a message from the page."""
     return _with(conversation, [*conversation["messages"], {"role": "note", "content": text}])
 
 
 def before_last_reply(conversation: Conversation) -> Conversation:
-    """Without what followed the user's last message: ready to be answered again."""
+    """Drop what followed the user's last message, so that it can be answered again."""
     messages = list(conversation["messages"])
     while messages and messages[-1]["role"] != "user":
         messages.pop()
@@ -102,19 +150,19 @@ def before_last_reply(conversation: Conversation) -> Conversation:
 
 
 def undo(conversation: Conversation) -> tuple[Conversation, str]:
-    """Without the user's last message and what followed it, and that message's text."""
+    """Drop the user's last message and what followed it; returns the rest and the message's text."""
     messages = before_last_reply(conversation)["messages"]
     text = messages[-1]["content"] if messages else ""
     return _with(conversation, messages[:-1]), text
 
 
 def edit(conversation: Conversation, index: int, text: str) -> Conversation:
-    """With another user's message at `index` and nothing after it."""
-    return say(_with(conversation, conversation["messages"][:index]), text)
+    """Replace the user's message at `index` and drop what followed it."""
+    return ask(_with(conversation, conversation["messages"][:index]), text)
 
 
 def pick(conversation: Conversation, which: int) -> Conversation:
-    """With another of the last reply's candidates in its place; the one that stood there joins the others."""
+    """Swap the last reply with another of its candidates: `which` is an index into "others"."""
     *earlier, last = conversation["messages"]
     others = list(last["others"])
     picked = others[which]
@@ -123,18 +171,18 @@ def pick(conversation: Conversation, which: int) -> Conversation:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How it is shown
+# As shown on the page
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def shown(
+def to_chatbot(
     conversation: Conversation, footers: list[str], options: list[tuple[str, int]] = ()
 ) -> tuple[list[Message], list[int]]:
-    """A conversation as messages for gr.Chatbot, and for each of them the index of the message it shows.
+    """Messages for gr.Chatbot, and for each of them the index of the conversation's message it belongs to.
 
-    All that a person or a model wrote is escaped: the page shows it letter by letter and runs none of it. It goes into
-    blocks, because Gradio takes the indentation out of plain strings. `footers`
-    are lines of ours beneath the replies, in order; `options` (label, index into `others`) stand under the last reply.
+    Whatever a person or a model wrote is escaped, so that the page shows every character and runs nothing. Texts are
+    content blocks because Gradio removes the indentation of plain strings. `footers` are lines below the replies, in
+    order; `options`, (label, index into "others"), go below the last reply.
     """
     messages, indices = [], []
     footers_left = iter(footers)
@@ -148,26 +196,25 @@ def shown(
 
     last = len(conversation["messages"]) - 1
     for index, message in enumerate(conversation["messages"]):
-        written = [block(message["content"])]
+        content = [block(message["content"])]
         if message["role"] == "user":
-            add(index, role="user", content=written)
+            add(index, role="user", content=content)
         elif message["role"] == "note":
-            add(index, role="assistant", content=written, metadata={"title": "no reply"})
+            add(index, role="assistant", content=content, metadata={"title": "no reply"})
         else:
             if message["thinking"]:
-                is_thinking = not message["content"]
-                metadata = {"title": "Thinking", "status": "pending" if is_thinking else "done"}
+                metadata = {"title": "Thinking", "status": "done" if message["content"] else "pending"}
                 add(index, role="assistant", content=[block(message["thinking"])], metadata=metadata)
             if footer := next(footers_left, ""):
                 small = f'<small class="footer">{html.escape(footer, quote=False)}</small>'
-                written.append({"type": "text", "text": small})
+                content.append({"type": "text", "text": small})
             choices = [{"label": label, "value": str(which)} for label, which in options] if index == last else []
-            add(index, role="assistant", content=written, options=choices)
+            add(index, role="assistant", content=content, options=choices)
     return messages, indices
 
 
 def rank_of(index: int, rewards: list[float]) -> int:
-    """1 for the highest of the rewards; equal ones share the better rank."""
+    """1 for the highest reward; equal rewards share the better rank."""
     return 1 + sum(reward > rewards[index] for reward in rewards)
 
 
@@ -177,7 +224,7 @@ def ordinal(number: int) -> str:
 
 
 def reward_footers(rewards: list[float]) -> list[str]:
-    """For each reply its reward and how it ranks among the conversation's."""
+    """For each reply its reward and its rank in the conversation."""
     if len(rewards) == 1:
         return [f"reward {rewards[0]:+.3f}"]
     count = len(rewards)
@@ -188,11 +235,9 @@ def reward_footers(rewards: list[float]) -> list[str]:
 
 
 def candidate_options(contents: list[str], rewards: list[float] | None) -> list[tuple[str, int]]:
-    """Labels of the last reply's candidates; `contents` and `rewards` have the shown one first."""
+    """Labels for all candidates but the first, which is the one shown, each with its index into "others"."""
     labels = []
     for index, content in enumerate(contents[1:], 1):
-        words = " ".join(content.split())
-        start = words if len(words) <= 60 else words[:59] + "…"
         rank = f"{ordinal(rank_of(index, rewards))} of {len(rewards)}, {rewards[index]:+.3f}: " if rewards else ""
-        labels.append((rank + start, index - 1))
+        labels.append((rank + shortened(content, 60), index - 1))
     return labels

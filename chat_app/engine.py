@@ -1,7 +1,7 @@
-"""Who is on stage: the model that talks, the reward model that scores, and everything that may be asked of them.
+"""The loaded policy and reward model, and the operations that the page offers on them.
 
-Nothing here knows the page: text and message lists in, text and numbers out. A problem that a visitor can understand is
-a ValueError.
+Knows nothing of the page: texts and message lists in, texts and numbers out. Problems that a visitor can fix are
+ValueErrors.
 """
 
 from __future__ import annotations
@@ -14,33 +14,28 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+import models
 import utils
 from chat_app import model_list
+from chat_app.conversation import with_reply, with_system_prompt
 from checkpointing import resolve
 from common import hub
 from data_pipeline.parsing import Messages
+from modeling import devices, generation
 
-if TYPE_CHECKING:
-    import torch
-
-    import models
-    from modeling import devices, generation
-else:  # loaded when first used, so that --help answers at once
-    devices, models, generation, torch = map(
-        utils.lazy_import, ("modeling.devices", "models", "modeling.generation", "torch")
-    )
-
-MOST_CANDIDATES = 16
-MOST_REWARDS_KEPT = 4096
-SECONDS_BETWEEN_PIECES = 0.03  # a tiny model writes faster than a page can show
+MAX_CANDIDATES = 16
+MAX_CACHED_REWARDS = 4096
+SECONDS_BETWEEN_UPDATES = 0.03  # a tiny model generates faster than a page can show
 THINK, END_OF_THINKING = "<think>", "</think>"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a reply is to be written."""
+    """How to generate a reply."""
 
     system_prompt: str = ""
     temperature: float = 0.7
@@ -50,12 +45,12 @@ class Settings:
     candidates: int = 1
 
     def check(self) -> None:
-        """Raise ValueError, naming the setting, what came and what is wanted."""
+        """Raise ValueError with the name of a bad setting, its value and the allowed values."""
         limits = [
             ("temperature", self.temperature, float, 0, 2),
             ("top-p", self.top_p, float, 0.05, 1),
             ("max new tokens", self.max_new_tokens, int, 1, 1_000_000),
-            ("candidates", self.candidates, int, 1, MOST_CANDIDATES),
+            ("candidates", self.candidates, int, 1, MAX_CANDIDATES),
         ]
         for name, value, kind, low, high in limits:
             is_number = type(value) in (int, float) and (kind is float or value == int(value))
@@ -65,140 +60,144 @@ class Settings:
         if not isinstance(self.system_prompt, str) or not isinstance(self.thinking, bool):
             raise ValueError("system prompt wants text, and thinking wants true or false")
         if self.candidates > 1 and self.temperature == 0:
-            raise ValueError("several replies at temperature 0 would all be the same one: raise the temperature")
+            raise ValueError("several replies at temperature 0 would all be the same: raise the temperature")
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model wrote: the reply itself, and what it thought before."""
+    """A generated reply, and the thinking before it."""
 
     content: str
     thinking: str = ""
 
     @classmethod
     def of(cls, text: str, may_think: bool) -> Reply:
-        """Split a model's text, finished or still growing; a template may have opened the thinking already."""
+        """Split a generated text, finished or still growing. The chat template may already have opened the thinking."""
         if text.startswith(THINK) or (may_think and END_OF_THINKING in text):
             thinking, _, content = text.removeprefix(THINK).partition(END_OF_THINKING)
             return cls(content.lstrip("\n"), thinking.strip())
         return cls("" if may_think and THINK.startswith(text) else text)
 
 
-class Stage:
-    """The models, once loaded, and what the page may ask of them."""
+class ChatEngine:
+    """The policy and the reward model, once loaded, and the operations on them."""
 
-    def __init__(self, talker: str, scorer: Path | None = None, output_dir: Path = Path(), debug: bool = False):
-        self.talker = str(Path(talker).resolve()) if hub.looks_like_a_path(talker) else talker
-        self.scorer = str(scorer.resolve()) if scorer else model_list.NOBODY
-        self.named = self.talker, scorer  # what the flags named stays on offer
+    def __init__(
+        self, policy_name: str, reward_model_folder: Path | None = None, output_dir: Path = Path(), debug: bool = False
+    ):
+        self.policy_name = str(Path(policy_name).resolve()) if hub.looks_like_a_path(policy_name) else policy_name
+        self.reward_model_name = str(reward_model_folder.resolve()) if reward_model_folder else model_list.NONE
+        self.from_flags = self.policy_name, reward_model_folder  # always offered
         self.output_dir, self.debug = output_dir, debug
         self.policy: generation.PolicyModel | None = None
-        self.reward: models.RewardModel | None = None
-        self._rewards: OrderedDict[str, float] = OrderedDict()  # every turn asks again for those of all earlier ones
-        self._guest: tuple[str, generation.PolicyModel] | None = None
-        self._stamps = "", ""  # which content the two loaded folders had
-        self._loading = threading.Lock()  # two visitors may press the button
+        self.reward_model: models.RewardModel | None = None
+        self._rewards: OrderedDict[str, float] = OrderedDict()  # each turn needs the rewards of all earlier ones again
+        self._second_policy: tuple[str, generation.PolicyModel] | None = None
+        self._stamps = "", ""  # of the two loaded folders' content
+        self._loading = threading.Lock()  # two visitors may press Load at once
 
     # -- Loading -----------------------------------------------------------------------------------------------------
 
     def choices(self) -> tuple[list[model_list.Choice], list[model_list.Choice]]:
-        """(who may talk, who may score)."""
-        return model_list.list_models(self.output_dir, *self.named)
+        """(policies, reward models) that can be loaded."""
+        return model_list.list_models(self.output_dir, *self.from_flags)
 
-    def load(self, talker: str | None = None, scorer: str | None = None) -> None:
-        """Put models on stage: those named, or those that stand ready. A failure leaves the ones before.
+    def load(self, policy_name: str | None = None, reward_model_name: str | None = None) -> None:
+        """Load the named models; None keeps the present choice. If it fails, the models loaded before stay.
 
-        A reply that is being written keeps its model until it ends; then that model's memory is free.
+        A reply that is being generated keeps its model until it ends; then that model's memory is freed.
         """
         with self._loading:
-            talker = self.talker if talker is None else talker
-            scorer = self.scorer if scorer is None else scorer
-            for name, offered in zip((talker, scorer), self.choices(), strict=True):
-                refuse_unless_offered(name, offered)
+            names = (
+                self.policy_name if policy_name is None else policy_name,
+                self.reward_model_name if reward_model_name is None else reward_model_name,
+            )
+            for name, offered in zip(names, self.choices(), strict=True):
+                check_offered(name, offered)
             device = models.pick_device()
-            new_policy, new_reward = self.policy, self.reward
-            stamps = model_list.stamp(talker), model_list.stamp(scorer)
-            if self.reward is None or (scorer, stamps[1]) != (self.scorer, self._stamps[1]):
-                new_reward = None
-                if scorer:
-                    new_reward = models.RewardModel.restore(resolve.sound_checkpoint(scorer)).to(device).eval()
-            if self.policy is None or (talker, stamps[0]) != (self.talker, self._stamps[0]):
-                new_policy = self._open_policy(talker, device)
-            if new_reward is not self.reward:
-                self._rewards = OrderedDict()
-            self.policy, self.reward, self.talker, self.scorer = new_policy, new_reward, talker, scorer
-            self._stamps = stamps
-            del new_policy, new_reward
+            stamps = model_list.stamp(names[0]), model_list.stamp(names[1])
+            policy, reward_model, rewards = self.policy, self.reward_model, self._rewards
+            if reward_model is None or (names[1], stamps[1]) != (self.reward_model_name, self._stamps[1]):
+                reward_model, rewards = self._open_reward_model(names[1], device), OrderedDict()
+            if policy is None or (names[0], stamps[0]) != (self.policy_name, self._stamps[0]):
+                policy = self._open_policy(names[0], device)
+            self.policy, self.reward_model, self._rewards = policy, reward_model, rewards
+            (self.policy_name, self.reward_model_name), self._stamps = names, stamps
             devices.free(device)
 
-    def guest(self, name: str) -> generation.PolicyModel:
-        """Another model that writes, beside the one on stage; it stays until the next guest."""
+    def second_policy(self, name: str) -> generation.PolicyModel:
+        """Another policy beside the loaded one; it stays in memory until another one is asked for."""
         with self._loading:
-            refuse_unless_offered(name, self.choices()[0])
-            if self._guest is None or self._guest[0] != name:
-                self._guest = None
-                self._guest = name, self._open_policy(name, models.pick_device())
-            return self._guest[1]
+            check_offered(name, self.choices()[0])
+            if self._second_policy is None or self._second_policy[0] != name:
+                self._second_policy = None  # frees the old one's memory first
+                self._second_policy = name, self._open_policy(name, models.pick_device())
+            return self._second_policy[1]
+
+    @staticmethod
+    def _open_reward_model(name: str, device: torch.device) -> models.RewardModel | None:
+        if name == model_list.NONE:
+            return None
+        return models.RewardModel.restore(resolve.sound_checkpoint(name)).to(device).eval()
 
     @staticmethod
     def _open_policy(name: str, device: torch.device) -> generation.PolicyModel:
         if hub.looks_like_a_path(name):
-            opened = generation.PolicyModel.restore(resolve.sound_checkpoint(name))
+            policy = generation.PolicyModel.restore(resolve.sound_checkpoint(name))
         else:
-            opened = generation.PolicyModel.create(name)
-        # writing needs no fp32 weights; on a CPU bf16 is slower than fp32 for a single row
-        return opened.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
+            policy = generation.PolicyModel.create(name)
+        # generation needs no fp32 weights; on a CPU bf16 is slower than fp32 for a single row
+        return policy.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
 
     def status(self) -> list[tuple[str, str]]:
-        """What is loaded, as (name, value) pairs; without a model, what is missing."""
+        """What is loaded, as (name, value) pairs; without a policy, what to do."""
         if self.policy is None:
-            return [("talks", f"{self.talker}, not loaded yet: press Load")]
-        talkers, scorers = ({choice.name: choice.label for choice in offered} for offered in self.choices())
-        lines = [("talks", f"{talkers.get(self.talker, self.talker)} · {_described(self.policy)}")]
-        if self.reward is None:
-            lines.append(("scores", "nobody: choose a reward model, or start with --reward_model"))
-        else:
-            lines.append(("scores", f"{scorers.get(self.scorer, self.scorer)} · {_described(self.reward)}"))
+            return [("policy", f"{self.policy_name}, not loaded yet: press Load")]
+        policies, reward_models = ({choice.name: choice.label for choice in offered} for offered in self.choices())
+        policy = f"{policies.get(self.policy_name, self.policy_name)} · {_described(self.policy)}"
+        reward_model = "none: choose one under Models, or start with --reward_model"
+        if self.reward_model is not None:
+            name = reward_models.get(self.reward_model_name, self.reward_model_name)
+            reward_model = f"{name} · {_described(self.reward_model)}"
         device = self.policy.device
-        lines.append(("memory", f"{devices.in_use_gib(device):.2f} GiB in use on {device.type}"))
-        return lines
+        memory = f"{devices.in_use_gib(device):.2f} GiB in use on {device.type}"
+        return [("policy", policy), ("reward model", reward_model), ("memory", memory)]
 
     def explain(self, error: Exception) -> str:
-        """An error in words for the visitor; the terminal gets the traceback with --debug."""
+        """An error in words for the visitor; with --debug the terminal gets the traceback."""
         if self.debug:
             traceback.print_exception(error)
         if utils.is_out_of_memory(error):
-            return "out of memory: a shorter dialogue, fewer candidates or a smaller model would fit"
+            return "out of memory: try a shorter dialogue, fewer candidates or a smaller model"
         return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
-    # -- Writing -----------------------------------------------------------------------------------------------------
+    # -- Generating --------------------------------------------------------------------------------------------------
 
-    def refuse(self, dialogue: Messages, settings: Settings, writer: generation.PolicyModel | None = None) -> None:
-        """Raise ValueError, saying why, for what cannot be answered."""
+    def check(self, dialogue: Messages, settings: Settings, policy: generation.PolicyModel | None = None) -> None:
+        """Raise ValueError, saying why, if a dialogue cannot be answered."""
         settings.check()
-        writer = writer or self.policy
-        if writer is None:
+        policy = policy or self.policy
+        if policy is None:
             raise ValueError("no model is loaded yet: choose one under Models and press Load")
         if not dialogue or dialogue[-1]["role"] != "user":
             raise ValueError("there is nothing to reply to")
-        whole = dialogue_with(settings.system_prompt, dialogue)
-        refuse_too_long(whole, writer.tokenizer, writer.language_model.config, settings.max_new_tokens)
+        messages = with_system_prompt(settings.system_prompt, dialogue)
+        check_length(messages, policy.tokenizer, policy.language_model.config, settings.max_new_tokens)
 
-    def write(
-        self, dialogue: Messages, settings: Settings, writer: generation.PolicyModel | None = None
+    def generate(
+        self, dialogue: Messages, settings: Settings, policy: generation.PolicyModel | None = None
     ) -> Iterator[list[Reply]]:
-        """Write the next reply, `settings.candidates` of them in one batch: all of them so far, again and again.
+        """Generate `settings.candidates` replies in one batch; yields all of them so far, several times a second.
 
-        Raises ValueError for what cannot be answered; whatever goes wrong in the generation is raised too.
+        Raises ValueError if the dialogue cannot be answered; errors of the generation are raised too.
         """
-        writer = writer or self.policy  # a switch in the meantime does not take it away
-        self.refuse(dialogue, settings, writer)
-        assert writer is not None
-        dialogue = dialogue_with(settings.system_prompt, dialogue)
+        policy = policy or self.policy  # loading another one in the meantime must not change it
+        self.check(dialogue, settings, policy)
+        assert policy is not None
         texts = [""] * int(settings.candidates)
-        last_shown = 0.0
-        for pieces in writer.stream_candidates(
-            dialogue,
+        last_update = 0.0
+        for pieces in policy.stream_candidates(
+            with_system_prompt(settings.system_prompt, dialogue),
             int(settings.candidates),
             int(settings.max_new_tokens),
             settings.temperature,
@@ -206,47 +205,43 @@ class Stage:
             settings.thinking,
         ):
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
-            if any(pieces) and time.monotonic() - last_shown > SECONDS_BETWEEN_PIECES:
-                last_shown = time.monotonic()
+            if any(pieces) and time.monotonic() - last_update > SECONDS_BETWEEN_UPDATES:
+                last_update = time.monotonic()
                 yield [Reply.of(text, settings.thinking) for text in texts]
         replies = [Reply.of(text, settings.thinking) for text in texts]
         if not any(reply.content.strip() for reply in replies):
-            thought = any(reply.thinking for reply in replies)
-            raise ValueError(
-                "the length ran out while the model was thinking: raise max new tokens"
-                if thought
-                else "the model ended its reply before it said anything"
-            )
+            if any(reply.thinking for reply in replies):
+                raise ValueError("the model was still thinking when it reached max new tokens: raise max new tokens")
+            raise ValueError("the model ended its reply without a word")
         yield replies
 
-    def ranked(
+    def rank(
         self, dialogue: Messages, replies: list[Reply], system_prompt: str = ""
     ) -> list[tuple[Reply, float | None]]:
-        """Replies with their rewards, best first; as they came, without rewards, if nobody scores."""
-        said = [reply for reply in replies if reply.content.strip()]
-        if self.reward is None:
-            return [(reply, None) for reply in said]
-        start = dialogue_with(system_prompt, dialogue)
-        dialogues = [[*start, {"role": "assistant", "content": reply.content}] for reply in said]
-        scored = zip(said, self.rewards_of(dialogues), strict=True)
-        return sorted(scored, key=lambda pair: -pair[1])
+        """Non-empty replies with their rewards, best first; without a reward model in their order, without rewards."""
+        replies = [reply for reply in replies if reply.content.strip()]
+        if self.reward_model is None:
+            return [(reply, None) for reply in replies]
+        prompt = with_system_prompt(system_prompt, dialogue)
+        rewards = self.rewards_of([with_reply(prompt, reply.content) for reply in replies])
+        return sorted(zip(replies, rewards, strict=True), key=lambda pair: -pair[1])
 
     # -- Scoring -----------------------------------------------------------------------------------------------------
 
     def rewards_of(self, dialogues: list[Messages]) -> list[float]:
-        """The rewards of whole dialogues, each ending in a reply; what was scored before is remembered."""
-        scorer, known = self.reward, self._rewards  # a switch in the meantime changes neither
-        if scorer is None:
+        """The rewards of dialogues that each end in a reply. Recent rewards are cached."""
+        model, cache = self.reward_model, self._rewards  # loading another one in the meantime must not change them
+        if model is None:
             raise ValueError("no reward model is loaded")
         keys = [json.dumps(dialogue) for dialogue in dialogues]
-        missing = {key: dialogue for key, dialogue in zip(keys, dialogues, strict=True) if key not in known}
+        missing = {key: dialogue for key, dialogue in zip(keys, dialogues, strict=True) if key not in cache}
         for dialogue in missing.values():
-            refuse_too_long(dialogue, scorer.tokenizer, scorer.classifier.config)
-        found = dict(zip(missing, scorer.score_dialogues(list(missing.values())), strict=True)) if missing else {}
-        rewards = [found[key] if key in found else known[key] for key in keys]
-        known.update(found)
-        while len(known) > MOST_REWARDS_KEPT:
-            known.popitem(last=False)
+            check_length(dialogue, model.tokenizer, model.classifier.config)
+        computed = dict(zip(missing, model.score_dialogues(list(missing.values())), strict=True)) if missing else {}
+        rewards = [computed[key] if key in computed else cache[key] for key in keys]
+        cache.update(computed)
+        while len(cache) > MAX_CACHED_REWARDS:
+            cache.popitem(last=False)
         return rewards
 
     def compare(self, prompt: Messages, replies: tuple[str, str]) -> dict[str, Any]:
@@ -257,20 +252,20 @@ class Stage:
         for letter, reply in zip("AB", replies, strict=True):
             if not reply.strip():
                 raise ValueError(f"reply {letter} is empty")
-        dialogues = [[*prompt, {"role": "assistant", "content": reply}] for reply in replies]
+        dialogues = [with_reply(prompt, reply) for reply in replies]
         reward_a, reward_b = self.rewards_of(dialogues)
         p_a = torch.sigmoid(torch.tensor(reward_a - reward_b, dtype=torch.float64)).item()
         result = {"reward_a": reward_a, "reward_b": reward_b, "p_a": p_a}
-        scorer = self.reward
+        model = self.reward_model
         for letter, dialogue in zip("ab", dialogues, strict=True):
-            tokens = zip(*scorer.token_rewards(dialogue), strict=True) if scorer and scorer.can_pack else []
+            tokens = zip(*model.token_rewards(dialogue), strict=True) if model and model.can_pack else []
             result[f"tokens_{letter}"] = [list(pair) for pair in tokens]
         return result
 
 
-def refuse_unless_offered(name: str, offered: list[model_list.Choice]) -> None:
+def check_offered(name: str, offered: list[model_list.Choice]) -> None:
     if name not in [choice.name for choice in offered]:
-        raise ValueError(f"{Path(name).name} is not on offer here, or not any more: choose from the list")
+        raise ValueError(f"{Path(name).name} is not on offer here (any more): choose from the list")
 
 
 def _described(model: Any) -> str:
@@ -280,19 +275,13 @@ def _described(model: Any) -> str:
     return f"{count:,} parameters, {precision} on {parameters[0].device.type}"
 
 
-def dialogue_with(system_prompt: str, dialogue: Messages) -> Messages:
-    """A dialogue behind its system prompt, if there is one."""
-    prompt = system_prompt.strip()
-    return [{"role": "system", "content": prompt}, *dialogue] if prompt else dialogue
-
-
-def refuse_too_long(dialogue: Messages, tokenizer: Any, model_config: Any, new_tokens: int = 0) -> None:
-    """Raise ValueError if a dialogue and the reply to come do not fit the positions that a model knows."""
+def check_length(dialogue: Messages, tokenizer: Any, model_config: Any, new_tokens: int = 0) -> None:
+    """Raise ValueError if a dialogue and its new tokens exceed the model's number of positions."""
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     text = tokenizer.apply_chat_template(
         dialogue, tokenize=False, add_generation_prompt=new_tokens > 0, enable_thinking=False
     )
-    # the tokens are only counted: a megabyte takes half the time without the lists and offsets that come with them
+    # only the number of tokens is needed: this call takes half the time for a megabyte of text
     tokens = len(tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)[0])
     if limit is not None and tokens + new_tokens > limit:
         new = f" and up to {new_tokens:,} new ones make {tokens + new_tokens:,}" if new_tokens else ""

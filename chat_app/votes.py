@@ -1,7 +1,7 @@
-"""Preferences that people give on the page, appended to a JSONL file that `train_rm.py --dataset` takes as it stands.
+"""Votes from the page, appended to a JSONL file that `train_rm.py --dataset` reads.
 
-A row is {"prompt": messages, "chosen": [reply], "rejected": [reply], "vote": …, "time": …}. A tie and "both bad" are
-kept too, with A as `chosen`: their `vote` says that nothing was preferred, so training counts them and leaves them out.
+A row is {"prompt": messages, "chosen": [reply], "rejected": [reply], "vote": …, "time": …}. Ties and "both bad" are
+saved too, with A as `chosen`: their `vote` says that neither was preferred, so training counts and skips them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import utils
+from chat_app.conversation import with_reply
 from common import atomic_files, file_locks
 from data_pipeline.parsing import Messages
 
@@ -21,11 +22,11 @@ VOTES = {"a": "A is better", "b": "B is better", "tie": "Tie", "both_bad": "Both
 
 
 def row_of(prompt: Messages, reply_a: str, reply_b: str, vote: str) -> dict[str, Any]:
-    """One vote as a row of preference data. Raises ValueError if it says nothing that one could train on."""
+    """One vote as a row of preference data. Raises ValueError if nothing can be learned from it."""
     if vote not in VOTES:
         raise ValueError(f"the vote {vote!r} is none of {', '.join(VOTES)}")
-    if not prompt or not any(message["content"].strip() for message in prompt if message["role"] == "user"):
-        raise ValueError("there is no prompt yet: a vote needs what the two replies answer")
+    if not any(message["role"] == "user" and message["content"].strip() for message in prompt):
+        raise ValueError("there is no prompt yet: a vote needs one that the two replies answer")
     if not reply_a.strip() or not reply_b.strip():
         raise ValueError(f"reply {'B' if reply_a.strip() else 'A'} is empty: a vote needs two replies")
     if reply_a.strip() == reply_b.strip():
@@ -33,18 +34,18 @@ def row_of(prompt: Messages, reply_a: str, reply_b: str, vote: str) -> dict[str,
     chosen, rejected = (reply_b, reply_a) if vote == "b" else (reply_a, reply_b)
     return {
         "prompt": prompt,
-        "chosen": [{"role": "assistant", "content": chosen.strip()}],
-        "rejected": [{"role": "assistant", "content": rejected.strip()}],
+        "chosen": with_reply([], chosen.strip()),
+        "rejected": with_reply([], rejected.strip()),
         "vote": vote,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
 
 def append(path: Path, row: dict[str, Any]) -> int:
-    """Add a row to the file and flush it to the disk; returns how many rows there are now.
+    """Append a row and flush it to the disk; returns the number of rows in the file.
 
-    Safe from several threads and processes at once. If the disk does not take all of it, the file is cut back to what
-    it was and DiskOrNetworkError is raised.
+    Threads and processes may append at the same time. If writing fails, the file is cut back to its old length and
+    DiskOrNetworkError is raised.
     """
     line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"  # half a character becomes "?"
     try:
@@ -53,9 +54,9 @@ def append(path: Path, row: dict[str, Any]) -> int:
             size = file.seek(0, 2)
             if size:
                 file.seek(size - 1)
-                line = line if file.read(1) == b"\n" else b"\n" + line  # somebody edited it by hand
+                line = line if file.read(1) == b"\n" else b"\n" + line  # the last line was edited by hand
             try:
-                if file.write(line) != len(line):  # unbuffered, so that nothing is left to be written after a failure
+                if file.write(line) != len(line):  # unbuffered, so that no rest is written after a failure
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
                 atomic_files.fsync_path(path)
             except OSError:
@@ -68,6 +69,6 @@ def append(path: Path, row: dict[str, Any]) -> int:
             "the vote was not saved",
             where=path,
             found=error.strerror or error,
-            safe="the votes before it are as they were",
-            next="make room or mend the folder's rights, then vote again",
+            safe="the votes before it are unchanged",
+            next="free some space or fix the folder's permissions, then vote again",
         ) from error

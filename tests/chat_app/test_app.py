@@ -121,7 +121,7 @@ def wait_for_words(page):
 def set_slider(page, label, value):
     box = page.get_by_label(f"number input for {label}")
     if not box.is_visible():
-        page.get_by_role("button", name="How to reply").click()
+        page.get_by_role("button", name="Generation settings").click()
 
     def fill():
         box.fill(str(value))
@@ -506,13 +506,13 @@ def test_the_chats_best_two_candidates_go_over_into_the_comparison(open_page):
 def test_models_are_offered_and_loaded_by_name(open_page):
     page = open_page()
     page.get_by_role("tab", name="Models").click()
-    scorer = page.locator("#scorer input")
-    expect(scorer).to_have_value("bread / step-2 (newest)")
-    scorer.click()
-    page.get_by_role("option", name="nobody").click()
+    reward_model = page.locator("#reward-model input")
+    expect(reward_model).to_have_value("bread / step-2 (newest)")
+    reward_model.click()
+    page.get_by_role("option", name="none").click()
     page.locator("#load").click()
-    expect(page.locator("#status")).to_contain_text("nobody: choose a reward model")
-    scorer.click()
+    expect(page.locator("#status")).to_contain_text("none: choose one under Models")
+    reward_model.click()
     page.get_by_role("option", name="bread / step-2").click()
     page.locator("#load").click()
     expect(page.locator("#status")).to_contain_text("bread / step-2 (newest) · ")
@@ -605,6 +605,6 @@ def test_texts_are_readable_in_both_colour_schemes(open_page, scheme):
     ):
         ratio = page.locator(selector).first.evaluate(CONTRAST)
         assert ratio >= 4.5, (selector, ratio)
-    for text in ("0 takes the likeliest token", "Temperature", "Best of N"):
+    for text in ("0 always takes the likeliest token", "Temperature", "Best of N"):
         ratio = page.get_by_text(text).first.evaluate(CONTRAST)
         assert ratio >= 4.5, (text, ratio)

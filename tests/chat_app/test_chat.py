@@ -18,8 +18,10 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 
 import chat
+import chat_app.server
 import models
-from chat_app import app, engine
+from chat_app import app
+from chat_app.engine import ChatEngine
 from tests.conftest import ROOT
 
 QUESTION = {"role": "user", "content": "What should I know about bread?"}
@@ -142,7 +144,7 @@ NO_DIALOGUES = ["{", 3, [], None, [{"role": "user"}], ["hello"], {"role": "user"
 def test_what_is_no_dialogue_is_refused_and_the_server_lives_on(client, messages):
     with pytest.raises(AppError) as caught:
         client.predict(messages, api_name="/score")
-    assert "wants a list" in str(caught.value) or "a reward is of a reply" in str(caught.value)
+    assert "wants a list" in str(caught.value) or "only a reply has a reward" in str(caught.value)
     assert isinstance(client.predict(ANSWERED, api_name="/score"), float)
 
 
@@ -156,7 +158,7 @@ def test_what_is_no_dialogue_is_refused_and_the_server_lives_on(client, messages
         ({"thinking": "no"}, "thinking wants true or false"),
         ({"message": 3}, "the message is empty, or no text"),
         ({"candidates": 99}, "candidates: got 99, wants a whole number from 1 to 16"),
-        ({"candidates": 2, "temperature": 0}, "all be the same one"),
+        ({"candidates": 2, "temperature": 0}, "would all be the same"),
         ({"message": "  "}, "the message is empty"),
         ({"history": [{"role": "user"}]}, "wants a list"),
     ],
@@ -200,17 +202,17 @@ def test_ten_users_at_once_are_queued_with_their_place_and_none_is_lost(server):
 @pytest.fixture
 def in_process(base, reward_checkpoint, tmp_path):
     """The page served from this process, so that a fault can be put into its models: (stage, client)."""
-    on_stage = engine.Stage(base, reward_checkpoint)
-    on_stage.load()
-    built = app.build_page(on_stage, tmp_path / "preferences.jsonl")
+    chat_engine = ChatEngine(base, reward_checkpoint)
+    chat_engine.load()
+    built = app.build_page(chat_engine, tmp_path / "preferences.jsonl")
     built.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, ssr_mode=False)
-    yield on_stage, Client(built.local_url, verbose=False)
+    yield chat_engine, Client(built.local_url, verbose=False)
     built.close(verbose=False)
 
 
 def test_a_generation_that_raises_ends_with_a_message_and_the_next_user_is_served(in_process, monkeypatch):
-    on_stage, client = in_process
-    original = on_stage.policy.language_model.forward
+    chat_engine, client = in_process
+    original = chat_engine.policy.language_model.forward
     calls = []
 
     def fail_in_the_middle(*arguments, **options):
@@ -219,23 +221,23 @@ def test_a_generation_that_raises_ends_with_a_message_and_the_next_user_is_serve
             raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
         return original(*arguments, **options)
 
-    monkeypatch.setattr(on_stage.policy.language_model, "forward", fail_in_the_middle)
+    monkeypatch.setattr(chat_engine.policy.language_model, "forward", fail_in_the_middle)
     started = time.perf_counter()
-    with pytest.raises(AppError, match="out of memory: a shorter dialogue"):
+    with pytest.raises(AppError, match="out of memory: try a shorter dialogue"):
         client.predict(QUESTION["content"], max_new_tokens=100, api_name="/chat")
     assert time.perf_counter() - started < 30 and len(calls) == 5  # it ends at all; how fast, bench/chat_page.py tells
     assert client.predict("Hello?", max_new_tokens=8, api_name="/chat").strip()
 
 
 def test_a_switch_during_a_reply_lets_it_finish_on_the_old_model(in_process, base):
-    on_stage, client = in_process
-    old = on_stage.policy
+    chat_engine, client = in_process
+    old = chat_engine.policy
     job = client.submit(QUESTION["content"], max_new_tokens=300, api_name="/chat")
     while not job.outputs():
         time.sleep(0.02)
-    on_stage.talker = "somebody else"
-    on_stage.load(base, on_stage.scorer)
-    assert on_stage.policy is not old
+    chat_engine.policy_name = "somebody else"
+    chat_engine.load(base, chat_engine.reward_model_name)
+    assert chat_engine.policy is not old
     assert job.result(timeout=60).strip() and len(job.outputs()) > 3
     assert client.predict("Hello?", max_new_tokens=8, api_name="/chat").strip()
 
@@ -290,8 +292,8 @@ def test_files_of_this_machine_are_not_served(server, reward_checkpoint):
     "flags, reason",
     [
         (["--share"], "--share: a public address without --auth"),
-        (["--host", "0.0.0.0"], "--host: 0.0.0.0 lets others in, and without --auth"),
-        (["--host", "::"], "--host: :: lets others in"),
+        (["--host", "0.0.0.0"], "--host: 0.0.0.0 is reachable by others, so --auth"),
+        (["--host", "::"], "--host: :: is reachable by others"),
         (["--auth", "me"], "--auth: wants USER:PASS"),
         (["--auth", ":secret"], "--auth: wants USER:PASS"),
         (["--demo", "--model", "x"], "--demo: brings its own models"),
@@ -353,8 +355,8 @@ def test_the_demo_without_a_reward_model_trains_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(chat.subprocess, "run", train)
     monkeypatch.setattr(chat.resolve, "sound_checkpoint", Path)
-    talker, scorer = chat.demo_models(Path("checkpoints/rm"))
-    assert talker == os.path.join("demo", "model") and scorer == Path("checkpoints/rm") / chat.DEMO_RUN
+    policy_name, reward_folder = chat.demo_models(Path("checkpoints/rm"))
+    assert policy_name == os.path.join("demo", "model") and reward_folder == Path("checkpoints/rm") / chat.DEMO_RUN
     assert commands[0][1] == str(ROOT / "train_rm.py") and "--demo" in commands[0]
     chat.demo_models(Path("checkpoints/rm"))  # that one did not say that it finished
     assert commands[1][2:] == ["--resume_from", os.path.join("checkpoints/rm", chat.DEMO_RUN)]
@@ -370,7 +372,7 @@ def test_a_taken_port_is_left_unless_it_was_asked_for(run_script):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert port < chat.free_port("127.0.0.1", port, port + 20) <= port + 20
+        assert port < chat_app.server.free_port("127.0.0.1", port, port + 20) <= port + 20
         result = run_script("chat.py", "--port", port)
     assert result.returncode == 2
     assert f"--port {port} is taken" in result.stderr and "Traceback" not in result.stderr

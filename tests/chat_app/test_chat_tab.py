@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import gradio
 import pytest
 
-from chat_app import conversation, engine
+from chat_app import conversation
 from chat_app.chat_tab import ChatTab
+from chat_app.engine import ChatEngine
 
 VALUES = ("", 0.0, 0.9, 24, False, 1)  # system prompt, temperature, top-p, length, thinking, candidates
 MINE, OTHERS = SimpleNamespace(session_hash="mine"), SimpleNamespace(session_hash="somebody else's")
@@ -14,10 +15,10 @@ MINE, OTHERS = SimpleNamespace(session_hash="mine"), SimpleNamespace(session_has
 
 @pytest.fixture
 def chat(base):
-    on_stage = engine.Stage(base)
-    on_stage.load()
+    chat_engine = ChatEngine(base)
+    chat_engine.load()
     with gradio.Blocks() as page:
-        return ChatTab(on_stage, page)
+        return ChatTab(chat_engine, page)
 
 
 @pytest.fixture

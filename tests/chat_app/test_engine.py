@@ -1,4 +1,4 @@
-"""stage.py: writing, ranking, scoring, comparing, and switching models, on the demo's small model."""
+"""engine.py: generating, ranking, scoring, comparing, and switching models, on the demo's small model."""
 
 import gc
 import itertools
@@ -12,7 +12,7 @@ import torch
 
 import utils
 from chat_app import engine
-from chat_app.engine import Reply, Settings
+from chat_app.engine import ChatEngine, Reply, Settings
 from checkpointing import manifest
 
 QUESTION = [{"role": "user", "content": "What should I know about bread?"}]
@@ -20,8 +20,8 @@ SHORT = Settings(max_new_tokens=12, temperature=1.0)
 
 
 @pytest.fixture
-def on_stage(base, reward_checkpoint):
-    loaded = engine.Stage(base, reward_checkpoint, reward_checkpoint.parent.parent)
+def chat_engine(base, reward_checkpoint):
+    loaded = ChatEngine(base, reward_checkpoint, reward_checkpoint.parent.parent)
     loaded.load()
     return loaded
 
@@ -35,41 +35,41 @@ def replied(text):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_replies_grow_and_the_last_ones_are_whole(on_stage):
+def test_replies_grow_and_the_last_ones_are_whole(chat_engine):
     torch.manual_seed(1)
-    steps = list(on_stage.write(QUESTION, Settings(candidates=3, max_new_tokens=60, temperature=1.0)))
+    steps = list(chat_engine.generate(QUESTION, Settings(candidates=3, max_new_tokens=60, temperature=1.0)))
     assert all(len(step) == 3 for step in steps)
     for before, after in itertools.pairwise(steps):
         assert all(later.content.startswith(earlier.content) for earlier, later in zip(before, after, strict=True))
 
 
-def test_the_candidates_are_ranked_by_reward(on_stage):
+def test_the_candidates_are_ranked_by_reward(chat_engine):
     replies = [Reply("Knead."), Reply(""), Reply("No!"), Reply("Wait for an hour.")]
-    ranked = on_stage.ranked(QUESTION, replies)
-    rewards = dict(zip(("Knead.", "No!", "Wait for an hour."), on_stage.rewards_of(
+    ranked = chat_engine.rank(QUESTION, replies)
+    rewards = dict(zip(("Knead.", "No!", "Wait for an hour."), chat_engine.rewards_of(
         [replied(text) for text in ("Knead.", "No!", "Wait for an hour.")]), strict=True))  # fmt: skip
     assert [reply.content for reply, _ in ranked] == sorted(rewards, key=lambda text: -rewards[text])
     assert [reward for _, reward in ranked] == sorted(rewards.values(), reverse=True)
 
 
 def test_without_a_reward_model_the_candidates_stay_as_they_came(base):
-    alone = engine.Stage(base)
+    alone = ChatEngine(base)
     alone.load()
-    assert alone.ranked(QUESTION, [Reply("b"), Reply("a")]) == [(Reply("b"), None), (Reply("a"), None)]
+    assert alone.rank(QUESTION, [Reply("b"), Reply("a")]) == [(Reply("b"), None), (Reply("a"), None)]
     with pytest.raises(ValueError, match="no reward model is loaded"):
         alone.rewards_of([replied("b")])
 
 
-def test_the_system_prompt_is_part_of_what_is_written_and_scored(on_stage):
+def test_the_system_prompt_is_part_of_what_is_written_and_scored(chat_engine):
     def write(dialogue, settings):
         torch.manual_seed(1)
-        return list(on_stage.write(dialogue, settings))[-1]
+        return list(chat_engine.generate(dialogue, settings))[-1]
 
     plain = write(QUESTION, SHORT)
     told = write(QUESTION, replace(SHORT, system_prompt="Be rude."))
     as_message = write([{"role": "system", "content": "Be rude."}, *QUESTION], SHORT)
     assert told == as_message != plain
-    (_, alone), (_, with_prompt) = (on_stage.ranked(QUESTION, plain, prompt)[0] for prompt in ("", "Be rude."))
+    (_, alone), (_, with_prompt) = (chat_engine.rank(QUESTION, plain, prompt)[0] for prompt in ("", "Be rude."))
     assert alone != with_prompt
 
 
@@ -89,16 +89,16 @@ def test_thinking_is_told_from_the_reply(text, may_think, wanted):
     assert Reply.of(text, may_think) == wanted
 
 
-def test_a_reply_that_never_came_is_explained(on_stage, monkeypatch):
+def test_a_reply_that_never_came_is_explained(chat_engine, monkeypatch):
     pieces = {"thinking": ["<think>", "hm"], "nothing": [""]}
 
     def write(name):
-        monkeypatch.setattr(on_stage.policy, "stream_candidates", lambda *rest: iter([[p] for p in pieces[name]]))
-        return list(on_stage.write(QUESTION, Settings(thinking=True)))
+        monkeypatch.setattr(chat_engine.policy, "stream_candidates", lambda *rest: iter([[p] for p in pieces[name]]))
+        return list(chat_engine.generate(QUESTION, Settings(thinking=True)))
 
-    with pytest.raises(ValueError, match="the length ran out while the model was thinking"):
+    with pytest.raises(ValueError, match="still thinking when it reached max new tokens"):
         write("thinking")
-    with pytest.raises(ValueError, match="ended its reply before it said anything"):
+    with pytest.raises(ValueError, match="ended its reply without a word"):
         write("nothing")
 
 
@@ -114,14 +114,14 @@ def test_a_reply_that_never_came_is_explained(on_stage, monkeypatch):
         (QUESTION, Settings("word " * 3000), "too long"),
     ],
 )
-def test_what_cannot_be_answered_is_refused_before_anything_is_written(on_stage, dialogue, settings, reason):
+def test_what_cannot_be_answered_is_refused_before_anything_is_written(chat_engine, dialogue, settings, reason):
     with pytest.raises(ValueError, match=reason):
-        next(on_stage.write(dialogue, settings))
+        next(chat_engine.generate(dialogue, settings))
 
 
 def test_nothing_is_answered_before_a_model_is_loaded(base):
     with pytest.raises(ValueError, match="no model is loaded yet"):
-        next(engine.Stage(base).write(QUESTION, Settings()))
+        next(ChatEngine(base).generate(QUESTION, Settings()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,23 +129,23 @@ def test_nothing_is_answered_before_a_model_is_loaded(base):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_rewards_are_the_reward_models_and_are_computed_once(on_stage, monkeypatch):
+def test_rewards_are_the_reward_models_and_are_computed_once(chat_engine, monkeypatch):
     dialogues = [replied("Knead."), replied("No."), replied("Knead.")]
-    wanted = on_stage.reward.score_dialogues(dialogues)
-    assert on_stage.rewards_of(dialogues) == pytest.approx(wanted, abs=1e-5)
-    monkeypatch.setattr(on_stage.reward, "score_dialogues", None)
-    assert on_stage.rewards_of(dialogues) == pytest.approx(wanted, abs=1e-5)
+    wanted = chat_engine.reward_model.score_dialogues(dialogues)
+    assert chat_engine.rewards_of(dialogues) == pytest.approx(wanted, abs=1e-5)
+    monkeypatch.setattr(chat_engine.reward_model, "score_dialogues", None)
+    assert chat_engine.rewards_of(dialogues) == pytest.approx(wanted, abs=1e-5)
 
 
-def test_only_so_many_rewards_are_remembered(on_stage, monkeypatch):
-    monkeypatch.setattr(engine, "MOST_REWARDS_KEPT", 2)
-    on_stage.rewards_of([replied(str(number)) for number in range(5)])
-    assert len(on_stage._rewards) == 2
+def test_only_so_many_rewards_are_remembered(chat_engine, monkeypatch):
+    monkeypatch.setattr(engine, "MAX_CACHED_REWARDS", 2)
+    chat_engine.rewards_of([replied(str(number)) for number in range(5)])
+    assert len(chat_engine._rewards) == 2
 
 
-def test_a_comparison_is_worked_out_by_bradley_and_terry(on_stage, monkeypatch):
-    monkeypatch.setattr(on_stage, "rewards_of", lambda dialogues: [2.0, 0.5])
-    found = on_stage.compare(QUESTION, ("Knead.", "No."))
+def test_a_comparison_is_worked_out_by_bradley_and_terry(chat_engine, monkeypatch):
+    monkeypatch.setattr(chat_engine, "rewards_of", lambda dialogues: [2.0, 0.5])
+    found = chat_engine.compare(QUESTION, ("Knead.", "No."))
     assert found["p_a"] == pytest.approx(1 / (1 + math.exp(-1.5)))
 
 
@@ -157,9 +157,9 @@ def test_a_comparison_is_worked_out_by_bradley_and_terry(on_stage, monkeypatch):
         (QUESTION, ("a", ""), "reply B is empty"),
     ],
 )
-def test_an_empty_comparison_is_refused(on_stage, prompt, replies, reason):
+def test_an_empty_comparison_is_refused(chat_engine, prompt, replies, reason):
     with pytest.raises(ValueError, match=reason):
-        on_stage.compare(prompt, replies)
+        chat_engine.compare(prompt, replies)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,39 +167,39 @@ def test_an_empty_comparison_is_refused(on_stage, prompt, replies, reason):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_switching_frees_the_old_model(on_stage):
-    old = weakref.ref(on_stage.reward), weakref.ref(next(on_stage.reward.parameters()))
-    assert on_stage.rewards_of([replied("Knead.")])
-    on_stage.load(on_stage.talker, "")
+def test_switching_frees_the_old_model(chat_engine):
+    old = weakref.ref(chat_engine.reward_model), weakref.ref(next(chat_engine.reward_model.parameters()))
+    assert chat_engine.rewards_of([replied("Knead.")])
+    chat_engine.load(chat_engine.policy_name, "")
     gc.collect()
-    assert [reference() for reference in old] == [None, None] and on_stage.reward is None
-    assert dict(on_stage.status())["scores"].startswith("nobody")
+    assert [reference() for reference in old] == [None, None] and chat_engine.reward_model is None
+    assert dict(chat_engine.status())["reward model"].startswith("none")
 
 
-def test_a_failed_load_keeps_the_old_models_and_says_why(on_stage, reward_checkpoint, monkeypatch):
-    before = on_stage.policy, on_stage.reward, on_stage.talker, on_stage.scorer
+def test_a_failed_load_keeps_the_old_models_and_says_why(chat_engine, reward_checkpoint, monkeypatch):
+    before = chat_engine.policy, chat_engine.reward_model, chat_engine.policy_name, chat_engine.reward_model_name
     with pytest.raises(ValueError, match="etc is not on offer here"):
-        on_stage.load("/etc", on_stage.scorer)
+        chat_engine.load("/etc", chat_engine.reward_model_name)
     with pytest.raises(ValueError, match="model is not on offer here"):
-        on_stage.guest("evil/model")
-    on_stage.load(on_stage.talker, "")
+        chat_engine.second_policy("evil/model")
+    chat_engine.load(chat_engine.policy_name, "")
     content = (reward_checkpoint / "model.safetensors").read_bytes()
     try:
         (reward_checkpoint / "model.safetensors").write_bytes(content[:-1])
         with pytest.raises(utils.CheckpointError, match=r"model\.safetensors"):
-            on_stage.load(on_stage.talker, before[3])
+            chat_engine.load(chat_engine.policy_name, before[3])
     finally:
         (reward_checkpoint / "model.safetensors").write_bytes(content)
-    assert on_stage.policy is before[0] and on_stage.reward is None
+    assert chat_engine.policy is before[0] and chat_engine.reward_model is None
 
 
-def test_a_reply_goes_on_with_its_model_while_another_is_loaded(on_stage, base):
-    writing = on_stage.write(QUESTION, Settings(max_new_tokens=200, temperature=1.0, top_p=1.0))
+def test_a_reply_goes_on_with_its_model_while_another_is_loaded(chat_engine, base):
+    writing = chat_engine.generate(QUESTION, Settings(max_new_tokens=200, temperature=1.0, top_p=1.0))
     next(writing)
-    old = on_stage.policy
-    on_stage.talker = "another one"
-    on_stage.load(base, on_stage.scorer)
-    assert on_stage.policy is not old
+    old = chat_engine.policy
+    chat_engine.policy_name = "another one"
+    chat_engine.load(base, chat_engine.reward_model_name)
+    assert chat_engine.policy is not old
     assert len(list(writing)) > 1
 
 
@@ -208,35 +208,35 @@ def test_a_checkpoint_that_was_replaced_under_its_name_is_loaded_anew(base, rewa
 
     folder = tmp_path / "run" / "step-2"
     shutil.copytree(reward_checkpoint, folder)
-    loaded = engine.Stage(base, folder, tmp_path)
+    loaded = ChatEngine(base, folder, tmp_path)
     loaded.load()
-    before = loaded.reward
+    before = loaded.reward_model
     loaded.load()
-    assert loaded.reward is before
+    assert loaded.reward_model is before
     (folder / "manifest.json").unlink()
     (folder / "note.txt").write_text("another training")
     manifest.write_manifest(folder, 2)
     loaded.load()
-    assert loaded.reward is not before
+    assert loaded.reward_model is not before
 
 
 def test_two_visitors_who_press_load_at_once_load_one_model(base, monkeypatch):
-    loading, opened = engine.Stage(base), []
-    original = engine.Stage._open_policy
-    monkeypatch.setattr(engine.Stage, "_open_policy", lambda self, *rest: opened.append(1) or original(*rest))
+    loading, opened = ChatEngine(base), []
+    original = ChatEngine._open_policy
+    monkeypatch.setattr(ChatEngine, "_open_policy", lambda self, *rest: opened.append(1) or original(*rest))
     threads = [threading.Thread(target=loading.load) for _ in range(3)]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
     assert len(opened) == 1 and loading.policy is not None
 
 
-def test_a_guest_writes_beside_the_model_on_stage_and_is_opened_once(on_stage):
-    guest = on_stage.guest(on_stage.talker)
-    assert guest is not on_stage.policy and on_stage.guest(on_stage.talker) is guest
-    assert list(on_stage.write(QUESTION, SHORT, guest))[-1][0].content
+def test_a_guest_writes_beside_the_model_on_stage_and_is_opened_once(chat_engine):
+    guest = chat_engine.second_policy(chat_engine.policy_name)
+    assert guest is not chat_engine.policy and chat_engine.second_policy(chat_engine.policy_name) is guest
+    assert list(chat_engine.generate(QUESTION, SHORT, guest))[-1][0].content
 
 
-def test_the_status_names_models_parameters_precision_and_memory(on_stage):
-    lines = dict(on_stage.status())
-    assert "721,984 parameters, fp32 on cpu" in lines["talks"]
-    assert lines["scores"].startswith("bread / step-2 (newest)")
+def test_the_status_names_models_parameters_precision_and_memory(chat_engine):
+    lines = dict(chat_engine.status())
+    assert "721,984 parameters, fp32 on cpu" in lines["policy"]
+    assert lines["reward model"].startswith("bread / step-2 (newest)")
     assert "GiB in use on cpu" in lines["memory"]

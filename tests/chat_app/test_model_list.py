@@ -67,7 +67,7 @@ def test_a_reward_checkpoint_of_unknown_base_asks_for_the_reward_model_flag(tmp_
 
 
 def test_a_policy_is_refused_as_reward_model(base):
-    with pytest.raises(utils.UserError, match="--reward_model names no reward checkpoint"):
+    with pytest.raises(utils.UserError, match="--reward_model is not a reward checkpoint"):
         model_list.choose_models(base, base)
 
 
@@ -112,20 +112,20 @@ def test_complete_checkpoints_are_offered_newest_run_first_with_newest_and_best_
     (output_dir / "new/.tmp-step-11").mkdir()
     (output_dir / "new/step-12").mkdir()  # without a manifest: nothing that a training published
     (output_dir / "link").symlink_to(output_dir / "new")
-    talkers, scorers = model_list.list_models(output_dir, base, None)
-    assert labels(scorers) == ["nobody", "new / step-10 (newest)", "new / step-3 (best)", "old / step-1"]
-    assert labels(talkers) == [base, "Qwen/Qwen3-0.6B (default)", "old / step-2 (newest)"]
+    policies, reward_models = model_list.list_models(output_dir, base, None)
+    assert labels(reward_models) == ["none", "new / step-10 (newest)", "new / step-3 (best)", "old / step-1"]
+    assert labels(policies) == [base, "Qwen/Qwen3-0.6B (default)", "old / step-2 (newest)"]
 
 
 def test_what_the_flags_named_is_offered_and_nothing_twice(output_dir, base, lora_checkpoint, monkeypatch):
     monkeypatch.chdir(output_dir)
-    _, scorers = model_list.list_models(output_dir, base, model_list.Path("new/step-3"))
-    assert labels(scorers).count("new / step-3 (best)") == 1 and len(scorers) == 4
-    _, scorers = model_list.list_models(output_dir, base, lora_checkpoint)
-    assert labels(scorers)[-1] == "lora0 / adapter"
+    _, reward_models = model_list.list_models(output_dir, base, model_list.Path("new/step-3"))
+    assert labels(reward_models).count("new / step-3 (best)") == 1 and len(reward_models) == 4
+    _, reward_models = model_list.list_models(output_dir, base, lora_checkpoint)
+    assert labels(reward_models)[-1] == "lora0 / adapter"
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_offered_and_no_folder_offers_nothing(output_dir, base, tmp_path):
     (output_dir / "new/step-3/config.json").write_text("{")
     assert "new / step-3 (best)" not in labels(model_list.list_models(output_dir, base, None)[1])
-    assert labels(model_list.list_models(tmp_path / "nowhere", base, None)[1]) == ["nobody"]
+    assert labels(model_list.list_models(tmp_path / "nowhere", base, None)[1]) == ["none"]
