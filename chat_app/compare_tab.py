@@ -64,7 +64,7 @@ class CompareTab:
 
         inputs = [system_prompt, copied, prompt, *replies]
         results = [verdict, plot, *token_texts]
-        comparison = {"fn": self.compare, "inputs": inputs, "outputs": results, **QUIET}
+        comparison = {"fn": self.show_comparison, "inputs": inputs, "outputs": results, **QUIET}
         compare.click(**comparison)
         from_chat.click(self.copy_from_chat, chat, [copied, prompt, *replies], **AT_ONCE)
         gr.on(
@@ -121,7 +121,7 @@ class CompareTab:
             for (reply,) in self.engine.generate(dialogue, alone, self.engine.second_policy(policy_b)):
                 yield [first, reply.content]
 
-    def compare(self, system_prompt: str, copied: CopiedPrompt | None, prompt: str, *replies: str) -> list[Any]:
+    def show_comparison(self, system_prompt: str, copied: CopiedPrompt | None, prompt: str, *replies: str) -> list[Any]:
         """The values of the verdict, the plot and the two coloured texts."""
         with errors_shown(self.engine):
             messages = conversation.prompt_messages(prompt, copied)

@@ -1,4 +1,4 @@
-"""page_chat.py without a browser: whose reply is still wanted."""
+"""chat_tab.py without a browser: which visitor still waits for a reply."""
 
 from types import SimpleNamespace
 
@@ -9,46 +9,46 @@ from chat_app import conversation
 from chat_app.chat_tab import ChatTab
 from chat_app.engine import ChatEngine
 
-VALUES = ("", 0.0, 0.9, 24, False, 1)  # system prompt, temperature, top-p, length, thinking, candidates
-MINE, OTHERS = SimpleNamespace(session_hash="mine"), SimpleNamespace(session_hash="somebody else's")
+SETTINGS = ("", 0.0, 0.9, 24, False, 1)  # system prompt, temperature, top-p, max new tokens, thinking, candidates
+ME, OTHER = SimpleNamespace(session_hash="me"), SimpleNamespace(session_hash="another visitor")
 
 
-@pytest.fixture
-def chat(base):
-    chat_engine = ChatEngine(base)
-    chat_engine.load()
+@pytest.fixture(scope="module")
+def tab(base):
+    engine = ChatEngine(base)
+    engine.load()
     with gradio.Blocks() as page:
-        return ChatTab(chat_engine, page)
+        return ChatTab(engine, page)
 
 
 @pytest.fixture
-def said(chat):
-    """The conversation after a message was sent, when its page is about to ask for the reply."""
-    return chat.say(conversation.new(), "Hello!", MINE, *VALUES)[0]
+def asked(tab):
+    """The conversation after a message was sent, before the page requests the reply."""
+    return tab.ask(conversation.new(), "Hello!", ME, *SETTINGS)[0]
 
 
-def leave(chat, said, how, whose):
+def leave(tab, chat, how, visitor):
     if how == "stop":
-        chat.stop(said, whose)
+        tab.stop(chat, visitor)
     elif how == "new chat":
-        chat.begin("", whose)
+        tab.new_chat("", visitor)
     else:
-        chat.open(None, None, whose)
+        tab.open(None, None, visitor)
 
 
 @pytest.mark.parametrize("how", ["stop", "new chat", "another chat"])
-def test_a_reply_that_nobody_wants_any_more_is_not_begun_and_not_gone_on_with(chat, said, how):
-    leave(chat, said, how, MINE)
-    assert list(chat.reply(said, MINE, *VALUES)) == []
-    again = chat.say(conversation.new(), "And now?", MINE, *VALUES)[0]
-    written = chat.reply(again, MINE, *VALUES)
-    assert next(written)[0]["messages"][-1]["role"] == "assistant"
-    leave(chat, again, how, MINE)
-    assert list(written) == []
+def test_a_reply_that_is_no_longer_wanted_is_neither_started_nor_continued(tab, asked, how):
+    leave(tab, asked, how, ME)
+    assert list(tab.reply(asked, ME, *SETTINGS)) == []
+    again = tab.ask(conversation.new(), "And now?", ME, *SETTINGS)[0]
+    reply = tab.reply(again, ME, *SETTINGS)
+    assert next(reply)[0]["messages"][-1]["role"] == "assistant"
+    leave(tab, again, how, ME)
+    assert list(reply) == []
 
 
-def test_what_another_visitor_stops_is_another_reply(chat, said):
-    written = chat.reply(said, MINE, *VALUES)
-    next(written)
-    chat.stop(said, OTHERS)
-    assert list(written)[-1][0]["is_busy"] is False
+def test_stopping_a_reply_stops_no_other_visitors_reply(tab, asked):
+    reply = tab.reply(asked, ME, *SETTINGS)
+    next(reply)
+    tab.stop(asked, OTHER)
+    assert list(reply)[-1][0]["is_busy"] is False
