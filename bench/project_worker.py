@@ -135,7 +135,7 @@ def evaluate(run: Any, channel: harness.Channel) -> None:
 
 def score_file(run: Any, channel: harness.Channel) -> None:
     """What `eval_rm.py` does with the test file, but for drawing the report: from its bytes to all figures."""
-    from evaluation import analysis, eval_data, evaluator
+    from evaluation import analysis, eval_data, evaluator, scores
     from modeling import scorer as scoring
 
     limits, clock = evaluator.Limits(), harness.Clock(run.model.device)
@@ -145,7 +145,7 @@ def score_file(run: Any, channel: harness.Channel) -> None:
     )
     while channel.receive()["do"] != "end":
         clock.start()
-        table, log = analysis.score(scorer, data, run.folder / "report", lambda: None, "the test file")
+        table, log = scores.score_dataset(scorer, data, run.folder / "report", lambda: None, "the test file")
         figures = analysis.measure(table)
         channel.answer(
             **clock.read(), loss=figures["calibration"]["log_loss"], accuracy=figures["accuracy"],

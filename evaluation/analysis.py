@@ -1,22 +1,13 @@
 """One evaluation: a model's scores of some data, and everything that they say, as one dictionary.
 
-`score` goes over the data once for each model and keeps numbers only; `measure` turns numbers into the content of
+`scores.py` goes over the data once for each model and keeps numbers only; `measure` turns numbers into the content of
 report.json; `readings` goes over the data once more for the texts of the few pairs worth reading.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import json
-import math
-import sqlite3
-import sys
-import time
-from array import array
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,145 +15,22 @@ import numpy as np
 
 import utils
 from common import atomic_files
-from data import MOST_LEFT_OUT, Counts
+from data import MOST_LEFT_OUT
 from evaluation import metrics as statistics
 from evaluation import reward_bench
 from evaluation.eval_data import Comparison, Data, Row
-from evaluation.scores import ScoreLog
-from modeling import scorer as scoring
+from evaluation.scores import ScoreLog, ScoreTable
 
 MOST_READ = 10  # pairs worth reading, of each sort
-SAY_EVERY_SECONDS = 10
 REPORT_VERSION = 1
 
 
-@dataclass
-class Table:
-    """The scores of one model as columns. M comparisons that were scored, N right-wrong pairs in them."""
-
-    subset_names: list[str]
-    positions: np.ndarray  # (M,)
-    places: np.ndarray  # (M, 2) part and row number
-    subsets: np.ndarray  # (M,) index into subset_names
-    turns: np.ndarray  # (M,)
-    margins: np.ndarray  # (M,) lowest right reward − highest wrong one
-    longest: np.ndarray  # (M,) tokens of the longest reply
-    rewards: np.ndarray  # (N, 2) right, wrong: the first right reply against each wrong one
-    lengths: np.ndarray  # (N, 2)
-    longer_by: np.ndarray  # (M, 2) tokens by which every right reply is longer than every wrong one, and shorter
-    guessing: float  # the accuracy of drawing lots: with r right and w wrong replies, 1 in (r + w choose r)
-    groups: list[reward_bench.Group]  # of rows with lists of replies; else empty
-    counts: Counts
-    fingerprint: str
-
-    @property
-    def is_of_pairs(self) -> bool:
-        return len(self.rewards) == len(self.margins)
-
-
-@dataclass
-class _Seen:
-    """What the rows are, beside their scores: gathered while they are read."""
-
-    places: array = field(default_factory=lambda: array("q"))
-    subsets: array = field(default_factory=lambda: array("i"))
-    turns: array = field(default_factory=lambda: array("i"))
-    right: array = field(default_factory=lambda: array("i"))
-    keys: dict[int, str] = field(default_factory=dict)  # of listed replies only
-    names: dict[str, int] = field(default_factory=dict)
-
-    def __call__(self, row: Row) -> None:
-        is_left_out = isinstance(row.content, str)
-        subset = "" if is_left_out else row.content.subset
-        self.places.extend((row.part, row.number))
-        self.subsets.append(self.names.setdefault(subset, len(self.names)))
-        self.turns.append(0 if is_left_out else row.content.turns)
-        self.right.append(0 if is_left_out else len(row.content.right))
-        if not is_left_out and row.content.is_listed:
-            self.keys[row.position] = row.content.key
-
-
-def score(
-    scorer: scoring.Scorer, data: Data, folder: Path, between: Callable[[], None], what: str
-) -> tuple[Table, ScoreLog]:
-    """Score all rows of `data`, going on from what a killed evaluation left in `folder`.
-
-    The log is still there when this returns: it is deleted when the report is written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    key = hashlib.sha256(json.dumps([scorer.fingerprint, data.fingerprint()]).encode()).hexdigest()
-    log, seen = ScoreLog(folder, key), _Seen()
-    if log.found:
-        print(f"{what}: going on after {log.found:,} rows that were scored before", file=sys.stderr, flush=True)
-    started = last_said = time.monotonic()
-    done = log.found
-
-    def told(row: Row) -> None:
-        nonlocal last_said
-        seen(row)
-        now = time.monotonic()
-        if now - last_said > SAY_EVERY_SECONDS:
-            last_said = now
-            print(f"{what}: {row.position + 1:,} rows read", file=sys.stderr, flush=True)
-
-    try:
-        scoring.score_rows(scorer, data.read(), log, told, between)
-    except BaseException:
-        with contextlib.suppress(sqlite3.Error):  # the error that matters is already on its way
-            if kept := len(log):
-                utils.say_if_heard(f"{what}: the scores of {kept:,} rows are kept; the same command goes on from there")
-            log.close()
-        raise
-    seconds = time.monotonic() - started
-    scored = len(log) - done
-    if seconds > SAY_EVERY_SECONDS:
-        print(f"{what}: {scored:,} rows in {utils.format_duration(seconds)}, {scored / max(seconds, 1e-9):,.1f} rows/s",
-              file=sys.stderr, flush=True)  # fmt: skip
-    return _table(log, seen, scorer.fingerprint), log
-
-
-def _table(log: ScoreLog, seen: _Seen, fingerprint: str) -> Table:
-    counts, names = Counts(len(seen.turns)), list(seen.names)
-    places = np.array(seen.places, dtype=np.int64).reshape(-1, 2)
-    kept, groups = array("q"), []
-    margins, longest, rewards, lengths = array("d"), array("i"), array("f"), array("i")
-    longer_by, chances = array("i"), 0.0
-    for position, found in log.items():
-        if isinstance(found, str):
-            counts.add(found, int(places[position, 1]))
-            continue
-        values, tokens = found
-        right = seen.right[position]
-        kept.append(position)
-        margins.append(min(values[:right]) - max(values[right:]))
-        longest.append(max(tokens))
-        longer_by.extend((min(tokens[:right]) - max(tokens[right:]), min(tokens[right:]) - max(tokens[:right])))
-        chances += 1 / math.comb(len(values), right)
-        for value, length in zip(values[right:], tokens[right:], strict=True):
-            rewards.extend((values[0], value))
-            lengths.extend((tokens[0], length))
-        if position in seen.keys:
-            name = names[seen.subsets[position]]
-            groups.append(reward_bench.Group(name, seen.keys[position], tuple(values[:right]), tuple(values[right:])))
-    at = np.array(kept, dtype=np.int64)
-    return Table(
-        names, at, places[at], np.array(seen.subsets)[at], np.array(seen.turns)[at], np.array(margins),
-        np.array(longest), np.array(rewards).reshape(-1, 2), np.array(lengths).reshape(-1, 2),
-        np.array(longer_by).reshape(-1, 2), chances / len(kept) if kept else 0.5, groups, counts, fingerprint,
-    )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From numbers to a report
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def measure(table: Table) -> dict[str, Any]:
+def measure(table: ScoreTable) -> dict[str, Any]:
     """What a report says of one model, but for names and texts."""
     bucket, bucket_names = statistics.length_buckets(table.longest)
     turn_counts = sorted(set(table.turns.tolist()))
-    headline = statistics.share(table.margins)
-    by_subset = statistics.breakdown(table.margins, table.subsets, table.subset_names)
+    headline = statistics.share(table.reward_margins)
+    by_subset = statistics.breakdown(table.reward_margins, table.subsets, table.subset_names)
     has_subsets = set(by_subset) != {""}
     margin = table.rewards[:, 0] - table.rewards[:, 1]  # (N,)
     content: dict[str, Any] = {
@@ -183,9 +51,9 @@ def measure(table: Table) -> dict[str, Any]:
         "pairs": len(margin),
         "by_subset": dict(sorted(by_subset.items())) if has_subsets else {},
         "by_turns": statistics.breakdown(
-            table.margins, np.searchsorted(turn_counts, table.turns), [str(count) for count in turn_counts]
+            table.reward_margins, np.searchsorted(turn_counts, table.turns), [str(count) for count in turn_counts]
         ),
-        "by_length": statistics.breakdown(table.margins, bucket, bucket_names),
+        "by_length": statistics.breakdown(table.reward_margins, bucket, bucket_names),
         "baselines": baselines(table),
         "length": statistics.length_bias(table.rewards, table.lengths),
         "calibration": statistics.calibration(margin),
@@ -200,16 +68,16 @@ def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def baselines(table: Table) -> dict[str, Any]:
+def baselines(table: ScoreTable) -> dict[str, Any]:
     """What rules without a model reach on the same comparisons."""
     rules = zip(("longer wins", "shorter wins"), table.longer_by.T, strict=True)
     return {rule: dataclasses.asdict(statistics.share(by)) for rule, by in rules}
 
 
-def benchmark(table: Table, by_subset: dict[str, Any]) -> dict[str, Any] | None:
+def benchmark(table: ScoreTable, by_subset: dict[str, Any]) -> dict[str, Any] | None:
     """RewardBench's or RewardBench 2's own number, where the data is theirs."""
     if table.groups:
-        return reward_bench.second(table.groups) if len(table.groups) == len(table.margins) else None
+        return reward_bench.second(table.groups) if len(table.groups) == len(table.reward_margins) else None
     return reward_bench.sections(by_subset)
 
 
@@ -261,10 +129,10 @@ def findings(content: dict[str, Any]) -> list[str]:
     return found
 
 
-def compare(table: Table, other: Table) -> dict[str, Any]:
+def compare(table: ScoreTable, other: ScoreTable) -> dict[str, Any]:
     """Two models on the comparisons that both could score."""
     _, ours, theirs = np.intersect1d(table.positions, other.positions, return_indices=True)
-    found = statistics.compare(table.margins[ours], other.margins[theirs])
+    found = statistics.compare(table.reward_margins[ours], other.reward_margins[theirs])
     return found | {"only_scored_by_one": len(table.positions) + len(other.positions) - 2 * len(ours)}
 
 
@@ -273,44 +141,44 @@ def compare(table: Table, other: Table) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def worth_reading(table: Table, other: Table | None) -> dict[str, list[int]]:
+def worth_reading(table: ScoreTable, other: ScoreTable | None) -> dict[str, list[int]]:
     """Positions of the pairs worth reading, by sort, the most telling first."""
-    order = np.argsort(table.margins, kind="stable")
-    wrong = order[table.margins[order] < 0][:MOST_READ]
-    near = np.argsort(np.abs(table.margins), kind="stable")[:MOST_READ]
+    order = np.argsort(table.reward_margins, kind="stable")
+    wrong = order[table.reward_margins[order] < 0][:MOST_READ]
+    near = np.argsort(np.abs(table.reward_margins), kind="stable")[:MOST_READ]
     found = {"mistakes": table.positions[wrong].tolist(), "near_ties": table.positions[near].tolist()}
     if other is not None:
         _, ours, theirs = np.intersect1d(table.positions, other.positions, return_indices=True)
-        apart = table.margins[ours] - other.margins[theirs]
-        differ = np.flatnonzero((table.margins[ours] > 0) != (other.margins[theirs] > 0))
+        apart = table.reward_margins[ours] - other.reward_margins[theirs]
+        differ = np.flatnonzero((table.reward_margins[ours] > 0) != (other.reward_margins[theirs] > 0))
         furthest = differ[np.argsort(-np.abs(apart[differ]), kind="stable")][:MOST_READ]
         found["disagreements"] = table.positions[ours[furthest]].tolist()
     return found
 
 
-def suspected_mislabels(table: Table, other: Table | None) -> np.ndarray:
+def suspected_mislabels(table: ScoreTable, other: ScoreTable | None) -> np.ndarray:
     """(M,) whether a label is probably wrong: the model, its temperature mended, gives it a chance of under 5 %.
 
     With a second model both must think so.
     """
-    suspect = statistics.label_probability(table.margins) < statistics.MISLABEL_BELOW
+    suspect = statistics.label_probability(table.reward_margins) < statistics.MISLABEL_BELOW
     if other is not None:
         _, ours, theirs = np.intersect1d(table.positions, other.positions, return_indices=True)
         agrees = np.zeros(len(suspect), dtype=bool)
-        agrees[ours] = statistics.label_probability(other.margins)[theirs] < statistics.MISLABEL_BELOW
+        agrees[ours] = statistics.label_probability(other.reward_margins)[theirs] < statistics.MISLABEL_BELOW
         suspect &= agrees
     return suspect
 
 
 def readings(
-    data: Data, table: Table, log: ScoreLog, against: tuple[Table, ScoreLog] | None, out: Path | None
+    data: Data, table: ScoreTable, log: ScoreLog, against: tuple[ScoreTable, ScoreLog] | None, out: Path | None
 ) -> dict[str, Any]:
     """The texts of the pairs worth reading; and with `out` every comparison as a line of JSON, all or nothing."""
     other = against[0] if against else None
     wanted = worth_reading(table, other)
     suspects = suspected_mislabels(table, other)
     suspect_at = set(table.positions[suspects].tolist())
-    chances = statistics.label_probability(table.margins)
+    chances = statistics.label_probability(table.reward_margins)
     positions = {position for found in wanted.values() for position in found}
     texts: dict[int, dict[str, Any]] = {}
     with atomic_files.atomic_file(out) as file:
@@ -348,14 +216,14 @@ def _entry(data: Data, row: Row, log: ScoreLog, other: ScoreLog | None) -> dict[
     if other is not None and not isinstance(theirs := other[row.position], str):
         entry["against"] = _scores(content, *theirs)
     return entry | {
-        "chosen": content.right[0] if content.is_pair else list(content.right),
-        "rejected": content.wrong[0] if content.is_pair else list(content.wrong),
+        "chosen": content.chosen[0] if content.is_pair else list(content.chosen),
+        "rejected": content.rejected[0] if content.is_pair else list(content.rejected),
     }
 
 
 def _scores(content: Comparison, rewards: list[float], lengths: list[int]) -> dict[str, Any]:
     rewards = [float(str(np.float32(reward))) for reward in rewards]  # as short as fp32 can be told apart
-    right = len(content.right)
+    right = len(content.chosen)
     sides: dict[str, Any] = {"reward_chosen": rewards[:right], "reward_rejected": rewards[right:]}
     sides |= {"tokens_chosen": lengths[:right], "tokens_rejected": lengths[right:]}
     if content.is_pair:

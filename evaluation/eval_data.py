@@ -1,7 +1,7 @@
-"""What a reward model is asked to compare: which files, which rows of them, and each row as right and wrong dialogues.
+"""What a reward model is asked to compare: which files, which of their rows, and what each row compares.
 
-Rows are read as training reads them (rows.py); on top of that come RewardBench 2's, one prompt with several right or
-wrong replies, and folders of files, which are broken down by file.
+Rows are read as training reads them (data_pipeline/). Besides, there are RewardBench 2's rows, one prompt with several
+chosen or rejected replies, and folders of files, whose accuracy is broken down by file.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ class Part:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Dialogues that end in a right reply, and dialogues that end in a wrong one; for a pair one of each."""
+    """Dialogues that end in a chosen reply, and dialogues that end in a rejected one; for a pair one of each."""
 
-    right: tuple[Messages, ...]
-    wrong: tuple[Messages, ...]
+    chosen: tuple[Messages, ...]
+    rejected: tuple[Messages, ...]
     subset: str
     key: str  # the row's `id`, if it has one
     is_listed: bool  # whether the row had lists of replies, as RewardBench 2's have
 
     @property
     def dialogues(self) -> list[Messages]:
-        return [*self.right, *self.wrong]
+        return [*self.chosen, *self.rejected]
 
     @property
     def is_pair(self) -> bool:
-        return len(self.right) == len(self.wrong) == 1
+        return len(self.chosen) == len(self.rejected) == 1
 
     @property
     def turns(self) -> int:
-        """How often the user speaks in the first right dialogue."""
-        return sum(message["role"] == "user" for message in self.right[0])
+        """How often the user speaks in the first chosen dialogue."""
+        return sum(message["role"] == "user" for message in self.chosen[0])
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ class Data:
 
         parsing.check_columns(part.source, number, row)
         subset = self._subset(part, row, refuse)
-        right, wrong = (_replies(row[column], column, refuse) for column in ("chosen", "rejected"))
-        # each right reply beside the first wrong one, and each wrong one beside the first right one
-        sides = [(reply, wrong[0]) for reply in right], [(right[0], reply) for reply in wrong]
+        chosen, rejected = (_replies(row[column], column, refuse) for column in ("chosen", "rejected"))
+        # each chosen reply beside the first rejected one, and each rejected one beside the first chosen one
+        sides = [(reply, rejected[0]) for reply in chosen], [(chosen[0], reply) for reply in rejected]
         pairs: list[list[Pair]] = []
         for side in sides:
             parsed = [parsing.parse_pair({**row, "chosen": a, "rejected": b}, refuse) for a, b in side]
@@ -110,7 +110,7 @@ class Data:
                 return faults[0]
             pairs.append(parsed)
         key = str(row.get("id") or "")
-        is_listed = right[0] is not row["chosen"] or wrong[0] is not row["rejected"]
+        is_listed = chosen[0] is not row["chosen"] or rejected[0] is not row["rejected"]
         return Comparison(
             tuple(p.chosen for p in pairs[0]), tuple(p.rejected for p in pairs[1]), subset, key, is_listed
         )

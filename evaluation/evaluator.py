@@ -17,7 +17,7 @@ import utils
 from checkpointing import resolve
 from checkpointing.run_folder import best_step, step_folders, step_of
 from evaluation import analysis, eval_data, html_report, metrics, plots, report
-from evaluation.scores import ScoreLog
+from evaluation.scores import ScoreLog, ScoreTable, score_dataset
 from modeling import devices
 from modeling import scorer as scoring
 
@@ -83,7 +83,7 @@ def judge(task: Task, between: Callable[[], None]) -> dict[str, Any]:
             notes.append(f"the untrained model is not beside it: {error.what}")
         else:
             logs.append(its_log)
-            content["baselines"]["untrained model"] = dataclasses.asdict(metrics.share(before.margins))
+            content["baselines"]["untrained model"] = dataclasses.asdict(metrics.share(before.reward_margins))
     against = (other, logs[1]) if other is not None else None
     content = {
         "model": task.model.name, "dataset": task.dataset, "split": task.split, "step": task.step or None, **content,
@@ -99,14 +99,14 @@ def judge(task: Task, between: Callable[[], None]) -> dict[str, Any]:
     return content
 
 
-def _score(contender: Contender, task: Task, between: Callable[[], None]) -> tuple[analysis.Table, ScoreLog]:
+def _score(contender: Contender, task: Task, between: Callable[[], None]) -> tuple[ScoreTable, ScoreLog]:
     """One model's scores; it is off the device again when this returns."""
     model = contender.open()
     limits = task.limits
     scorer = scoring.Scorer.of(model, limits.max_length, limits.batch_size, limits.tokens_per_batch, limits.precision)
     device = model.device
     try:
-        return analysis.score(scorer, task.data, task.report_dir, between, contender.name)
+        return score_dataset(scorer, task.data, task.report_dir, between, contender.name)
     finally:
         del model, scorer
         devices.free(device)

@@ -118,7 +118,6 @@ def score(scorer: scoring.Scorer, lines: Iterator[Line], best_of: bool, waits: b
         jobs = [at for at, one in enumerate(found) if not isinstance(one, str)]
         rewards: dict[int, list[float]] = {}
         for number, values in itertools.chain.from_iterable(scorer.rewards([found[at].ids for at in jobs])):
-            scoring.refuse_non_finite(values)
             rewards[jobs[number]] = values
         for at, line in enumerate(chunk):
             counts["scored" if at in rewards else found[at]] += 1

@@ -1,15 +1,41 @@
-"""The scores of one model, kept on disk as they come, so that an evaluation that was killed goes on where it was."""
+"""One model's scores of a dataset: kept on disk as they come, then gathered into a table of numbers.
+
+The log on disk is why an evaluation that was killed goes on where it was. The table is all that the figures of a report
+are computed from; texts never enter it, so a million rows fit in memory.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import json
+import math
 import sqlite3
+import sys
+import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
+import utils
+from data import Counts
 from data_pipeline.parsing import LEFT_OUT
+from data_pipeline.tokenization import TokenizedGroup, tokenize_groups
+from evaluation import reward_bench
+from evaluation.eval_data import Comparison, Data, Row
+from modeling.scorer import Scorer
+
+ROWS_AT_A_TIME = 2048
+SAY_EVERY_SECONDS = 10
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On disk
+# ---------------------------------------------------------------------------------------------------------------------
 
 # rewards and reply lengths, the chosen replies first; or why the row is skipped, a key of LEFT_OUT
 Scores = tuple[list[float], list[int]] | str
@@ -105,3 +131,164 @@ class ScoreLog:
 
 def _scores(rewards: bytes | None, lengths: bytes | None, skipped: str | None) -> Scores:
     return skipped or (array("f", rewards).tolist(), array("i", lengths).tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scoring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def score_dataset(
+    scorer: Scorer, data: Data, folder: Path, check_stop: Callable[[], None], name: str
+) -> tuple[ScoreTable, ScoreLog]:
+    """Score all rows of `data`, going on from what a killed evaluation left in `folder`.
+
+    The log still exists when this returns; whoever writes the report deletes it after that.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    key = hashlib.sha256(json.dumps([scorer.fingerprint, data.fingerprint()]).encode()).hexdigest()
+    log, columns = ScoreLog(folder, key), RowColumns()
+    if log.found:
+        print(f"{name}: going on after {log.found:,} rows that were scored before", file=sys.stderr, flush=True)
+    started = last_said = time.monotonic()
+
+    def note(row: Row) -> None:
+        nonlocal last_said
+        columns.add(row)
+        now = time.monotonic()
+        if now - last_said > SAY_EVERY_SECONDS:
+            last_said = now
+            print(f"{name}: {row.position + 1:,} rows read", file=sys.stderr, flush=True)
+
+    try:
+        score_rows(scorer, data.read(), log, note, check_stop)
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):  # the error that matters is already on its way
+            if kept := len(log):
+                utils.say_if_heard(f"{name}: the scores of {kept:,} rows are kept; the same command goes on from there")
+            log.close()
+        raise
+    seconds = time.monotonic() - started
+    scored = len(log) - log.found
+    if seconds > SAY_EVERY_SECONDS:
+        print(f"{name}: {scored:,} rows in {utils.format_duration(seconds)}, {scored / seconds:,.1f} rows/s",
+              file=sys.stderr, flush=True)  # fmt: skip
+    return build_table(log, columns, scorer.fingerprint), log
+
+
+def score_rows(
+    scorer: Scorer, rows: Iterator[Row], log: ScoreLog, note: Callable[[Row], None], check_stop: Callable[[], None]
+) -> None:
+    """Score every row that the log does not hold yet; `note` is told of each row, in order, by the reading thread."""
+
+    def next_chunk() -> list[tuple[int, TokenizedGroup | str]]:
+        """(position, tokens or the reason for skipping) of the next unknown rows; [] at the end."""
+        chunk: list[Row] = []
+        for row in rows:
+            note(row)
+            if row.position not in log:
+                chunk.append(row)
+            if len(chunk) == ROWS_AT_A_TIME:
+                break
+        jobs = [row.content.dialogues for row in chunk if not isinstance(row.content, str)]
+        tokenized = iter(tokenize_groups(jobs, scorer.model.tokenizer, scorer.max_length))
+        return [
+            (row.position, row.content if isinstance(row.content, str) else _checked(row.content, next(tokenized)))
+            for row in chunk
+        ]
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(next_chunk)
+        while chunk := ahead.result():
+            ahead = reader.submit(next_chunk)
+            log.skip((position, found) for position, found in chunk if isinstance(found, str))
+            jobs = [(position, found) for position, found in chunk if not isinstance(found, str)]
+            for batch in scorer.rewards([found.ids for _, found in jobs], check_stop):
+                scored = [(*jobs[number], rewards) for number, rewards in batch]
+                log.add((position, rewards, found.reply_lengths) for position, found, rewards in scored)
+
+
+def _checked(content: Comparison, found: TokenizedGroup | str) -> TokenizedGroup | str:
+    """Different texts may be the same tokens, and then there is nothing to compare."""
+    if isinstance(found, str):
+        return found
+    chosen, rejected = found.ids[: len(content.chosen)], found.ids[len(content.chosen) :]
+    return "identical" if any(np.array_equal(a, b) for a in chosen for b in rejected) else found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ScoreTable:
+    """The scores of one model as columns: M comparisons that were scored, N pairs (chosen, rejected) in them."""
+
+    subset_names: list[str]
+    positions: np.ndarray  # (M,)
+    places: np.ndarray  # (M, 2) part and row number
+    subsets: np.ndarray  # (M,) index into subset_names
+    turns: np.ndarray  # (M,)
+    reward_margins: np.ndarray  # (M,) lowest reward of a chosen reply − highest of a rejected one
+    longest: np.ndarray  # (M,) tokens of the longest reply
+    rewards: np.ndarray  # (N, 2) chosen, rejected: the first chosen reply against each rejected one
+    lengths: np.ndarray  # (N, 2) tokens
+    longer_by: np.ndarray  # (M, 2) tokens by which every chosen reply is longer than every rejected one, and shorter
+    guessing: float  # the accuracy of guessing: with c chosen and r rejected replies, 1 in (c + r choose c)
+    groups: list[reward_bench.Group]  # of rows with lists of replies; else empty
+    counts: Counts
+    fingerprint: str
+
+
+@dataclass
+class RowColumns:
+    """What the rows are besides their scores, gathered while they are read; a number or two per row."""
+
+    places: array = field(default_factory=lambda: array("q"))
+    subsets: array = field(default_factory=lambda: array("i"))
+    turns: array = field(default_factory=lambda: array("i"))
+    chosen: array = field(default_factory=lambda: array("i"))  # how many chosen replies
+    keys: dict[int, str] = field(default_factory=dict)  # of rows with lists of replies only
+    names: dict[str, int] = field(default_factory=dict)
+
+    def add(self, row: Row) -> None:
+        content = None if isinstance(row.content, str) else row.content
+        self.places.extend((row.part, row.number))
+        self.subsets.append(self.names.setdefault(content.subset if content else "", len(self.names)))
+        self.turns.append(content.turns if content else 0)
+        self.chosen.append(len(content.chosen) if content else 0)
+        if content and content.is_listed:
+            self.keys[row.position] = content.key
+
+
+def build_table(log: ScoreLog, columns: RowColumns, fingerprint: str) -> ScoreTable:
+    """The log's rewards and lengths beside what was noted of its rows."""
+    counts, names = Counts(len(columns.turns)), list(columns.names)
+    places = np.array(columns.places, dtype=np.int64).reshape(-1, 2)
+    scored, groups = array("q"), []
+    margins, longest, rewards, lengths = array("d"), array("i"), array("f"), array("i")
+    longer_by, chances = array("i"), 0.0
+    for position, found in log.items():
+        if isinstance(found, str):
+            counts.add(found, int(places[position, 1]))
+            continue
+        values, tokens = found
+        n = columns.chosen[position]
+        scored.append(position)
+        margins.append(min(values[:n]) - max(values[n:]))
+        longest.append(max(tokens))
+        longer_by.extend((min(tokens[:n]) - max(tokens[n:]), min(tokens[n:]) - max(tokens[:n])))
+        chances += 1 / math.comb(len(values), n)
+        for value, length in zip(values[n:], tokens[n:], strict=True):
+            rewards.extend((values[0], value))
+            lengths.extend((tokens[0], length))
+        if position in columns.keys:
+            name = names[columns.subsets[position]]
+            groups.append(reward_bench.Group(name, columns.keys[position], tuple(values[:n]), tuple(values[n:])))
+    at = np.array(scored, dtype=np.int64)
+    return ScoreTable(
+        names, at, places[at], np.array(columns.subsets)[at], np.array(columns.turns)[at], np.array(margins),
+        np.array(longest), np.array(rewards).reshape(-1, 2), np.array(lengths).reshape(-1, 2),
+        np.array(longer_by).reshape(-1, 2), chances / len(scored) if scored else 0.5, groups, counts, fingerprint,
+    )  # fmt: skip

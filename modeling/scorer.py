@@ -1,8 +1,7 @@
-"""From dialogues to rewards: opening a reward model, tokenising in chunks, scoring packed, keeping scores as they come.
+"""Rewards for many token sequences, packed as in training, with a token budget that shrinks if memory runs out.
 
-Everything is scored as pairs of sequences that share their beginning once, as in training; a dialogue that is left
-over goes with itself, which costs one token more. Only one chunk of text is in memory at a time, and the next one is
-read and tokenised while the model works.
+Sequences are scored in pairs that share their beginning, which is computed once. An odd one is paired with itself,
+which costs one token more.
 
 Letters: N pairs.
 """
@@ -14,7 +13,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +23,9 @@ from torch import Tensor
 import models
 import utils
 from data_pipeline import packing
-from data_pipeline.tokenization import TokenizedGroup, shared_prefix, tokenize_groups
-from evaluation.eval_data import Comparison, Row
-from evaluation.scores import ScoreLog
+from data_pipeline.tokenization import shared_prefix
 from modeling import devices
 from utils import UserError
-
-ROWS_AT_A_TIME = 2048
 
 
 @dataclass
@@ -93,6 +87,7 @@ class Scorer:
                 number, first, second = owners[index]
                 results[number][first], results[number][second] = values
                 missing[number] -= 1
+                check_finite(values)
                 if not missing[number]:
                     finished.append((number, [results[number][place] for place in places[number]]))
             yield finished
@@ -156,9 +151,13 @@ def _hash_of(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenising
-# ---------------------------------------------------------------------------------------------------------------------
+def check_finite(rewards: Sequence[float]) -> None:
+    """UserError if a reward is infinite or not a number."""
+    if not all(map(math.isfinite, rewards)):
+        raise UserError(
+            "the model gave a reward that is not a finite number", found=rewards,
+            next="--precision fp32, if the model was not meant for bf16",
+        )  # fmt: skip
 
 
 class TokenPairs:
@@ -184,61 +183,3 @@ class TokenPairs:
 
     def sequences(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         return self._pairs[index]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A whole dataset
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def score_rows(
-    scorer: Scorer,
-    rows: Iterator[Row],
-    log: ScoreLog,
-    seen: Callable[[Row], None],
-    between: Callable[[], None],
-) -> None:
-    """Score every row that the log does not hold yet; `seen` is told of each row, in order, by the reading thread."""
-    tokenizer = scorer.model.tokenizer
-
-    def next_chunk() -> list[tuple[int, TokenizedGroup | str]] | None:
-        chunk: list[tuple[int, Any]] = []
-        for row in rows:
-            seen(row)
-            if row.position not in log:
-                chunk.append((row.position, row.content))
-            if len(chunk) == ROWS_AT_A_TIME:
-                break
-        if not chunk:
-            return None
-        wanted = [content.dialogues for _, content in chunk if not isinstance(content, str)]
-        tokenised = iter(tokenize_groups(wanted, tokenizer, scorer.max_length))
-        return [
-            (at, content if isinstance(content, str) else checked(content, next(tokenised))) for at, content in chunk
-        ]
-
-    def checked(content: Comparison, found: TokenizedGroup | str) -> TokenizedGroup | str:
-        """Different texts may be the same tokens, and then nothing is compared."""
-        if isinstance(found, str):
-            return found
-        right, wrong = found.ids[: len(content.right)], found.ids[len(content.right) :]
-        return "identical" if any(np.array_equal(a, b) for a in right for b in wrong) else found
-
-    with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(next_chunk)
-        while (chunk := ahead.result()) is not None:
-            jobs = [(at, found) for at, found in chunk if not isinstance(found, str)]
-            log.skip((at, found) for at, found in chunk if isinstance(found, str))
-            ahead = reader.submit(next_chunk)
-            for batch in scorer.rewards([found.ids for _, found in jobs], between):
-                for _, rewards in batch:
-                    refuse_non_finite(rewards)
-                log.add((jobs[at][0], rewards, jobs[at][1].reply_lengths) for at, rewards in batch)
-
-
-def refuse_non_finite(rewards: Sequence[float]) -> None:
-    if not all(map(math.isfinite, rewards)):
-        raise UserError(
-            "the model gave a reward that is not a finite number", found=rewards,
-            next="--precision fp32, if the model was not meant for bf16",
-        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""evaluation.py: a report's figures are computed from numbers alone, of which each pair leaves few."""
+"""analysis.py: a report's figures are computed from numbers alone, of which each pair leaves few."""
 
 import tracemalloc
 from types import SimpleNamespace
@@ -8,24 +8,23 @@ import scipy.optimize
 import scipy.special
 import scipy.stats  # noqa: F401 - modules are no figures of a pair
 
-from evaluation import analysis
+from evaluation import analysis, scores
 from evaluation.eval_data import Row
-from evaluation.scores import ScoreLog
 
 PAIRS = 30_000
-CONTENT = SimpleNamespace(subset="one of two", turns=1, right=("a dialogue",), is_listed=False)
+CONTENT = SimpleNamespace(subset="one of two", turns=1, chosen=("a dialogue",), is_listed=False)
 
 
 def test_a_pair_leaves_numbers_only_and_few_of_them(tmp_path):
     rewards = np.random.default_rng(0).normal(size=(PAIRS, 2)).astype(np.float32)
     tracemalloc.start()
     try:
-        log, seen = ScoreLog(tmp_path, "key"), analysis._Seen()
+        log, columns = scores.ScoreLog(tmp_path, "key"), scores.RowColumns()
         for position in range(PAIRS):
-            seen(Row(position, 0, position, CONTENT))
+            columns.add(Row(position, 0, position, CONTENT))
         log.add((position, rewards[position].tolist(), [position % 300, 150]) for position in range(PAIRS))
         kept, _ = tracemalloc.get_traced_memory()
-        table = analysis._table(log, seen, "fingerprint")
+        table = scores.build_table(log, columns, "fingerprint")
         content = analysis.measure(table)
         analysis.worth_reading(table, table)
         analysis.compare(table, table)
