@@ -99,7 +99,8 @@ def main(argv: list[str]) -> None:
         chat_engine.load()
     page = app.build_page(chat_engine, Path(config.votes_file))
     try:
-        server.serve(page, config.host, port, config.share, config.auth)
+        server.launch(page, config.host, port, config.share, config.auth)
+        server.wait_for_ctrl_c()
     finally:
         page.close(verbose=False)
 

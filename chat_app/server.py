@@ -103,8 +103,8 @@ def free_port(host: str, first: int, last: int) -> int:
     )
 
 
-def serve(page: gr.Blocks, host: str, port: int, share: bool, auth: str | None) -> None:
-    """Serve the page until Ctrl-C. `auth` is USER:PASSWORD or None."""
+def launch(page: gr.Blocks, host: str, port: int, share: bool, auth: str | None) -> None:
+    """Serve the page from threads of this process, and print its addresses. `auth` is USER:PASSWORD or None."""
     names = own_names(host, share)
     middleware = [
         Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False),
@@ -134,5 +134,8 @@ def serve(page: gr.Blocks, host: str, port: int, share: bool, auth: str | None) 
         )
     for address in filter(None, (page.local_url, page.share_url)):
         print(f"open {address}   (Ctrl-C stops)", flush=True)
-    while True:  # launch's own way of waiting swallows Ctrl-C
+
+
+def wait_for_ctrl_c() -> None:
+    while True:  # Gradio's own way of waiting swallows Ctrl-C
         time.sleep(3600)

@@ -15,7 +15,7 @@ import pytest
 from chat import DEMO_RUN, ChatConfig
 from eval_rm import EvalConfig
 from manage_runs import ManageConfig
-from tests.chat_app.test_chat import Server, free_port
+from tests.chat_server import Server, free_port
 from tests.conftest import ROOT
 from training.config import TrainConfig
 

@@ -1,7 +1,8 @@
-"""The page in a real browser: what a person sees and does, at desktop and phone width, by mouse and by keyboard alone.
+"""The page in a real browser: what a person sees and does, at desktop and phone width, with the mouse or the keyboard.
 
-`SCREENSHOTS=docs SCREENSHOT_MODEL=checkpoints/rm/first python -m pytest tests/test_page.py -k demos` also writes the
-README's picture, with the rewards of that run.
+    SCREENSHOTS=docs SCREENSHOT_MODEL=checkpoints/rm/first python -m pytest tests/chat_app/test_app.py -k demos
+
+also writes the README's picture, with the rewards of that run.
 """
 
 import json
@@ -9,11 +10,8 @@ import os
 import re
 import shutil
 import time
-from pathlib import Path
 
 import pytest
-
-from tests.chat_app.test_chat import Server, free_port
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 expect = sync_api.expect
@@ -34,17 +32,6 @@ Object.defineProperty(Document.prototype, "visibilityState", { get: () => asked+
 setInterval(() => { const start = performance.now(); while (performance.now() - start < 400); }, 500);
 """
 PHONE = {"width": 390, "height": 844}
-
-
-@pytest.fixture(scope="module")
-def server(reward_checkpoint, tmp_path_factory):
-    votes_file = tmp_path_factory.mktemp("votes") / "preferences.jsonl"
-    model = os.environ.get("SCREENSHOT_MODEL", reward_checkpoint)
-    output_dir = Path(model).parent if "SCREENSHOT_MODEL" in os.environ else reward_checkpoint.parent.parent
-    arguments = ["--model", model, "--output_dir", output_dir]
-    with Server(*arguments, "--port", free_port(), "--votes_file", votes_file) as running:
-        running.votes_file = votes_file
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -348,13 +335,14 @@ def test_what_cannot_be_written_again_is_refused_before_anything_is_dropped(open
     assert page.locator("#chat .bot .md").first.inner_text() == reply
 
 
-@pytest.mark.parametrize("junk", ["{}", "5", "[]", '"x"', "not JSON", '{"conversation": {"id": 1}}'])
-def test_junk_in_the_browsers_storage_hides_no_conversation(open_page, junk):
+def test_junk_in_the_browsers_storage_hides_no_conversation(open_page):
     page = open_page()
     ask(page, "A good talk")
-    page.evaluate("junk => localStorage.setItem('rl-with-rm/conversation/junk', junk)", junk)
-    page.reload()
-    expect(page.locator("#chat .user.message")).to_have_text(re.compile("A good talk"))
+    wait_until_kept(page, 1)
+    for junk in ("{}", "5", "[]", '"x"', "not JSON", '{"conversation": {"id": 1}}'):
+        page.evaluate("junk => localStorage.setItem('rl-with-rm/conversation/junk', junk)", junk)
+        page.reload()
+        expect(page.locator("#chat .user.message")).to_have_text(re.compile("A good talk"))
 
 
 def test_two_tabs_that_go_on_with_one_conversation_make_two_of_it(open_page):

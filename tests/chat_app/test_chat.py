@@ -1,4 +1,4 @@
-"""chat.py: the real server through its API, its faults, ten users at once, and who may come in."""
+"""chat.py: the real server through its API, its faults, ten users at once, and who may connect."""
 
 import itertools
 import os
@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -20,64 +19,14 @@ from gradio_client.exceptions import AppError
 import chat
 import chat_app.server
 import models
+import train_rm
 from chat_app import app
 from chat_app.engine import ChatEngine
+from tests.chat_server import Server, free_port
 from tests.conftest import ROOT
 
 QUESTION = {"role": "user", "content": "What should I know about bread?"}
 ANSWERED = [QUESTION, {"role": "assistant", "content": "Knead it."}]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Server:
-    """chat.py as a process of its own; as a context manager it is stopped on leaving."""
-
-    def __init__(self, *arguments):
-        # Python leaves Ctrl-C alone where a background shell has turned it off, so the child turns it on again
-        start = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        start += "sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0]); "
-        start += "runpy.run_path(sys.argv[0], run_name='__main__')"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", start, str(ROOT / "chat.py"), *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ.copy(),
-        )
-        watchdog = threading.Timer(90, self.process.kill)  # a server that never opens must not hang the tests
-        watchdog.start()
-        self.lines = []
-        for line in self.process.stdout:
-            self.lines.append(line)
-            if found := re.match(r"open (\S+)", line):
-                self.url = found.group(1)
-                break
-        watchdog.cancel()
-        assert hasattr(self, "url"), "".join(self.lines) + self.process.stderr.read()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.stop(signal.SIGTERM)
-
-    def stop(self, number):
-        """Send a signal; returns (exit code, stderr)."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        _, stderr = self.process.communicate(timeout=30)
-        return self.process.returncode, stderr
-
-
-@pytest.fixture(scope="module")
-def server(reward_checkpoint):
-    with Server("--model", reward_checkpoint, "--port", free_port()) as running:
-        yield running
 
 
 @pytest.fixture
@@ -174,7 +123,7 @@ def test_a_megabyte_is_refused_with_its_tokens_and_the_limit(client):
         client.predict(megabyte, api_name="/chat")
 
 
-def test_a_stopped_reply_makes_way_for_the_next_one(client):
+def test_after_a_stopped_reply_the_next_one_starts(client):
     job = client.submit(QUESTION["content"], max_new_tokens=1900, api_name="/chat")
     while not job.outputs():
         time.sleep(0.05)
@@ -183,9 +132,9 @@ def test_a_stopped_reply_makes_way_for_the_next_one(client):
     assert len(job.outputs()) < 200  # the whole reply would be many more
 
 
-def test_ten_users_at_once_are_queued_with_their_place_and_none_is_lost(server):
+def test_ten_users_at_once_see_their_places_in_the_queue_and_all_are_served(server):
     clients = [Client(server.url, verbose=False) for _ in range(10)]
-    jobs = [client.submit(QUESTION["content"], max_new_tokens=60, api_name="/chat") for client in clients]
+    jobs = [client.submit(QUESTION["content"], max_new_tokens=40, api_name="/chat") for client in clients]
     places = set()
     while not all(job.done() for job in jobs):
         places |= {job.status().rank for job in jobs if not job.done()}
@@ -199,20 +148,20 @@ def test_ten_users_at_once_are_queued_with_their_place_and_none_is_lost(server):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def in_process(base, reward_checkpoint, tmp_path):
-    """The page served from this process, so that a fault can be put into its models: (stage, client)."""
-    chat_engine = ChatEngine(base, reward_checkpoint)
-    chat_engine.load()
-    built = app.build_page(chat_engine, tmp_path / "preferences.jsonl")
-    built.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, ssr_mode=False)
-    yield chat_engine, Client(built.local_url, verbose=False)
-    built.close(verbose=False)
+@pytest.fixture(scope="module")
+def in_process(base, reward_checkpoint, tmp_path_factory):
+    """The page served from this process, so that faults can be injected into its models: (engine, client)."""
+    engine = ChatEngine(base, reward_checkpoint)
+    engine.load()
+    page = app.build_page(engine, tmp_path_factory.mktemp("votes") / "preferences.jsonl")
+    page.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, ssr_mode=False)
+    yield engine, Client(page.local_url, verbose=False)
+    page.close(verbose=False)
 
 
 def test_a_generation_that_raises_ends_with_a_message_and_the_next_user_is_served(in_process, monkeypatch):
-    chat_engine, client = in_process
-    original = chat_engine.policy.language_model.forward
+    engine, client = in_process
+    original = engine.policy.language_model.forward
     calls = []
 
     def fail_in_the_middle(*arguments, **options):
@@ -221,7 +170,7 @@ def test_a_generation_that_raises_ends_with_a_message_and_the_next_user_is_serve
             raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
         return original(*arguments, **options)
 
-    monkeypatch.setattr(chat_engine.policy.language_model, "forward", fail_in_the_middle)
+    monkeypatch.setattr(engine.policy.language_model, "forward", fail_in_the_middle)
     started = time.perf_counter()
     with pytest.raises(AppError, match="out of memory: try a shorter dialogue"):
         client.predict(QUESTION["content"], max_new_tokens=100, api_name="/chat")
@@ -230,14 +179,14 @@ def test_a_generation_that_raises_ends_with_a_message_and_the_next_user_is_serve
 
 
 def test_a_switch_during_a_reply_lets_it_finish_on_the_old_model(in_process, base):
-    chat_engine, client = in_process
-    old = chat_engine.policy
+    engine, client = in_process
+    old = engine.policy
     job = client.submit(QUESTION["content"], max_new_tokens=300, api_name="/chat")
     while not job.outputs():
         time.sleep(0.02)
-    chat_engine.policy_name = "somebody else"
-    chat_engine.load(base, chat_engine.reward_model_name)
-    assert chat_engine.policy is not old
+    engine.policy_name = "another model"
+    engine.load(base, engine.reward_model_name)
+    assert engine.policy is not old
     assert job.result(timeout=60).strip() and len(job.outputs()) > 3
     assert client.predict("Hello?", max_new_tokens=8, api_name="/chat").strip()
 
@@ -245,6 +194,23 @@ def test_a_switch_during_a_reply_lets_it_finish_on_the_old_model(in_process, bas
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_chat(monkeypatch, capsys, tmp_path):
+    """Run chat.py's main in this process: instead of waiting for Ctrl-C it calls `visit(url, output so far)`."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(visit, *arguments):
+        def visit_instead_of_waiting():
+            output = capsys.readouterr().out
+            visit(re.search(r"^open (\S+)", output, re.MULTILINE).group(1), output)
+
+        monkeypatch.setattr(chat_app.server, "wait_for_ctrl_c", visit_instead_of_waiting)
+        capsys.readouterr()
+        chat.main([*map(str, arguments), "--port", str(free_port())])
+
+    return run
 
 
 def status_of(url, host=None):
@@ -262,18 +228,24 @@ def test_a_foreign_host_header_gets_a_4xx(server, host):
     assert status_of(server.url, "localhost")[0] == status_of(server.url, "[::1]:80")[0] == 200
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"])
-def test_pages_of_other_sites_can_neither_ask_nor_upload_anything(base, host):
-    with Server("--model", base, "--host", host, "--port", free_port()) as server:
-        for origin, wanted in (("http://evil.example", 403), ("null", 403), (server.url.rstrip("/"), 200)):
-            request = urllib.request.Request(f"{server.url}gradio_api/info", headers={"Origin": origin})
-            try:
-                with urllib.request.urlopen(request, timeout=20) as answer:
-                    assert answer.status == wanted
-            except urllib.error.HTTPError as error:
-                assert error.code == wanted, origin
-        with pytest.raises(urllib.error.HTTPError, match="403"):
-            urllib.request.urlopen(f"{server.url}gradio_api/upload", data=b"x" * 10, timeout=20)
+def check_that_other_sites_are_refused(url):
+    for origin, wanted in (("http://evil.example", 403), ("null", 403), (url.rstrip("/"), 200)):
+        request = urllib.request.Request(f"{url}gradio_api/info", headers={"Origin": origin})
+        try:
+            with urllib.request.urlopen(request, timeout=20) as answer:
+                assert answer.status == wanted
+        except urllib.error.HTTPError as error:
+            assert error.code == wanted, origin
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(f"{url}gradio_api/upload", data=b"x" * 10, timeout=20)
+
+
+def test_pages_of_other_sites_can_neither_ask_nor_upload_anything(server):
+    check_that_other_sites_are_refused(server.url)
+
+
+def test_nor_can_they_at_another_address_than_gradios_default(base, run_chat):
+    run_chat(lambda url, output: check_that_other_sites_are_refused(url), "--model", base, "--host", "127.0.0.2")
 
 
 def test_no_page_element_may_come_from_elsewhere(server):
@@ -306,40 +278,39 @@ def test_an_open_door_without_a_lock_is_refused_with_the_reason(flags, reason):
     assert caught.value.exit_code == 2
 
 
-def test_with_auth_nobody_comes_in_without_the_password(base):
-    with Server("--model", base, "--host", "0.0.0.0", "--auth", "me:secret", "--port", free_port()) as server:
-        url = server.url.replace("0.0.0.0", "127.0.0.1")
+def test_with_auth_nothing_works_without_the_password(base, run_chat):
+    def visit(url, output):
+        url = url.replace("0.0.0.0", "127.0.0.1")
         with pytest.raises(Exception, match=r"[Cc]redentials|401|auth"):
             Client(url, verbose=False).predict("Hello?", api_name="/chat")
         client = Client(url, auth=("me", "secret"), verbose=False)
         assert client.predict("Hello?", max_new_tokens=8, api_name="/chat").strip()
         assert 400 <= status_of(url, "evil.example")[0] < 500
 
-
-def test_the_model_loads_at_start_with_autoload(base, reward_checkpoint):
-    with Server("--model", base, "--reward_model", reward_checkpoint, "--autoload", "--port", free_port()) as server:
-        assert f"loading {base}\n" in server.lines
-        assert isinstance(Client(server.url, verbose=False).predict(ANSWERED, api_name="/score"), float)
+    run_chat(visit, "--model", base, "--host", "0.0.0.0", "--auth", "me:secret")
 
 
-def test_without_a_model_the_page_opens_at_once_and_says_what_is_missing():
-    with Server() as server:  # HF_HUB_OFFLINE is set, and no cache holds the default model
-        client = Client(server.url, verbose=False)
+def test_without_a_model_the_page_opens_at_once_and_says_what_is_missing(run_chat):
+    def visit(url, output):
+        client = Client(url, verbose=False)
         with pytest.raises(AppError, match="no model is loaded yet: choose one under Models and press Load"):
             client.predict("hello", api_name="/chat")
         with pytest.raises(AppError, match="no reward model is loaded"):
             client.predict(ANSWERED, api_name="/score")
 
+    run_chat(visit)  # HF_HUB_OFFLINE is set, and no cache holds the default model
 
-def test_the_demo_trains_its_reward_model_once_and_talks(run_script, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    arguments = ["--demo", "--run_name", chat.DEMO_RUN, "--max_steps", 2, "--eval_num_batches", 1]
-    assert run_script("train_rm.py", *arguments).returncode == 0
-    with Server("--demo", "--port", free_port()) as server:  # finds that run and trains none
-        client = Client(server.url, verbose=False)
-        assert not any("training" in line for line in server.lines)
+
+def test_the_demo_trains_its_reward_model_once_and_replies(run_chat):
+    def visit(url, output):
+        client = Client(url, verbose=False)
+        assert "training" not in output
         assert client.predict("Hello?", max_new_tokens=8, api_name="/chat").strip()
         assert isinstance(client.predict(ANSWERED, api_name="/score"), float)
+
+    flags = ["--demo", "--run_name", chat.DEMO_RUN, "--max_steps", "2", "--eval_num_batches", "1", "--no_report"]
+    train_rm.main(flags)
+    run_chat(visit, "--demo")  # finds that run and trains none
 
 
 def test_the_demo_without_a_reward_model_trains_one(tmp_path, monkeypatch):
@@ -362,9 +333,11 @@ def test_the_demo_without_a_reward_model_trains_one(tmp_path, monkeypatch):
     assert commands[1][2:] == ["--resume_from", os.path.join("checkpoints/rm", chat.DEMO_RUN)]
 
 
-def test_ctrl_c_stops_with_130_and_no_traceback(base):
-    code, stderr = Server("--model", base, "--port", free_port()).stop(signal.SIGINT)
-    assert (code, stderr) == (130, "stopped\n")
+def test_autoload_loads_the_models_at_start_and_ctrl_c_stops_with_130_and_no_traceback(base, reward_checkpoint):
+    with Server("--model", base, "--reward_model", reward_checkpoint, "--autoload", "--port", free_port()) as server:
+        assert f"loading {base}\n" in server.lines
+        assert isinstance(Client(server.url, verbose=False).predict(ANSWERED, api_name="/score"), float)
+        assert server.stop(signal.SIGINT) == (130, "stopped\n")
 
 
 def test_a_taken_port_is_left_unless_it_was_asked_for(run_script):

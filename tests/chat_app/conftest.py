@@ -1,0 +1,20 @@
+"""One server for all tests of this folder that need a real one: starting it takes about ten seconds."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.chat_server import Server, free_port
+
+
+@pytest.fixture(scope="session")
+def server(reward_checkpoint, tmp_path_factory):
+    """chat.py with the small reward model and its base; `votes_file` is where its votes go."""
+    votes_file = tmp_path_factory.mktemp("votes") / "preferences.jsonl"
+    model = os.environ.get("SCREENSHOT_MODEL", reward_checkpoint)
+    output_dir = Path(model).parent if "SCREENSHOT_MODEL" in os.environ else reward_checkpoint.parent.parent
+    arguments = ["--model", model, "--output_dir", output_dir]
+    with Server(*arguments, "--port", free_port(), "--votes_file", votes_file) as running:
+        running.votes_file = votes_file
+        yield running
