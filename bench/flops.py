@@ -34,7 +34,7 @@ def write_small_base(config_folder: str, folder: Path, hidden: int, layers: int 
     config = AutoConfig.from_pretrained(config_folder)
     config.hidden_size, config.intermediate_size = hidden, 3 * hidden
     config.num_hidden_layers = config.max_window_layers = layers
-    config.layer_types = config.layer_types[:layers]
+    config.layer_types = config.layer_types[:1] * layers  # all of them are full attention
     config.num_attention_heads, config.num_key_value_heads = hidden // 64, hidden // 128
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(config_folder).save_pretrained(folder)

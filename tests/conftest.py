@@ -152,4 +152,6 @@ def dataset_of(folder, pairs, margins=None):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "survives(fault): the row of the README's fault table that a test stands for")
+    config.addinivalue_line(
+        "markers", "survives(fault): the row of the fault table in docs/checkpoints.md that a test stands for"
+    )

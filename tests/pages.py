@@ -32,7 +32,7 @@ CONFIGS = {
 # The tree's order: entry scripts, shared files, then the folders from the top floor down.
 ROOT_FILES = [*CONFIGS, "models.py", "data.py", "utils.py"]
 FOLDERS = ["training", "evaluation", "chat_app", "run_manager", "modeling", "data_pipeline", "checkpointing", "common"]
-GENERATED = re.compile(r"(<!-- (flags: .*?|tree) -->\n)(.*?)(?=\n\n|\n*\Z)", re.DOTALL)
+GENERATED = re.compile(r"(<!-- (flags: .*?|tree) -->\n)((?:.+\n)*)")
 
 
 def read(page):
@@ -74,7 +74,7 @@ def links(page):
 
 def generated(page):
     """(marker, text) of each generated part of a page."""
-    return [(match[2], match[3]) for match in GENERATED.finditer(read(page))]
+    return [(match[2], match[3].rstrip()) for match in GENERATED.finditer(read(page))]
 
 
 def generate(marker):
@@ -126,7 +126,7 @@ def _entry(indent, name, path):
 
 
 def rewrite(text):
-    return GENERATED.sub(lambda match: match[1] + generate(match[2]), text)
+    return GENERATED.sub(lambda match: match[1] + generate(match[2]) + "\n", text)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ COUNTS_OF_OTHER_LAUNCHERS = {
     "PMI_SIZE": "mpiexec",
     "MV2_COMM_WORLD_SIZE": "mpirun",
 }
-LAUNCH = 'torchrun --nproc_per_node N train_rm.py …   (the README\'s section "More than one GPU" has more)'
+LAUNCH = "torchrun --nproc_per_node N train_rm.py …   (docs/distributed.md has more)"
 
 
 class PeerLost(UserError):

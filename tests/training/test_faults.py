@@ -1,7 +1,7 @@
 """What a run survives: real kills, signals, full disks and damage, each followed by a resume that must be exact.
 
 Each fault hits a forked child of this process, so that importing torch is paid for once. `survives` names the row of
-the README's table that a test stands for.
+the table in docs/checkpoints.md that a test stands for.
 """
 
 import gzip
@@ -97,7 +97,7 @@ def begun(straight, tmp_path, monkeypatch):
     return run
 
 
-INJECTED = {}  # fault -> how often it was injected and survived; the README's table
+INJECTED = {}  # fault -> how often it was injected and survived; the table in docs/checkpoints.md
 
 
 @pytest.fixture
@@ -580,12 +580,12 @@ def test_weights_of_the_straight_run_moved(straight):
     assert torch.get_num_threads() >= 1
 
 
-def test_the_table_in_the_readme_is_what_this_suite_found(request):
-    """FAULT_TABLE=write puts the suite's results into the README; otherwise they must be what stands there."""
+def test_the_table_in_the_docs_is_what_this_suite_found(request):
+    """FAULT_TABLE=write puts the suite's results into docs/checkpoints.md; otherwise they must be what it says."""
     faults = [mark.args[0] for item in request.session.items for mark in item.iter_markers("survives")]
     if set(faults) != set(INJECTED) or len(INJECTED) < 10:
         pytest.skip(f"only a part of the suite ran, or some of it failed: {sorted(set(faults) ^ set(INJECTED))}")
-    path = ROOT / "README.md"
+    path = ROOT / "docs/checkpoints.md"
     title = "| fault | injected | lost or inexact |\n|---|---|---|\n"
     head, rest = path.read_text(encoding="utf-8").split(title)
     found, tail = rest.split("\n\n", 1)
