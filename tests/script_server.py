@@ -30,6 +30,8 @@ class Script:
     def __init__(self, server, words, folder):
         self.server, self.words = server, words
         self.output = Path(tempfile.mkdtemp(prefix="script-"))
+        for stream in ("stdout", "stderr"):
+            (self.output / stream).touch()
         message = {"words": words, "folder": str(folder), "output": str(self.output)}
         self.pid = server.ask(**message)["pid"] if CAN_FORK else None
         if not CAN_FORK:
@@ -109,7 +111,7 @@ def run_in_child(words, folder, output):
     code = 1
     try:
         for number, name in ((0, os.devnull), (1, f"{output}/stdout"), (2, f"{output}/stderr")):
-            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+            os.dup2(os.open(name, os.O_RDWR), number)
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(folder)

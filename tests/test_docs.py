@@ -6,6 +6,7 @@ import shlex
 import shutil
 import time
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -130,7 +131,7 @@ def test_every_command_is_of_a_kind_that_is_run():
     benchmarks = "".join(path.read_text() for path in (ROOT / "tests/bench").glob("*.py"))
     for command in documented(""):
         if command.startswith("python bench/"):
-            assert f'"{command.split()[1].removeprefix("bench/")}"' in benchmarks, command
+            assert re.search(rf'["/]{Path(command.split()[1]).name}"', benchmarks), command
         elif command.startswith("make "):
             assert f"\n{command.removeprefix('make ')}: " in makefile, command
         elif "pytest" not in command and command != "python -m tests.pages":
