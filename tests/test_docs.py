@@ -96,7 +96,7 @@ def test_every_page_can_be_reached_from_the_readme():
 @each_page
 def test_files_that_a_page_names_exist(page):
     for name in re.findall(r"`([\w/]+\.py)\b", pages.read(page)):
-        assert (ROOT / name).is_file(), name
+        assert (ROOT / name).is_file() or name == "__init__.py", name
 
 
 @each_page
