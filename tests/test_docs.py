@@ -12,7 +12,7 @@ import pytest
 
 from chat import DEMO_RUN
 from tests import pages
-from tests.chat_app.test_chat import free_port
+from tests.chat_server import free_port
 from tests.pages import CONFIGS, PAGES, ROOT
 from tests.script_server import ScriptServer
 
