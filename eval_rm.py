@@ -9,41 +9,25 @@ python eval_rm.py --model FOLDER --score replies.jsonl > scored.jsonl   rewards 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import utils
 from checkpointing import resolve
 from checkpointing.run_folder import step_of
 from common import flags
 from common.flags import flag
-from utils import DiskOrNetworkError, UserError
+from utils import UserError
 
-if TYPE_CHECKING:
+with utils.lazy_imports():  # --help must not wait for torch
     import models
-    from common import hub
-    from evaluation import eval_data, evaluator, html_report, report
-    from evaluation import score_stream as score_lines
-    from modeling import scorer as scoring
-else:  # loaded when first used, so that --help answers at once
-    eval_data, html_report, report, hub, evaluator, models, score_lines, scoring = map(
-        utils.lazy_import,
-        (
-            "evaluation.eval_data",
-            "evaluation.html_report",
-            "evaluation.report",
-            "common.hub",
-            "evaluation.evaluator",
-            "models",
-            "evaluation.score_stream",
-            "modeling.scorer",
-        ),
-    )
+    from data_pipeline import parsing
+    from evaluation import eval_data, evaluator, html_report, report, score_stream
 
 DEFAULT_DATASET = "Anthropic/hh-rlhf"
 
@@ -98,157 +82,102 @@ def main(argv: list[str]) -> None:
     given, problems = flags.read_flags(EvalConfig, argv, __doc__.split("\n\n")[0])
     config = flags.build_config(EvalConfig, given, problems)
     if config.score is not None:
-        score_stream(config)
+        score_lines(config)
         return
-    task = plan(config)
+    job = make_job(config)
     with utils.StopRequest() as stop:
-        content = evaluator.judge(task, stop.check)
-    show(content, task)
+        content = evaluator.evaluate_model(job, stop.check)
+    show(content, job)
 
 
-def plan(config: EvalConfig) -> evaluator.Task:
-    """What to judge; everything that can be wrong with names, folders and rows' files is so here, before scoring."""
+def make_job(config: EvalConfig) -> evaluator.EvalJob:
+    """What the flags ask for. Every problem with names, folders and files is found here, before anything is scored."""
     folder = resolve.find_model(config.model)
-    settings = evaluator.own_settings(folder)
     other = resolve.find_model(config.against, "--against") if config.against else None
     if other and other.resolve() == folder.resolve():
         raise UserError(
             "--against names the model itself", where=other, safe="nothing was scored",
             next="another one, such as an earlier step-N of the run",
         )  # fmt: skip
-    for adapter in filter(None, (folder, other)):
-        refuse_missing_base(adapter, config.base_model)
+    model = evaluator.saved_model(display_name(config.model, folder), folder, config.base_model)
+    against = other and evaluator.saved_model(display_name(config.against, other), other, config.base_model)
+    settings = evaluator.training_settings(folder)
     dataset = config.dataset or settings.get("dataset") or DEFAULT_DATASET
-    data = eval_data.find(dataset, config.split, config.subset_column)
-    data = eval_data.sample(data, config.max_pairs)
+    data = eval_data.sample(eval_data.find(dataset, config.split, config.subset_column), config.max_pairs)
     report_dir = Path(config.report_dir) if config.report_dir else evaluator.report_folder(folder)
-    # beside the training's own only what is this checkpoint's own report
-    board_folder = report_dir / "tensorboard" if config.report_dir else evaluator.board_folder(folder, report_dir)
-    scores_out = scores_file(config.scores_out, data, report_dir) if config.scores_out else None
-    for place, name in ((report_dir, "the report's folder"), (board_folder, "TensorBoard's folder")):
-        refuse_unwritable(place, name, "--report_dir FOLDER, where you may write")
-    before, why_not = evaluator.untrained(folder, settings) if config.untrained_baseline else (None, "")
-    notes = [f"{config.max_pairs:,} rows asked for, spread over all"] * bool(config.max_pairs) + [why_not] * bool(
-        why_not
+    # only a checkpoint's own report goes beside its training's logs
+    tensorboard_dir = (
+        report_dir / "tensorboard" if config.report_dir else evaluator.tensorboard_folder(folder, report_dir)
     )
-    for note in [*data.notes, *notes, *replaced_report(report_dir, utils.seen_from_here(dataset), config)]:
+    scores_out = evaluator.find_scores_file(config.scores_out, data, report_dir) if config.scores_out else None
+    for place, name in ((report_dir, "the report's folder"), (tensorboard_dir, "TensorBoard's folder")):
+        evaluator.check_writable(place, name, "--report_dir FOLDER")
+    untrained, why_not = evaluator.untrained_model(folder) if config.untrained_baseline else (None, "")
+    notes = [f"{config.max_pairs:,} rows asked for, spread over all"] if config.max_pairs else []
+    notes += [why_not] if why_not else []
+    dataset = utils.seen_from_here(dataset)
+    for note in [*data.notes, *notes, *replacement_note(report_dir, dataset, config.split)]:
         print(note, flush=True)
-    return evaluator.Task(
-        model=evaluator.Contender(
-            shown(config.model, folder), lambda: models.RewardModel.restore(folder, config.base_model)
-        ),
-        data=data,
-        dataset=utils.seen_from_here(dataset),
-        split=config.split,
-        report_dir=report_dir,
-        board_folder=board_folder,
-        limits=limits(config, settings),
-        step=step_of(folder.absolute()) or 0,
-        against=other
-        and evaluator.Contender(
-            shown(config.against, other), lambda: models.RewardModel.restore(other, config.base_model)
-        ),
-        untrained=before,
-        scores_out=scores_out,
-        notes=tuple(notes),
-    )
+    return evaluator.EvalJob(
+        model, data, dataset, config.split, report_dir, tensorboard_dir, scoring_config(config, settings),
+        step_of(folder.absolute()) or 0, against, untrained, scores_out, tuple(notes),
+    )  # fmt: skip
 
 
-def refuse_missing_base(folder: Path, base_model: str | None) -> None:
-    """UserError if a LoRA checkpoint's base model is a folder that is not there."""
-    if not models.is_adapter(folder):
-        return
-    base = base_model or models.base_of_adapter(folder)
-    if hub.looks_like_a_path(base) and not Path(base).expanduser().exists():
-        raise UserError(
-            "the base model of a LoRA checkpoint is not there", where=base, found=f"the checkpoint {folder}",
-            safe="nothing was scored", next="--base_model FOLDER, where the base model lies now",
-        )  # fmt: skip
-
-
-def refuse_unwritable(folder: Path, name: str, instead: str) -> None:
-    """DiskOrNetworkError if no file can be made in `folder`, before hours are spent on what would go there."""
-    there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    try:
-        if there.is_dir():
-            tempfile.TemporaryFile(dir=there).close()
-            return
-        problem = "it is no folder"
-    except OSError as error:
-        problem = error.strerror or str(error)
-    raise DiskOrNetworkError(
-        f"{name} cannot be written: {problem}", where=there.absolute(), safe="nothing was scored", next=instead
-    )
-
-
-def scores_file(name: str, data: eval_data.Data, report_dir: Path) -> Path:
-    """Where --scores_out really goes: through symbolic links, into a regular file that is nobody's input or report."""
-    path = Path(name).expanduser().resolve()
-    if path.exists() and not path.is_file():
-        raise UserError("--scores_out is no regular file", where=name, next="name a file; it is written at the end")
-    inputs = [part.source.path.resolve() for part in data.parts if part.source.path]
-    reports = [(report_dir / file).resolve() for file in (report.JSON, html_report.PAGE)]
-    if path in (*inputs, *reports):
-        what = "the data that is scored" if path in inputs else "the report itself"
-        raise UserError(f"--scores_out names {what}", where=path, safe="it was not touched", next="name another file")
-    refuse_unwritable(path.parent, "--scores_out", "--scores_out FILE, where you may write")
-    return path
-
-
-def replaced_report(report_dir: Path, dataset: str, config: EvalConfig) -> list[str]:
-    """A line if the report that is there is on other data."""
+def replacement_note(report_dir: Path, dataset: str, split: str) -> list[str]:
+    """A line if the report that is already there is about other data."""
     try:
         old = json.loads((report_dir / report.JSON).read_text(encoding="utf-8"))
-        of = old["dataset"], old["split"]
+        old_data = old["dataset"], old["split"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    if of == (dataset, config.split):
+    if old_data == (dataset, split):
         return []
-    return [f"the report in {report_dir} is on {of[0]}, {of[1]}, and will be replaced; --report_dir keeps both"]
+    what = f"the report in {report_dir} is on {old_data[0]}, {old_data[1]}"
+    return [f"{what}, and will be replaced; to keep both, choose another --report_dir"]
 
 
-def shown(name: str, folder: Path) -> str:
-    """A model as the report calls it: its folder, a run's newest step included; a hub id as it was given."""
+def display_name(name: str, folder: Path) -> str:
+    """A model's name in the report: its folder, including a run's newest step; a hub id as it was given."""
     return utils.seen_from_here(str(folder)) if Path(name).expanduser().exists() else name
 
 
-def limits(config: EvalConfig, settings: dict[str, Any]) -> evaluator.Limits:
-    stored = settings.get("max_length")
-    max_length = config.max_length or (
-        stored if isinstance(stored, int) and stored > 0 else evaluator.Limits.max_length
+def scoring_config(config: EvalConfig, settings: dict[str, Any]) -> evaluator.ScoringConfig:
+    chosen = evaluator.ScoringConfig(
+        batch_size=config.batch_size, tokens_per_batch=config.tokens_per_batch, precision=config.precision
     )
-    return evaluator.Limits(max_length, config.batch_size, config.tokens_per_batch, config.precision)
+    stored = settings.get("max_length")
+    max_length = config.max_length or (stored if isinstance(stored, int) and stored > 0 else chosen.max_length)
+    return dataclasses.replace(chosen, max_length=max_length)
 
 
-def show(content: dict[str, Any], task: evaluator.Task) -> None:
-    """The tables, and where the rest lies."""
+def show(content: dict[str, Any], job: evaluator.EvalJob) -> None:
+    """Print the tables, and where the rest is."""
     rows = content["rows"]
     print(f"{content['model']} on {content['dataset']}, {content['split']}: {content['n']:,} of {rows['read']:,} rows")
-    print(*(f"  {line}" for line in rows["in_words"]), sep="\n", end="\n" * bool(rows["in_words"]))
+    for line in rows["in_words"]:
+        print(f"  {line}")
     report.show(content)
-    print(f"\nreport: {task.report_dir / html_report.PAGE}\n        {task.report_dir / report.JSON}")
-    if task.scores_out:
-        print(f"scores: {task.scores_out}")
-    logs = utils.seen_from_here(os.path.normpath(task.board_folder.parent))
+    print(f"\nreport: {job.report_dir / html_report.PAGE}\n        {job.report_dir / report.JSON}")
+    if job.scores_out:
+        print(f"scores: {job.scores_out}")
+    logs = utils.seen_from_here(os.path.normpath(job.tensorboard_dir.parent))
     print(f"next:\n  tensorboard --logdir {logs}", flush=True)
 
 
-def score_stream(config: EvalConfig) -> None:
+def score_lines(config: EvalConfig) -> None:
     """`--score`: standard output gets data and nothing else."""
     with contextlib.redirect_stdout(sys.stderr):
-        lines = score_lines.read(config.score)
+        lines = score_stream.read(config.score)
         folder = resolve.find_model(config.model)
-        model = models.RewardModel.restore(folder, config.base_model)
-        how = limits(config, evaluator.own_settings(folder))
-        scorer = scoring.Scorer.of(model, how.max_length, how.batch_size, how.tokens_per_batch, how.precision)
-    counts = score_lines.score(scorer, lines, config.best_of, config.score != "-", sys.stdout.buffer)
-    left_out = counts.total() - counts["scored"]
-    print(f"{counts['scored']:,} rows scored" + f", {left_out:,} left out" * bool(left_out), file=sys.stderr)
+        scoring = scoring_config(config, evaluator.training_settings(folder))
+        scorer = scoring.scorer(models.RewardModel.restore(folder, config.base_model))
+    counts = score_stream.score(scorer, lines, config.best_of, config.score != "-", sys.stdout.buffer)
+    scored = counts.pop("scored", 0)
+    skipped = f", {counts.total():,} skipped" if counts else ""
+    print(f"{scored:,} rows scored{skipped}", file=sys.stderr)
     for reason, count in sorted(counts.items()):
-        if reason != "scored":
-            print(f"  {count:,} {score_lines.parsing.LEFT_OUT[reason]}", file=sys.stderr)
+        print(f"  {count:,} {parsing.LEFT_OUT[reason]}", file=sys.stderr)
 
 
 if __name__ == "__main__":

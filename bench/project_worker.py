@@ -136,13 +136,10 @@ def evaluate(run: Any, channel: harness.Channel) -> None:
 def score_file(run: Any, channel: harness.Channel) -> None:
     """What `eval_rm.py` does with the test file, but for drawing the report: from its bytes to all figures."""
     from evaluation import analysis, eval_data, evaluator, scores
-    from modeling import scorer as scoring
 
-    limits, clock = evaluator.Limits(), harness.Clock(run.model.device)
+    clock = harness.Clock(run.model.device)
     data = eval_data.find(run.config.dataset, "test", None)
-    scorer = scoring.Scorer.of(
-        run.model, limits.max_length, limits.batch_size, limits.tokens_per_batch, limits.precision
-    )
+    scorer = evaluator.ScoringConfig().scorer(run.model)
     while channel.receive()["do"] != "end":
         clock.start()
         table, log = scores.score_dataset(scorer, data, run.folder / "report", lambda: None, "the test file")

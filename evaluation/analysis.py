@@ -1,7 +1,6 @@
-"""One evaluation: a model's scores of some data, and everything that they say, as one dictionary.
+"""From scores to the content of report.json: figures, findings in sentences, and the pairs worth reading.
 
-`scores.py` goes over the data once for each model and keeps numbers only; `measure` turns numbers into the content of
-report.json; `readings` goes over the data once more for the texts of the few pairs worth reading.
+`measure` computes everything from numbers; `readings` goes over the data once more for the texts of a few pairs.
 """
 
 from __future__ import annotations
@@ -16,23 +15,22 @@ import numpy as np
 import utils
 from common import atomic_files
 from data import MOST_LEFT_OUT
-from evaluation import metrics as statistics
-from evaluation import reward_bench
+from evaluation import metrics, reward_bench
 from evaluation.eval_data import Comparison, Data, Row
 from evaluation.scores import ScoreLog, ScoreTable
 
-MOST_READ = 10  # pairs worth reading, of each sort
+MOST_READ = 10  # pairs worth reading, of each kind
 REPORT_VERSION = 1
 
 
 def measure(table: ScoreTable) -> dict[str, Any]:
-    """What a report says of one model, but for names and texts."""
-    bucket, bucket_names = statistics.length_buckets(table.longest)
+    """The content of report.json about one model, without names and texts; the table is not empty."""
+    bucket, bucket_names = metrics.length_buckets(table.longest)
     turn_counts = sorted(set(table.turns.tolist()))
-    headline = statistics.share(table.reward_margins)
-    by_subset = statistics.breakdown(table.reward_margins, table.subsets, table.subset_names)
+    headline = metrics.accuracy(table.reward_margins)
+    by_subset = metrics.breakdown(table.reward_margins, table.subsets, table.subset_names)
     has_subsets = set(by_subset) != {""}
-    margin = table.rewards[:, 0] - table.rewards[:, 1]  # (N,)
+    reward_margin = table.rewards[:, 0] - table.rewards[:, 1]  # (N,)
     content: dict[str, Any] = {
         "version": REPORT_VERSION,
         "n": headline.n,
@@ -46,17 +44,17 @@ def measure(table: ScoreTable) -> dict[str, Any]:
             "read": table.counts.rows, "left_out": table.counts.left_out, "why": dict(table.counts.count),
             "in_words": [line.strip() for line in table.counts.lines()],
         },
-        "mean_margin": float(margin.mean()) if len(margin) else None,
-        "mean_reward": {"right": _mean(table.rewards[:, 0]), "wrong": _mean(table.rewards[:, 1])},
-        "pairs": len(margin),
+        "mean_margin": float(reward_margin.mean()),
+        "mean_reward": dict(zip(("right", "wrong"), table.rewards.mean(axis=0).tolist(), strict=True)),
+        "pairs": len(reward_margin),
         "by_subset": dict(sorted(by_subset.items())) if has_subsets else {},
-        "by_turns": statistics.breakdown(
+        "by_turns": metrics.breakdown(
             table.reward_margins, np.searchsorted(turn_counts, table.turns), [str(count) for count in turn_counts]
         ),
-        "by_length": statistics.breakdown(table.reward_margins, bucket, bucket_names),
+        "by_length": metrics.breakdown(table.reward_margins, bucket, bucket_names),
         "baselines": baselines(table),
-        "length": statistics.length_bias(table.rewards, table.lengths),
-        "calibration": statistics.calibration(margin),
+        "length": metrics.length_bias(table.rewards, table.lengths),
+        "calibration": metrics.calibration(reward_margin),
         "benchmark": benchmark(table, by_subset),
         "fingerprint": table.fingerprint,
     }  # fmt: skip
@@ -64,40 +62,36 @@ def measure(table: ScoreTable) -> dict[str, Any]:
     return content
 
 
-def _mean(values: np.ndarray) -> float | None:
-    return float(values.mean()) if len(values) else None
-
-
 def baselines(table: ScoreTable) -> dict[str, Any]:
-    """What rules without a model reach on the same comparisons."""
+    """The accuracy of simple rules on the same comparisons."""
     rules = zip(("longer wins", "shorter wins"), table.longer_by.T, strict=True)
-    return {rule: dataclasses.asdict(statistics.share(by)) for rule, by in rules}
+    return {rule: dataclasses.asdict(metrics.accuracy(by)) for rule, by in rules}
 
 
 def benchmark(table: ScoreTable, by_subset: dict[str, Any]) -> dict[str, Any] | None:
-    """RewardBench's or RewardBench 2's own number, where the data is theirs."""
+    """RewardBench's or RewardBench 2's own score, if the data is theirs."""
     if table.groups:
         return reward_bench.second(table.groups) if len(table.groups) == len(table.reward_margins) else None
     return reward_bench.sections(by_subset)
 
 
 def findings(content: dict[str, Any]) -> list[str]:
-    """What stands out, in sentences; the thresholds are where a person would be wrong not to know."""
+    """What stands out, in sentences. The thresholds are where not knowing would mislead a reader."""
     found = []
     n, accuracy, length = content["n"], content["accuracy"], content["length"]
     if content["ties"] == n:
         return ["Every pair is a tie: the model gives all replies the same reward, and has learned nothing."]
     rows = content["rows"]
     if rows["left_out"] > MOST_LEFT_OUT * rows["read"]:
-        found.append(f"{rows['left_out'] / rows['read']:.0%} of the rows were left out: this is of the others only.")
+        found.append(f"{rows['left_out'] / rows['read']:.0%} of the rows were skipped: this report covers the others.")
     if content["ties"] > 0.01 * n:
         found.append(f"{content['ties'] / n:.1%} of the pairs are ties: the model gives both replies the same reward.")
     low, high = content["interval"]
     guessing, is_of_pairs = content["guessing"], content["pairs"] == n
     if low <= guessing <= high:
-        found.append(f"The accuracy cannot be told from guessing ({guessing:.0%}) on this many rows.")
+        found.append(f"On this many rows the accuracy is indistinguishable from guessing ({guessing:.0%}).")
     elif high < guessing and is_of_pairs:
-        found.append("The model prefers the worse reply more often than the better one.")
+        found.append("The model prefers the rejected reply more often than the chosen one.")
     elif high < guessing:
         found.append(f"The model does worse than guessing ({guessing:.0%}).")
     longer, within = length["model_prefers_longer"], length["within_prompts"]["pearson"]
@@ -109,20 +103,20 @@ def findings(content: dict[str, Any]) -> list[str]:
             f"replies differ in length (people prefer the longer one in {length['people_prefer_longer']:.1%})."
         )
     elif within is not None and abs(within) > 0.5:
-        found.append(f"Reward and length go together: within prompts their correlation is {within:+.2f}.")
+        found.append(f"Reward and length are correlated within prompts: {within:+.2f}.")
     rule, best = max(content["baselines"].items(), key=lambda item: item[1]["accuracy"] or 0)
     if best["accuracy"] is not None and low <= best["accuracy"]:
         found.append(f"The rule “{rule}” alone reaches {best['accuracy']:.1%}: the model is not clearly better.")
     if is_of_pairs and controlled is not None and accuracy - controlled > 0.05:
         found.append(
-            f"{accuracy - controlled:.1%} of the accuracy is owed to length: with the longer reply better exactly half "
-            f"of the time it would be {controlled:.1%}."
+            f"{accuracy - controlled:.1%} of the accuracy is due to length: if the longer reply were chosen "
+            f"exactly half of the time, it would be {controlled:.1%}."
         )
     temperature = content["calibration"]["temperature"]
     if temperature and temperature["low"] > 1.25:
-        found.append(f"It is overconfident: divide its rewards by {temperature['value']:.2g} to mend that.")
+        found.append(f"It is overconfident: divide its rewards by {temperature['value']:.2g} to correct that.")
     elif temperature and temperature["high"] is not None and temperature["high"] < 0.8:
-        found.append(f"It is underconfident: divide its rewards by {temperature['value']:.2g} to mend that.")
+        found.append(f"It is underconfident: divide its rewards by {temperature['value']:.2g} to correct that.")
     worst = [(name, one) for name, one in content["by_subset"].items() if one["high"] < low]
     for name, one in sorted(worst, key=lambda item: item[1]["accuracy"])[:3]:
         found.append(f"Weak at “{name}”: {one['accuracy']:.1%} of {one['n']:,}, against {accuracy:.1%} over all.")
@@ -131,9 +125,14 @@ def findings(content: dict[str, Any]) -> list[str]:
 
 def compare(table: ScoreTable, other: ScoreTable) -> dict[str, Any]:
     """Two models on the comparisons that both could score."""
-    _, ours, theirs = np.intersect1d(table.positions, other.positions, return_indices=True)
-    found = statistics.compare(table.reward_margins[ours], other.reward_margins[theirs])
+    ours, theirs = _scored_by_both(table, other)
+    found = metrics.compare(table.reward_margins[ours], other.reward_margins[theirs])
     return found | {"only_scored_by_one": len(table.positions) + len(other.positions) - 2 * len(ours)}
+
+
+def _scored_by_both(table: ScoreTable, other: ScoreTable) -> tuple[np.ndarray, np.ndarray]:
+    """The same comparisons as indices into either table."""
+    return np.intersect1d(table.positions, other.positions, return_indices=True)[1:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,13 +141,13 @@ def compare(table: ScoreTable, other: ScoreTable) -> dict[str, Any]:
 
 
 def worth_reading(table: ScoreTable, other: ScoreTable | None) -> dict[str, list[int]]:
-    """Positions of the pairs worth reading, by sort, the most telling first."""
+    """Positions of the pairs worth reading, by kind, the most telling first."""
     order = np.argsort(table.reward_margins, kind="stable")
     wrong = order[table.reward_margins[order] < 0][:MOST_READ]
     near = np.argsort(np.abs(table.reward_margins), kind="stable")[:MOST_READ]
     found = {"mistakes": table.positions[wrong].tolist(), "near_ties": table.positions[near].tolist()}
     if other is not None:
-        _, ours, theirs = np.intersect1d(table.positions, other.positions, return_indices=True)
+        ours, theirs = _scored_by_both(table, other)
         apart = table.reward_margins[ours] - other.reward_margins[theirs]
         differ = np.flatnonzero((table.reward_margins[ours] > 0) != (other.reward_margins[theirs] > 0))
         furthest = differ[np.argsort(-np.abs(apart[differ]), kind="stable")][:MOST_READ]
@@ -157,15 +156,15 @@ def worth_reading(table: ScoreTable, other: ScoreTable | None) -> dict[str, list
 
 
 def suspected_mislabels(table: ScoreTable, other: ScoreTable | None) -> np.ndarray:
-    """(M,) whether a label is probably wrong: the model, its temperature mended, gives it a chance of under 5 %.
+    """(M,) whether a label is probably wrong: after temperature scaling the model gives it less than 5 %.
 
-    With a second model both must think so.
+    With a second model both must agree.
     """
-    suspect = statistics.label_probability(table.reward_margins) < statistics.MISLABEL_BELOW
+    suspect = metrics.label_probability(table.reward_margins) < metrics.MISLABEL_BELOW
     if other is not None:
-        _, ours, theirs = np.intersect1d(table.positions, other.positions, return_indices=True)
+        ours, theirs = _scored_by_both(table, other)
         agrees = np.zeros(len(suspect), dtype=bool)
-        agrees[ours] = statistics.label_probability(other.reward_margins)[theirs] < statistics.MISLABEL_BELOW
+        agrees[ours] = metrics.label_probability(other.reward_margins)[theirs] < metrics.MISLABEL_BELOW
         suspect &= agrees
     return suspect
 
@@ -173,12 +172,12 @@ def suspected_mislabels(table: ScoreTable, other: ScoreTable | None) -> np.ndarr
 def readings(
     data: Data, table: ScoreTable, log: ScoreLog, against: tuple[ScoreTable, ScoreLog] | None, out: Path | None
 ) -> dict[str, Any]:
-    """The texts of the pairs worth reading; and with `out` every comparison as a line of JSON, all or nothing."""
+    """The texts of the pairs worth reading. With `out`, also every comparison as a line of JSON, all or nothing."""
     other = against[0] if against else None
     wanted = worth_reading(table, other)
     suspects = suspected_mislabels(table, other)
     suspect_at = set(table.positions[suspects].tolist())
-    chances = statistics.label_probability(table.reward_margins)
+    chances = metrics.label_probability(table.reward_margins)
     positions = {position for found in wanted.values() for position in found}
     texts: dict[int, dict[str, Any]] = {}
     with atomic_files.atomic_file(out) as file:
@@ -196,7 +195,7 @@ def readings(
                 texts[row.position] = entry
     return {
         "suspected_mislabels": int(suspects.sum()),
-        **{sort: [texts[position] for position in found] for sort, found in wanted.items()},
+        **{kind: [texts[position] for position in found] for kind, found in wanted.items()},
     }
 
 
@@ -222,11 +221,12 @@ def _entry(data: Data, row: Row, log: ScoreLog, other: ScoreLog | None) -> dict[
 
 
 def _scores(content: Comparison, rewards: list[float], lengths: list[int]) -> dict[str, Any]:
-    rewards = [float(str(np.float32(reward))) for reward in rewards]  # as short as fp32 can be told apart
-    right = len(content.chosen)
-    sides: dict[str, Any] = {"reward_chosen": rewards[:right], "reward_rejected": rewards[right:]}
-    sides |= {"tokens_chosen": lengths[:right], "tokens_rejected": lengths[right:]}
+    # the shortest text that is the same number in fp32
+    rewards = [float(str(np.float32(reward))) for reward in rewards]
+    n = len(content.chosen)
+    sides: dict[str, Any] = {"reward_chosen": rewards[:n], "reward_rejected": rewards[n:]}
+    sides |= {"tokens_chosen": lengths[:n], "tokens_rejected": lengths[n:]}
     if content.is_pair:
         sides = {name: values[0] for name, values in sides.items()}
-    margin = np.float32(min(rewards[:right])) - np.float32(max(rewards[right:]))
+    margin = np.float32(min(rewards[:n])) - np.float32(max(rewards[n:]))
     return {**sides, "margin": float(str(margin))}

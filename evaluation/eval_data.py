@@ -25,7 +25,7 @@ SUBSET_COLUMNS = ("subset", "kind")  # the first that a row has
 
 @dataclass(frozen=True)
 class Part:
-    """One file or split, and the name that its rows are broken down by if it is one of several."""
+    """One file or split, and its name in the breakdown if it is one of several."""
 
     name: str
     source: Source
@@ -57,9 +57,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the data: what it compares, or the key of `rows.LEFT_OUT` that says why it compares nothing."""
+    """One row of the data: what it compares, or the key of `parsing.LEFT_OUT` that says why it is skipped."""
 
-    position: int  # counted from 0 over all rows that are looked at
+    position: int  # counted from 0 over all rows that are read
     part: int
     number: int  # line or row number in its file
     content: Comparison | str
@@ -72,15 +72,15 @@ class Data:
     parts: tuple[Part, ...]
     subset_column: str | None = None
     chosen_rows: frozenset[tuple[int, int]] | None = None  # (part, number)
-    notes: tuple[str, ...] = ()  # what the user should know of how the files were chosen
+    notes: tuple[str, ...] = ()  # what the user should know about how the files were chosen
 
     def fingerprint(self) -> list[Any]:
-        """Changes whenever the rows do, or their order or choice."""
+        """Changes whenever the rows, their order or their selection change."""
         chosen = None if self.chosen_rows is None else sorted(self.chosen_rows)
         return [[part.source.fingerprint() for part in self.parts], self.subset_column, chosen]
 
     def read(self) -> Iterator[Row]:
-        """The rows in order. UserError says what is broken where."""
+        """The rows in order. UserError says what is broken and where."""
         position = 0
         for part_number, part in enumerate(self.parts):
             for number, row in sources.read_rows(part.source):
@@ -127,7 +127,7 @@ class Data:
 
 
 def _replies(value: Any, column: str, refuse: Any) -> list[Any]:
-    """One reply or several: a list of texts or of message lists is several, a list of messages is one."""
+    """The replies of one side: a list of texts or of message lists holds several, a list of messages is one."""
     if not isinstance(value, list) or any(isinstance(item, dict) for item in value):
         return [value]
     if not value:
@@ -136,7 +136,7 @@ def _replies(value: Any, column: str, refuse: Any) -> list[Any]:
 
 
 def is_of_benchmark(row: Any) -> bool:
-    """Whether a row can only come from a benchmark: several replies to one prompt, or a subset of RewardBench's."""
+    """Whether a row can only come from a benchmark: it has several replies, or a subset of RewardBench's."""
     if not isinstance(row, dict):
         return False
     sides = [row.get("chosen"), row.get("rejected")]
@@ -150,10 +150,11 @@ def is_of_benchmark(row: Any) -> bool:
 
 
 def find(dataset: str, split: str, subset_column: str | None) -> Data:
-    """The files or hub splits that `--dataset` and `--split` mean; "all" is every row there is.
+    """The files or hub splits that `--dataset` and `--split` name; "all" means every row.
 
-    Of a file, and of a folder with train.* and no test.*, `test` is what training holds out. A folder with neither is
-    taken file by file, or folder by folder if its folders have files of the split, as HH-RLHF's own repository has.
+    For a single file, and for a folder with train.* but no test.*, `test` is what training holds out. A folder with
+    neither is taken file by file, or folder by folder if its folders have files of the split, as in HH-RLHF's
+    repository.
     """
     hub.check_path_exists(dataset, "--dataset")
     path = Path(dataset).expanduser()
@@ -178,7 +179,7 @@ def _in_file(path: Path, split: str) -> Source:
     if split not in (*SPLITS, "all"):
         raise UserError(f"--split {split}: a single file has train, test and all", where=path)
     first = next((row for _, row in itertools.islice(sources.read_rows(whole), 1)), None)
-    if split == "all" or is_of_benchmark(first):  # nobody trains on a benchmark, so nothing of it was held out
+    if split == "all" or is_of_benchmark(first):  # training never holds out a part of a benchmark
         return whole
     return train if split == "train" else test
 
@@ -204,7 +205,7 @@ def _in_folder(folder: Path, split: str) -> tuple[list[Part], list[str]]:
     if not parts:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise UserError(f"--dataset is a folder without a {split} file", where=folder, found=found)
-    return parts, [f"left aside: {name}, a folder without a {split} file" for name in without]
+    return parts, [f"skipped: {name}, a folder without a {split} file" for name in without]
 
 
 def _stem(path: Path) -> str:
@@ -240,6 +241,8 @@ def sample(data: Data, size: int) -> Data:
 def _places(data: Data) -> Iterator[tuple[int, int]]:
     for part_number, part in enumerate(data.parts):
         for number, row in sources.read_rows(part.source):
-            is_dict = isinstance(row, dict) and row.get("chosen") is not None  # what is not is refused when it is read
+            is_dict = (
+                isinstance(row, dict) and row.get("chosen") is not None
+            )  # anything else is reported when it is read
             if not is_dict or part.source.includes(row):
                 yield part_number, number

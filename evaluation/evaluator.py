@@ -1,161 +1,220 @@
-"""Judge one reward model: score the data with it and with whatever it is compared to, measure, and write the report.
+"""One evaluation: each model in turn scores the data, the scores are analysed, and the report is written.
 
-One model is on the device at a time. Scores are kept as they come, so a judging that is killed goes on where it was.
+One model is on the device at a time. Scores are kept as they come, so a killed evaluation goes on where it was.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import models
 import utils
 from checkpointing import resolve
 from checkpointing.run_folder import best_step, step_folders, step_of
+from common import hub
 from evaluation import analysis, eval_data, html_report, metrics, plots, report
 from evaluation.scores import ScoreLog, ScoreTable, score_dataset
 from modeling import devices
-from modeling import scorer as scoring
+from modeling.pretrained import base_of_adapter, is_adapter, load_tokenizer
+from modeling.scorer import Scorer
+from models import RewardModel
+from utils import DiskOrNetworkError, UserError
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A model that has its name and can be opened."""
+class ModelSource:
+    """A model as the report calls it, and how to open it."""
 
     name: str
-    open: Callable[[], models.RewardModel]
+    open: Callable[[], RewardModel]
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How to score: what training calls by the same names."""
+class ScoringConfig:
+    """How to score; the names are those of the flags."""
 
     max_length: int = 2048
     batch_size: int = 64
     tokens_per_batch: int = 8192
     precision: str = "bf16"
 
+    def scorer(self, model: RewardModel) -> Scorer:
+        return Scorer.create(model, **dataclasses.asdict(self))
+
 
 @dataclass(frozen=True)
-class Task:
-    """What to judge and where to write of it."""
+class EvalJob:
+    """What to evaluate on which data, and where to write the results."""
 
-    model: Contender
+    model: ModelSource
     data: eval_data.Data
     dataset: str
     split: str
     report_dir: Path
-    board_folder: Path
-    limits: Limits = field(default_factory=Limits)
+    tensorboard_dir: Path
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
     step: int = 0
-    against: Contender | None = None
-    untrained: Contender | None = None
+    against: ModelSource | None = None
+    untrained: ModelSource | None = None
     scores_out: Path | None = None
-    settings: dict[str, Any] = field(default_factory=dict)  # as the report shows them
     notes: tuple[str, ...] = ()
 
 
-def judge(task: Task, between: Callable[[], None]) -> dict[str, Any]:
-    """Score, measure and write; returns the content of report.json."""
-    notes = [*task.data.notes, *task.notes]
-    table, log = _score(task.model, task, between)
-    logs, other = [log], None
-    if not len(table.positions):
-        log.delete()
-        raise utils.UserError(
-            "no row could be scored, so there is nothing to report", where=f"{task.dataset}, {task.split}",
-            found="; ".join(line.strip() for line in table.counts.lines()) or "no rows",
-            safe="no earlier report was touched", next="other --dataset or --split, or a larger --max_length",
-        )  # fmt: skip
-    content = analysis.measure(table)
-    if task.against:
-        other, its_log = _score(task.against, task, between)
-        logs.append(its_log)
-        content["against"] = {"model": task.against.name} | analysis.compare(table, other)
-    if task.untrained:
-        try:
-            before, its_log = _score(task.untrained, task, between)
-        except utils.UserError as error:  # a comparison less is no reason to lose the report
-            notes.append(f"the untrained model is not beside it: {error.what}")
-        else:
-            logs.append(its_log)
-            content["baselines"]["untrained model"] = dataclasses.asdict(metrics.share(before.reward_margins))
-    against = (other, logs[1]) if other is not None else None
-    content = {
-        "model": task.model.name, "dataset": task.dataset, "split": task.split, "step": task.step or None, **content,
-        "reading": analysis.readings(task.data, table, log, against, task.scores_out), "notes": notes,
-        "settings": {**task.settings, **dataclasses.asdict(task.limits)}, "made": utils.timestamp(),
-    }  # fmt: skip
-    drawn = plots.plots(content, table.rewards[:, 0] - table.rewards[:, 1], table.lengths[:, 0] - table.lengths[:, 1])
-    report.write_json(task.report_dir, content)
-    html_report.write(task.report_dir, content, drawn)
-    report.write_board(task.board_folder, content, drawn, task.step)
-    for finished in logs:
-        finished.delete()
+def evaluate_model(job: EvalJob, check_stop: Callable[[], None]) -> dict[str, Any]:
+    """Score, analyse and write the report; returns the content of report.json.
+
+    `check_stop` is called before each micro-batch, and may raise `utils.Stopped`.
+    """
+    notes = [*job.data.notes, *job.notes]
+    with contextlib.ExitStack() as open_logs:
+
+        def score(source: ModelSource) -> tuple[ScoreTable, ScoreLog]:
+            table, log = _score(source, job, check_stop)
+            logs.append(log)
+            open_logs.callback(log.close)
+            return table, log
+
+        logs: list[ScoreLog] = []
+        table, log = score(job.model)
+        if not len(table.positions):
+            log.delete()
+            raise UserError(
+                "no row could be scored, so there is nothing to report", where=f"{job.dataset}, {job.split}",
+                found="; ".join(line.strip() for line in table.counts.lines()) or "no rows",
+                safe="no earlier report was touched", next="other --dataset or --split, or a larger --max_length",
+            )  # fmt: skip
+        content = analysis.measure(table)
+        against = score(job.against) if job.against else None
+        if against:
+            content["against"] = {"model": job.against.name} | analysis.compare(table, against[0])
+        if job.untrained:
+            try:
+                untrained, _ = score(job.untrained)
+            except UserError as error:  # a missing comparison is no reason to lose the report
+                notes.append(f"no untrained baseline: {error.what}")
+            else:
+                margins = untrained.reward_margins
+                content["baselines"]["untrained model"] = dataclasses.asdict(metrics.accuracy(margins))
+        content = {
+            "model": job.model.name, "dataset": job.dataset, "split": job.split, "step": job.step or None, **content,
+            "reading": analysis.readings(job.data, table, log, against, job.scores_out), "notes": notes,
+            "settings": dataclasses.asdict(job.scoring), "made": utils.timestamp(),
+        }  # fmt: skip
+        drawn = plots.plots(
+            content, table.rewards[:, 0] - table.rewards[:, 1], table.lengths[:, 0] - table.lengths[:, 1]
+        )
+        report.write_json(job.report_dir, content)
+        html_report.write(job.report_dir, content, drawn)
+        report.write_tensorboard(job.tensorboard_dir, content, drawn, job.step)
+        for finished in logs:
+            finished.delete()
     return content
 
 
-def _score(contender: Contender, task: Task, between: Callable[[], None]) -> tuple[ScoreTable, ScoreLog]:
-    """One model's scores; it is off the device again when this returns."""
-    model = contender.open()
-    limits = task.limits
-    scorer = scoring.Scorer.of(model, limits.max_length, limits.batch_size, limits.tokens_per_batch, limits.precision)
-    device = model.device
+def _score(source: ModelSource, job: EvalJob, check_stop: Callable[[], None]) -> tuple[ScoreTable, ScoreLog]:
+    """One model's scores; the model is off the device again when this returns."""
+    scorer = job.scoring.scorer(source.open())
+    device = scorer.model.device
     try:
-        return score_dataset(scorer, task.data, task.report_dir, between, contender.name)
+        return score_dataset(scorer, job.data, job.report_dir, check_stop, source.name)
     finally:
-        del model, scorer
+        del scorer
         devices.free(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a model's folder says of itself
+# What a model's folder says about it
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def own_settings(folder: Path) -> dict[str, Any]:
-    """The training's settings that lie in a checkpoint of ours; {} for any other model."""
+def saved_model(name: str, folder: Path, base_model: str | None = None) -> ModelSource:
+    """The reward model in a folder. UserError if it is a LoRA checkpoint whose base model is a missing folder."""
+    if is_adapter(folder):
+        base = base_model or base_of_adapter(folder)
+        if hub.looks_like_a_path(base) and not Path(base).expanduser().exists():
+            raise UserError(
+                "the base model of a LoRA checkpoint is not there", where=base, found=f"the checkpoint {folder}",
+                safe="nothing was scored", next="--base_model FOLDER, where the base model is now",
+            )  # fmt: skip
+    return ModelSource(name, functools.partial(RewardModel.restore, folder, base_model))
+
+
+def untrained_model(folder: Path) -> tuple[ModelSource | None, str]:
+    """The model as it was before a checkpoint's training, or None and the reason."""
+    settings = training_settings(folder)
+    base, seed = settings.get("model"), settings.get("seed", 0)
+    if not isinstance(base, str) or not isinstance(seed, int):
+        return None, "no untrained baseline: nothing says which model this one was trained from"
+    # a hub id is looked up when it is opened; a missing folder is known now
+    if not Path(base).exists() and hub.looks_like_a_path(base):
+        return None, f"no untrained baseline: the base model is no longer at {base}"
+    return ModelSource("untrained model", lambda: RewardModel.create(base, load_tokenizer(str(folder)), seed)), ""
+
+
+def training_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the training that wrote a checkpoint; {} for any other model."""
     return resolve.read_settings(folder / "train_config.json")
 
 
 def report_folder(folder: Path) -> Path:
-    """`reports/step-N` beside a run's checkpoints; the checkpoint itself stays as its manifest says."""
+    """`reports/step-N` beside a run's checkpoints; inside the checkpoint it would contradict the manifest."""
     if step_of(folder.absolute()) is None or not (folder / "manifest.json").is_file():
         return Path("report")
     return folder.parent / "reports" / folder.name
 
 
-def board_folder(folder: Path, report_dir: Path) -> Path:
-    """Beside the training's own logs where they are; TensorBoard then shows both."""
-    log_dir = own_settings(folder).get("log_dir")
+def tensorboard_folder(folder: Path, report_dir: Path) -> Path:
+    """Beside the training's own logs if they exist, so that TensorBoard shows both."""
+    log_dir = training_settings(folder).get("log_dir")
     if step_of(folder.absolute()) is not None and isinstance(log_dir, str):
         run = folder.absolute().parent
-        logs = run.parent / log_dir / run.name  # log_dir is stored as seen from output_dir
+        logs = run.parent / log_dir / run.name  # log_dir is stored relative to output_dir
         if logs.is_dir():
             return logs / "report"
     return report_dir / "tensorboard"
 
 
-def untrained(folder: Path, settings: dict[str, Any]) -> tuple[Contender | None, str]:
-    """The model as it was before the training of a checkpoint, or why there is none."""
-    base, seed = settings.get("model"), settings.get("seed", 0)
-    if not isinstance(base, str) or not isinstance(seed, int):
-        return None, "the untrained model is not beside it: nothing says what this model was trained from"
-    if not Path(base).exists():
-        # a hub id is asked for when it is opened; a folder that is gone is known now
-        from common import hub
+# ---------------------------------------------------------------------------------------------------------------------
+# Where results go
+# ---------------------------------------------------------------------------------------------------------------------
 
-        if hub.looks_like_a_path(base):
-            return None, f"the untrained model is not beside it: its base is no longer at {base}"
 
-    def open_base() -> models.RewardModel:
-        return models.RewardModel.create(base, models.load_tokenizer(str(folder)), seed)
+def check_writable(folder: Path, name: str, flag: str) -> None:
+    """DiskOrNetworkError if no file can be made in `folder`, before hours are spent on what would go there."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        if existing.is_dir():
+            tempfile.TemporaryFile(dir=existing).close()
+            return
+        problem = "it is no folder"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    raise DiskOrNetworkError(
+        f"{name} cannot be written: {problem}", where=existing.absolute(), safe="nothing was scored",
+        next=f"{flag}, in a place where you may write",
+    )  # fmt: skip
 
-    return Contender("untrained model", open_base), ""
+
+def find_scores_file(name: str, data: eval_data.Data, report_dir: Path) -> Path:
+    """Where --scores_out points to, through symbolic links. UserError unless it is a file of its own."""
+    path = Path(name).expanduser().resolve()
+    if path.exists() and not path.is_file():
+        raise UserError("--scores_out is no regular file", where=name, next="name a file; it is written at the end")
+    inputs = [part.source.path.resolve() for part in data.parts if part.source.path]
+    reports = [(report_dir / file).resolve() for file in (report.JSON, html_report.PAGE)]
+    if path in (*inputs, *reports):
+        what = "the data that is scored" if path in inputs else "the report itself"
+        raise UserError(f"--scores_out names {what}", where=path, safe="it was not touched", next="name another file")
+    check_writable(path.parent, "--scores_out", "--scores_out FILE")
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,9 +223,9 @@ def untrained(folder: Path, settings: dict[str, Any]) -> tuple[Contender | None,
 
 
 def report_run(run_folder: Path, dataset: str, rows: Iterable[int]) -> None:
-    """Report on a run's newest checkpoint and its best: on `rows` of the test split, those that training evaluates on.
+    """Report on a run's newest and best checkpoints, on `rows` of the test split: those that training evaluates on.
 
-    The training is over and saved, so whatever goes wrong here is said, and is no failure of the run.
+    The training is over and saved, so whatever goes wrong here is printed and does not fail the run.
     """
     newest, best = step_folders(run_folder)[-1:], best_step(run_folder)
     folders = dict.fromkeys([*newest, *([best] if best else [])])
@@ -174,18 +233,18 @@ def report_run(run_folder: Path, dataset: str, rows: Iterable[int]) -> None:
         data = eval_data.find(dataset, "test", None)
         data = dataclasses.replace(data, chosen_rows=frozenset((0, int(row)) for row in rows), notes=())
         for folder in folders:
-            settings = own_settings(folder)
+            settings = training_settings(folder)
             own = {name: settings[name] for name in ("max_length", "batch_size", "precision") if name in settings}
+            report_dir = report_folder(folder)
+            job = EvalJob(
+                saved_model(utils.seen_from_here(str(folder)), folder), data, utils.seen_from_here(dataset), "test",
+                report_dir, tensorboard_folder(folder, report_dir), ScoringConfig(**own), step_of(folder) or 0,
+                notes=("the pairs that training evaluates on",),
+            )  # fmt: skip
             with utils.StopRequest() as stop:
-                task = Task(
-                    Contender(utils.seen_from_here(str(folder)), functools.partial(models.RewardModel.restore, folder)),
-                    data, utils.seen_from_here(dataset), "test", report_folder(folder),
-                    board_folder(folder, report_folder(folder)), Limits(**own), step_of(folder) or 0,
-                    notes=("the pairs that training evaluates on",),
-                )  # fmt: skip
-                judge(task, stop.check)
-            print(f"report: {task.report_dir / html_report.PAGE}", flush=True)
-    except (utils.UserError, OSError, RuntimeError) as error:
+                evaluate_model(job, stop.check)
+            print(f"report: {report_dir / html_report.PAGE}", flush=True)
+    except (UserError, OSError, RuntimeError) as error:
         utils.say_if_heard(
             f"the training is saved, but there is no report of it: {utils.first_line(error)}\n"
             f"  python eval_rm.py --model {run_folder}   writes one"

@@ -1,6 +1,6 @@
-"""What rewards of pairs say about a reward model: accuracy, length bias, calibration, two models against each other.
+"""Metrics of a reward model: accuracy, length bias, calibration, and two models compared on the same pairs.
 
-Numbers in, numbers out. `margin` is always r_chosen − r_rejected, so a model is right where it is positive, and ties
+Numbers in, numbers out. `reward_margin` is always r_chosen − r_rejected: the model is right where it is positive; ties
 (exactly 0) are neither right nor wrong.
 
 Letters: N pairs.
@@ -29,8 +29,8 @@ MISLABEL_BELOW = 0.05
 
 
 @dataclass(frozen=True)
-class Share:
-    """How many of N pairs were right and tied; the accuracy is right / n, with Wilson's 95 % interval."""
+class Accuracy:
+    """How many of n pairs are right and how many are ties; accuracy is right / n, with Wilson's 95 % interval."""
 
     n: int
     right: int
@@ -40,19 +40,19 @@ class Share:
     high: float
 
 
-def share(margin: Array) -> Share:
-    """Accuracy of margins (N,). A tie is no success: nothing was preferred."""
-    n, right, ties = len(margin), int((margin > 0).sum()), int((margin == 0).sum())
-    return Share(n, right, ties, right / n if n else None, *utils.wilson_interval(right, n))
+def accuracy(reward_margin: Array) -> Accuracy:
+    """The accuracy of margins (N,). A tie does not count as right: neither reply was preferred."""
+    n, right, ties = len(reward_margin), int((reward_margin > 0).sum()), int((reward_margin == 0).sum())
+    return Accuracy(n, right, ties, right / n if n else None, *utils.wilson_interval(right, n))
 
 
-def breakdown(margin: Array, groups: Array, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`share` for each group that has pairs; `groups` (N,) are indices into `names`."""
-    return {name: asdict(share(margin[groups == i])) for i, name in enumerate(names) if (groups == i).any()}
+def breakdown(reward_margin: Array, groups: Array, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`accuracy` of each group that has pairs; `groups` (N,) are indices into `names`."""
+    return {name: asdict(accuracy(reward_margin[groups == i])) for i, name in enumerate(names) if (groups == i).any()}
 
 
 def length_buckets(lengths: Array) -> tuple[Array, list[str]]:
-    """(N,) indices of buckets of tokens, and the buckets' names: '0 to 15', '16 to 31' … '1024 and more'."""
+    """(N,) bucket indices of lengths in tokens, and the buckets' names: '0 to 15', '16 to 31' … '1024 and more'."""
     names = [f"{low} to {high - 1}" for low, high in itertools.pairwise(LENGTH_EDGES)]
     return np.searchsorted(LENGTH_EDGES, lengths, side="right") - 1, [*names, f"{LENGTH_EDGES[-1]} and more"]
 
@@ -63,35 +63,35 @@ def length_buckets(lengths: Array) -> tuple[Array, list[str]]:
 
 
 def length_bias(rewards: Array, lengths: Array) -> dict[str, Any]:
-    """How much of the reward is length.
+    """How much of the reward is explained by length.
 
     Args:
         rewards, lengths: (N, 2), chosen and rejected; lengths are tokens of the last reply.
 
-    Within prompts: the correlation of Δreward and Δlength with each pair counted in both orders. The sign of a
-    difference then does not depend on which reply is written first, and the number is that of rewards and lengths
-    after each prompt's mean is taken off. Across prompts: of all 2N replies.
+    "within_prompts" is the correlation of Δreward and Δlength with each pair counted in both orders. It therefore does
+    not depend on which reply comes first, and equals the correlation of rewards and lengths after subtracting each
+    prompt's mean. "across_prompts" is the correlation over all 2N replies.
     """
-    margin, longer_by = rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1]
-    both = np.concatenate([margin, -margin]), np.concatenate([longer_by, -longer_by])
+    reward_margin, longer_by = rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1]
+    both = np.concatenate([reward_margin, -reward_margin]), np.concatenate([longer_by, -longer_by])
     differ = longer_by != 0
-    decided = differ & (margin != 0)
-    prefers_longer = (margin > 0) == (longer_by > 0)
+    decided = differ & (reward_margin != 0)
+    prefers_longer = (reward_margin > 0) == (longer_by > 0)
     return {
         "within_prompts": correlation(*both),
         "across_prompts": correlation(rewards.reshape(-1), lengths.reshape(-1)),
-        "better_is_longer": asdict(share(margin[longer_by > 0])),
-        "better_is_shorter": asdict(share(margin[longer_by < 0])),
-        "equally_long": asdict(share(margin[longer_by == 0])),
+        "better_is_longer": asdict(accuracy(reward_margin[longer_by > 0])),
+        "better_is_shorter": asdict(accuracy(reward_margin[longer_by < 0])),
+        "equally_long": asdict(accuracy(reward_margin[longer_by == 0])),
         # of the pairs whose replies differ in length (and which the model does not tie)
         "model_prefers_longer": float(prefers_longer[decided].mean()) if decided.any() else None,
         "people_prefer_longer": float((longer_by[differ] > 0).mean()) if differ.any() else None,
-        "length_controlled": length_controlled(margin, longer_by),
+        "length_controlled": length_controlled(reward_margin, longer_by),
     }
 
 
 def correlation(first: Array, second: Array) -> dict[str, float | None]:
-    """Pearson's and Spearman's; None where one side does not vary, for then there is none."""
+    """Pearson's and Spearman's correlation; None if one side does not vary, for which neither is defined."""
     from scipy import stats
 
     if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
@@ -102,18 +102,18 @@ def correlation(first: Array, second: Array) -> dict[str, float | None]:
     }
 
 
-def length_controlled(margin: Array, longer_by: Array) -> dict[str, float | None]:
-    """The mean of two accuracies: where the better reply is the longer one, and where it is the shorter one.
+def length_controlled(reward_margin: Array, longer_by: Array) -> dict[str, float | None]:
+    """The mean of two accuracies: on pairs whose chosen reply is longer, and on pairs whose chosen reply is shorter.
 
-    That is the accuracy on data in which the longer reply is better exactly half of the time, the rest unchanged: a
-    model that only measures length comes to 50 %, whichever way it measures, and a perfect one to 100 %. (AlpacaEval's
-    length-controlled win rate, arXiv 2404.04475, takes length out by a regression instead; it compares models on
-    prompts without labels, where there are no two accuracies to average.)
+    This is the accuracy on data in which the longer reply is chosen exactly half of the time, all else unchanged. A
+    model that only measures length gets 50 %, whether it prefers long or short replies; a perfect one gets 100 %.
+    (AlpacaEval's length-controlled win rate, arXiv 2404.04475, removes the effect of length by a regression instead: it
+    compares models on prompts without labels, where there are no two accuracies to average.)
 
     The interval combines the two Wilson intervals by the square-and-add rule (Newcombe 1998,
     doi:10.1002/(SICI)1097-0258(19980430)17:8<873::AID-SIM779>3.0.CO;2-I).
     """
-    longer, shorter = share(margin[longer_by > 0]), share(margin[longer_by < 0])
+    longer, shorter = accuracy(reward_margin[longer_by > 0]), accuracy(reward_margin[longer_by < 0])
     if longer.accuracy is None or shorter.accuracy is None:
         return {"accuracy": None, "low": None, "high": None}
     middle = (longer.accuracy + shorter.accuracy) / 2
@@ -127,64 +127,63 @@ def length_controlled(margin: Array, longer_by: Array) -> dict[str, float | None
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def probability(margin: Array) -> Array:
-    """P(chosen preferred) = σ(margin), (N,), without overflow."""
+def probability(reward_margin: Array) -> Array:
+    """P(chosen preferred) = σ(reward_margin), (N,), without overflow."""
     from scipy.special import expit
 
-    return expit(margin.astype(np.float64))
+    return expit(reward_margin.astype(np.float64))
 
 
-def calibration(margin: Array) -> dict[str, Any]:
-    """Whether σ(Δr) is the probability that it claims to be.
+def calibration(reward_margin: Array) -> dict[str, Any]:
+    """Whether σ(Δr), the probability that the model gives its choice, matches how often people agree.
 
-    A pair says the same in both orders: σ(Δr) for one, 1 − σ(Δr) for the other. With the chosen reply always first
-    every outcome would be 1; so each pair is looked at from the side that the model prefers: it claims σ(|Δr|), from
-    0.5 to 1, and what happened is 1 if people prefer that side too, 0 if not, and 0.5 for a tie. (Counting both orders
-    in bins over [0, 1] is the same, twice.) ECE is the mean over pairs of |what happened − what was claimed| of their
-    bin (Guo et al. 2017, arXiv 1706.04599).
+    With the chosen reply always first every outcome would be 1, so each pair is seen from the side that the model
+    prefers: it claims σ(|Δr|), from 0.5 to 1, and the outcome is 1 if people prefer that side too, 0 if not, and 0.5
+    for a tie. (Counting each pair in both orders, in bins over [0, 1], gives the same result.) ECE, the expected
+    calibration error, is the mean over pairs of |outcome − claim| of their bin (Guo et al. 2017, arXiv 1706.04599).
     """
     from scipy import stats
 
-    if not len(margin):
+    if not len(reward_margin):
         return {"bins": [], "ece": None, "brier": None, "log_loss": None, "temperature": None}
-    claimed = probability(np.abs(margin))
-    happened = np.heaviside(margin, 0.5)
+    claimed = probability(np.abs(reward_margin))
+    happened = np.heaviside(reward_margin, 0.5)
     means = stats.binned_statistic(claimed, [claimed, happened], "mean", CALIBRATION_BINS, range=(0.5, 1)).statistic
     counts = stats.binned_statistic(claimed, None, "count", CALIBRATION_BINS, range=(0.5, 1)).statistic
     bins = [
-        {"claimed": float(said), "happened": float(was), "count": int(count)}
-        for said, was, count in zip(*means, counts, strict=True)
+        {"claimed": float(claim), "happened": float(outcome), "count": int(count)}
+        for claim, outcome, count in zip(*means, counts, strict=True)
         if count
     ]
     off = [abs(one["happened"] - one["claimed"]) for one in bins]
     return {
         "bins": bins,
         "ece": float(np.average(off, weights=[one["count"] for one in bins])),
-        "brier": float(np.mean((1 - probability(margin)) ** 2)),
-        "log_loss": log_loss(margin),
-        "temperature": temperature(margin),
+        "brier": float(np.mean((1 - probability(reward_margin)) ** 2)),
+        "log_loss": log_loss(reward_margin),
+        "temperature": temperature(reward_margin),
     }
 
 
-def log_loss(margin: Array) -> float:
-    """Mean of −log σ(margin): the Bradley-Terry loss. From the margin, since log(σ) of a large one would be log(0)."""
-    return float(np.logaddexp(0.0, -margin.astype(np.float64)).mean())
+def log_loss(reward_margin: Array) -> float:
+    """Mean of −log σ(Δr), the Bradley-Terry loss; computed from Δr, because σ of a very negative one rounds to 0."""
+    return float(np.logaddexp(0.0, -reward_margin.astype(np.float64)).mean())
 
 
-def temperature(margin: Array) -> dict[str, float | None] | None:
-    """The T that makes σ(Δr / T) most likely, its 95 % interval, and the log loss with it; None if there is none.
+def temperature(reward_margin: Array) -> dict[str, float | None] | None:
+    """The T that minimizes the log loss of σ(Δr / T), its 95 % interval, and that log loss; None if there is none.
 
-    In b = 1/T the log loss is convex with derivative mean(−Δr · σ(−b · Δr)), whose zero is sought. There is none where
-    every pair is right (T → 0 would be best) or where Δr says nothing (the mean of Δr is not positive: T → ∞). The
-    interval is b ± 1.96 / √information; it is open above (None) where that b reaches 0.
+    In b = 1/T the log loss is convex, with derivative mean(−Δr · σ(−b · Δr)); T is found at its zero. There is no zero
+    if every pair is right (T → 0 would be best) or if Δr carries no signal (its mean is not positive: T → ∞). The
+    interval is b ± 1.96 / √information; T has no upper end (None) if that b reaches 0.
     """
     from scipy.optimize import brentq
 
-    margin = margin.astype(np.float64)
-    if not len(margin) or margin.mean() <= 0 or not (margin < 0).any():
+    reward_margin = reward_margin.astype(np.float64)
+    if not len(reward_margin) or reward_margin.mean() <= 0 or not (reward_margin < 0).any():
         return None
-    scale = np.abs(margin).max()
-    scaled = margin / scale  # so that b has the size of 1
+    scale = np.abs(reward_margin).max()
+    scaled = reward_margin / scale  # so that b is of the order of 1
 
     def slope(b: float) -> float:
         return float(-(scaled * probability(-b * scaled)).mean())
@@ -193,20 +192,20 @@ def temperature(margin: Array) -> dict[str, float | None] | None:
     while slope(high) < 0:
         high *= 2
     b = brentq(slope, 0.0, high, xtol=1e-12) / scale
-    p = probability(b * margin)
-    reach = Z / math.sqrt(float((margin**2 * p * (1 - p)).sum()))
+    p = probability(b * reward_margin)
+    reach = Z / math.sqrt(float((reward_margin**2 * p * (1 - p)).sum()))
     return {
         "value": 1 / b,
         "low": 1 / (b + reach),
         "high": 1 / (b - reach) if b > reach else None,
-        "log_loss": log_loss(b * margin),
+        "log_loss": log_loss(b * reward_margin),
     }
 
 
-def label_probability(margin: Array) -> Array:
-    """P(the label is right) after the model, (N,): σ(Δr / T), with T = 1 where no temperature can be had."""
-    found = temperature(margin)
-    return probability(margin / found["value"] if found else margin)
+def label_probability(reward_margin: Array) -> Array:
+    """The probability (N,) that the model gives the labels: σ(Δr / T), with T = 1 if no temperature can be fitted."""
+    found = temperature(reward_margin)
+    return probability(reward_margin / found["value"] if found else reward_margin)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,8 +216,8 @@ def label_probability(margin: Array) -> Array:
 def compare(margin_a: Array, margin_b: Array, seed: int = 0) -> dict[str, Any]:
     """Whether A's accuracy differs from B's on the same N pairs: McNemar's test and a paired bootstrap.
 
-    McNemar looks at the pairs that only one of them gets right (a tie is not right): exactly, by the binomial
-    distribution, or from a thousand on by chi-squared with Edwards' continuity correction.
+    McNemar's test looks at the pairs that only one of them gets right (a tie is not right). Up to 1000 of them it is
+    the exact binomial test, beyond that chi-squared with Edwards' continuity correction.
     """
     from scipy import stats
 
@@ -249,8 +248,8 @@ def compare(margin_a: Array, margin_b: Array, seed: int = 0) -> dict[str, Any]:
 def bootstrap_difference(n: int, only_a: int, only_b: int, seed: int) -> tuple[float | None, float | None]:
     """95 % percentile interval of accuracy A − B over resampled pairs.
 
-    A pair contributes +1, −1 or 0, so drawing N pairs with replacement is one draw from a multinomial distribution;
-    a million pairs cost no more than ten.
+    A pair contributes +1, −1 or 0, so drawing N pairs with replacement is one draw from a multinomial distribution,
+    and a million pairs take no longer than ten.
     """
     if not n:
         return None, None

@@ -1,4 +1,4 @@
-"""The plots of a report, drawn once: as SVG that takes its colours from the page, and as pixels for TensorBoard."""
+"""The plots of a report: as SVG that takes its colours from the page, and as pixels for TensorBoard."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Palette:
 
 
 ON_WHITE = Palette(ink="#1d2430", muted="#5b6472", grid="#dfe3e8", accent="#2563c9", second="#c2410c")
-# Stand-ins that `svg` replaces by the style sheet's variables, because matplotlib knows no `var(--ink)`.
-STAND_INS = Palette(ink="#010203", muted="#040506", grid="#070809", accent="#0a0b0c", second="#0d0e0f")
+# Placeholders that `svg` replaces with the page's CSS variables, since matplotlib does not know `var(--ink)`.
+PLACEHOLDERS = Palette(ink="#010203", muted="#040506", grid="#070809", accent="#0a0b0c", second="#0d0e0f")
 
 Draw = Callable[["Axes", Palette], None]
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot by name: how high it is in inches, and what draws it."""
+    """What draws a plot, and its height in inches."""
 
     name: str
     title: str
@@ -47,30 +47,29 @@ class Plot:
     height: float = 3.0
 
 
-def plots(content: dict[str, Any], margins: np.ndarray, longer_by: np.ndarray) -> list[Plot]:
-    """The plots of a report's content; margins and length differences (N,) are of its pairs."""
-    found = [_intervals("accuracy", "Accuracy, and what rules without a model reach", _rules(content))]
-    for name, title in (("by_subset", "Accuracy by subset"), ("by_turns", "Accuracy by turns of the user"),
+def plots(content: dict[str, Any], reward_margins: np.ndarray, longer_by: np.ndarray) -> list[Plot]:
+    """The plots of a report; reward_margins and longer_by (N,) are those of its pairs."""
+    found = [_intervals("accuracy", "Accuracy, compared with simple rules", _model_and_rules(content))]
+    for name, title in (("by_subset", "Accuracy by subset"), ("by_turns", "Accuracy by number of user turns"),
                         ("by_length", "Accuracy by tokens of the longest reply")):  # fmt: skip
         if len(content[name]) > 1:
             found.append(_intervals(name, title, content[name]))
-    if len(margins):
-        found += [
-            Plot("margins", "Δr = reward of the better reply − of the worse", lambda a, p: _margins(a, p, margins)),
-            Plot("reliability", "What σ(Δr) claims, and what happened", lambda a, p: _reliability(a, p, content)),
-            Plot("length", "Difference in reward and in length", lambda a, p: _length(a, p, margins, longer_by)),
-        ]
-    return found
+    return [
+        *found,
+        Plot("margins", "Δr = chosen reward − rejected reward", lambda a, p: _margins(a, p, reward_margins)),
+        Plot("reliability", "Calibration: claimed and actual agreement", lambda a, p: _reliability(a, p, content)),
+        Plot("length", "Difference in reward and in length", lambda a, p: _length(a, p, reward_margins, longer_by)),
+    ]
 
 
-def _rules(content: dict[str, Any]) -> dict[str, Any]:
+def _model_and_rules(content: dict[str, Any]) -> dict[str, Any]:
     low, high = content["interval"]
     model = {"n": content["n"], "accuracy": content["accuracy"], "low": low, "high": high}
     return {"this model": model, **content["baselines"]}
 
 
-def _intervals(name: str, title: str, shares: dict[str, Any]) -> Plot:
-    kept = [(label, one) for label, one in shares.items() if one["accuracy"] is not None][:MOST_ROWS]
+def _intervals(name: str, title: str, groups: dict[str, Any]) -> Plot:
+    kept = [(label, one) for label, one in groups.items() if one["accuracy"] is not None][:MOST_ROWS]
 
     def draw(axes: Axes, palette: Palette) -> None:
         rows = np.arange(len(kept))
@@ -92,11 +91,11 @@ def _intervals(name: str, title: str, shares: dict[str, Any]) -> Plot:
     return Plot(name, title, draw, 0.9 + 0.32 * len(kept))
 
 
-def _margins(axes: Axes, palette: Palette, margins: np.ndarray) -> None:
-    low, high = np.quantile(margins, [0.001, 0.999])
+def _margins(axes: Axes, palette: Palette, reward_margins: np.ndarray) -> None:
+    low, high = np.quantile(reward_margins, [0.001, 0.999])
     reach = max(abs(low), abs(high)) or 1.0
-    edges = np.linspace(-reach, reach, 61 if len(margins) > 2000 else 31)  # 0 is one of them
-    shown = np.clip(margins, -reach, reach)
+    edges = np.linspace(-reach, reach, 61 if len(reward_margins) > 2000 else 31)  # 0 is one of them
+    shown = np.clip(reward_margins, -reach, reach)
     axes.hist(shown[shown <= 0], edges, color=palette.second, label="wrong")
     axes.hist(shown[shown > 0], edges, color=palette.accent, label="right")
     axes.axvline(0, color=palette.ink, linewidth=1)
@@ -120,12 +119,12 @@ def _reliability(axes: Axes, palette: Palette, content: dict[str, Any]) -> None:
         axis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
 
-def _length(axes: Axes, palette: Palette, margins: np.ndarray, longer_by: np.ndarray) -> None:
-    chosen = np.random.default_rng(0).permutation(len(margins))[:MOST_POINTS]
+def _length(axes: Axes, palette: Palette, reward_margins: np.ndarray, longer_by: np.ndarray) -> None:
+    chosen = np.random.default_rng(0).permutation(len(reward_margins))[:MOST_POINTS]
     axes.axhline(0, color=palette.grid, linewidth=1)
     axes.axvline(0, color=palette.grid, linewidth=1)
-    axes.scatter(longer_by[chosen], margins[chosen], s=10, color=palette.accent, alpha=0.45, linewidth=0)
-    axes.set_xlabel("tokens that the better reply is longer by")
+    axes.scatter(longer_by[chosen], reward_margins[chosen], s=10, color=palette.accent, alpha=0.45, linewidth=0)
+    axes.set_xlabel("tokens by which the chosen reply is longer")
     axes.set_ylabel("Δr")
 
 
@@ -135,16 +134,16 @@ def _length(axes: Axes, palette: Palette, margins: np.ndarray, longer_by: np.nda
 
 
 def svg(plot: Plot) -> str:
-    """A plot as an SVG element to stand in a page: texts are text, colours are the page's variables."""
+    """A plot as an SVG element for a page: texts stay text, colours are the page's variables."""
     written = io.BytesIO()
-    with _style(STAND_INS, plot):
-        _figure(plot, STAND_INS).savefig(written, format="svg", transparent=True, metadata={"Date": None})
+    with _style(PLACEHOLDERS, plot):
+        _figure(plot, PLACEHOLDERS).savefig(written, format="svg", transparent=True, metadata={"Date": None})
     text = written.getvalue().decode("utf-8")
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[a-z]+_?\w*">', "<g>", text)  # several plots in one page would repeat these names
-    for name, stand_in in vars(STAND_INS).items():
-        text = text.replace(stand_in, f"var(--{name})")
+    for name, placeholder in vars(PLACEHOLDERS).items():
+        text = text.replace(placeholder, f"var(--{name})")
     opening = rf'<svg viewBox="\1" role="img" aria-label="{html.escape(plot.title)}">'
     text = re.sub(r'<svg[^>]*viewBox="([^"]+)"[^>]*>', opening, text, count=1)
     return re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)  # the page's font

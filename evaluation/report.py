@@ -38,23 +38,23 @@ def number(value: float | None, form: str = ".3f") -> str:
 
 
 def length_and_calibration(content: dict[str, Any]) -> list[tuple[str, str]]:
-    """The figures of length and calibration: (what, value), for the terminal and the page alike."""
+    """The figures of length and calibration: (what, value)."""
     length, calibration = content["length"], content["calibration"]
     controlled, within = length["length_controlled"], length["within_prompts"]
     across, temperature = length["across_prompts"], calibration["temperature"]
     interval = "" if controlled["low"] is None else f" ({percent(controlled['low'])} to {percent(controlled['high'])})"
-    mended = (
+    scaled = (
         f"{temperature['value']:.3g} ({temperature['low']:.3g} to {number(temperature['high'], '.3g')}); "
         f"log loss {number(temperature['log_loss'], '.4f')}"
         if temperature
-        else "none mends it"
+        else "none"
     )
     return [
         ("length-controlled accuracy", percent(controlled["accuracy"]) + interval),
         *(
-            (f"accuracy, the better reply {words}", f"{percent(length[key]['accuracy'])} of {length[key]['n']:,}")
+            (f"accuracy, chosen reply {words}", f"{percent(length[key]['accuracy'])} of {length[key]['n']:,}")
             for words, key in (
-                ("longer", "better_is_longer"), ("shorter", "better_is_shorter"), ("as long", "equally_long")
+                ("longer", "better_is_longer"), ("shorter", "better_is_shorter"), ("equally long", "equally_long")
             )
         ),
         ("the model prefers the longer reply", percent(length["model_prefers_longer"])),
@@ -64,7 +64,7 @@ def length_and_calibration(content: dict[str, Any]) -> list[tuple[str, str]]:
         ("expected calibration error", percent(calibration["ece"])),
         ("Brier score (guessing: 0.25)", number(calibration["brier"], ".4f")),
         ("log loss (guessing: 0.6931)", number(calibration["log_loss"], ".4f")),
-        ("temperature that mends it", mended),
+        ("best temperature", scaled),
         ("suspected mislabels", f"{content['reading']['suspected_mislabels']:,}"),
     ]  # fmt: skip
 
@@ -75,12 +75,12 @@ def benchmark_scores(benchmark: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def comparison(against: dict[str, Any]) -> list[tuple[str, str]]:
-    """Two models on the same pairs: (what, value)."""
+    """The figures of two models on the same pairs: (what, value)."""
     return [
         ("pairs that both scored", f"{against['n']:,}"),
         ("both right", f"{against['both_right']:,}"),
         ("only this model right", f"{against['only_a_right']:,}"),
-        ("only the other right", f"{against['only_b_right']:,}"),
+        ("only the other model right", f"{against['only_b_right']:,}"),
         ("neither right", f"{against['neither_right']:,}"),
         ("difference in accuracy", f"{number(against['accuracy_difference'], '+.1%')}"
          f" ({number(against['low'], '+.1%')} to {number(against['high'], '+.1%')})"),
@@ -94,8 +94,8 @@ def comparison(against: dict[str, Any]) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_board(folder: Path, content: dict[str, Any], drawn: list[plots.Plot], step: int) -> None:
-    """The report's figures as scalars and its plots as images, in place of what an earlier report of `step` wrote."""
+def write_tensorboard(folder: Path, content: dict[str, Any], drawn: list[plots.Plot], step: int) -> None:
+    """The figures as scalars and the plots as images, replacing those of an earlier report of the same step."""
     from torch.utils.tensorboard import SummaryWriter
 
     suffix = f".step-{step}"
@@ -109,7 +109,7 @@ def write_board(folder: Path, content: dict[str, Any], drawn: list[plots.Plot], 
 
 
 def scalars(content: dict[str, Any]) -> dict[str, float]:
-    """The figures of a report by TensorBoard tag; what there is none of is left out."""
+    """The figures of a report by TensorBoard tag, without those that are undefined."""
     length, calibration = content["length"], content["calibration"]
     values = {
         "accuracy": content["accuracy"],
@@ -133,12 +133,12 @@ def scalars(content: dict[str, Any]) -> dict[str, float]:
 
 
 def show(content: dict[str, Any]) -> None:
-    """The report as tables on standard output."""
+    """Print the report as tables."""
     from rich.console import Console
     from rich.table import Table as Grid
     from rich.text import Text
 
-    # into memory first: rich would take a pipe that nobody reads any more for the end of the program
+    # into memory first: rich would end the program if standard output is a pipe that was closed
     on_terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if on_terminal else 100
     console = Console(file=io.StringIO(), width=width, force_terminal=on_terminal, highlight=False)
@@ -156,14 +156,14 @@ def show(content: dict[str, Any]) -> None:
     model |= dict(zip(("low", "high"), content["interval"], strict=True))
     columns = ("", "accuracy", "95 % interval", "ties", "of")
     rules = {"this model": model, **content["baselines"]}
-    grid("Accuracy", [_share_row(*item) for item in rules.items()], columns)
+    grid("Accuracy", [_accuracy_row(*item) for item in rules.items()], columns)
     for name, title in (("by_subset", "By subset"), ("by_turns", "By turns of the user"),
                         ("by_length", "By tokens of the longest reply")):  # fmt: skip
-        if len(shares := content[name]) > 1:
-            more = f" (the first {MOST_GROUPS_SHOWN} of {len(shares)}; all in {JSON})"
+        if len(groups := content[name]) > 1:
+            more = f" (the first {MOST_GROUPS_SHOWN} of {len(groups)}; all in {JSON})"
             grid(
-                title + (more if len(shares) > MOST_GROUPS_SHOWN else ""),
-                [_share_row(label or "(none)", one) for label, one in list(shares.items())[:MOST_GROUPS_SHOWN]],
+                title + (more if len(groups) > MOST_GROUPS_SHOWN else ""),
+                [_accuracy_row(label or "(none)", one) for label, one in list(groups.items())[:MOST_GROUPS_SHOWN]],
                 columns,
             )
     grid("Length and calibration", length_and_calibration(content), ("", ""))
@@ -177,6 +177,6 @@ def show(content: dict[str, Any]) -> None:
     print(console.file.getvalue(), end="", flush=True)
 
 
-def _share_row(label: str, one: dict[str, Any]) -> tuple[str, ...]:
+def _accuracy_row(label: str, one: dict[str, Any]) -> tuple[str, ...]:
     interval = f"{one['low']:.1%} to {one['high']:.1%}" if one["n"] else "–"
     return label, percent(one["accuracy"]), interval, f"{one['ties']:,}", f"{one['n']:,}"

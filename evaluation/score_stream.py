@@ -1,10 +1,10 @@
-"""Rewards as a step of a pipeline: lines of JSON in, the same lines with their rewards out, in order, as they come.
+"""Rewards as a step of a pipeline: lines of JSON in, the same lines with their rewards out, in the same order.
 
     {"prompt": …, "reply": …}           -> … "reward": 1.5        (also "response" or "completion")
     {"messages": [ … ]}                 -> … "reward": 1.5
     {"prompt": …, "replies": [ … ]}     -> … "rewards": [ … ]     and with best-of-N "best", "reply", "reward"
 
-A line whose content cannot be scored keeps its place: its reward is null, and "left_out" says why.
+A line that cannot be scored keeps its place: its reward is null, and "left_out" says why.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WANTS = "wants messages, or a prompt with reply or replies"
 
 @dataclass(frozen=True)
 class Line:
-    """A row as it came, and the dialogues to score of it or why there are none."""
+    """A row as it came, and its dialogues to score, or the key of LEFT_OUT that says why there are none."""
 
     row: dict[str, Any]
     dialogues: list[Messages] | str
@@ -44,11 +44,11 @@ class Line:
 
 
 def read(name: str) -> Iterator[Line]:
-    """The lines of a file, or of standard input for "-". UserError names the line of what is broken."""
+    """The lines of a file, or of standard input for "-". UserError names a line that is broken."""
     if name == "-":
         if sys.stdin is None:
             raise UserError("--score -: standard input is closed", next="... | python eval_rm.py --score -, or a file")
-        # a handle of our own: at its end Python wants the lock of sys.stdin's, which the reading thread would hold
+        # a file object of its own: at exit Python needs the lock of sys.stdin, which the reading thread would hold
         with os.fdopen(os.dup(sys.stdin.fileno()), "rb") as lines:
             for number, row in sources.parse_json_lines(lines, lambda number: f"standard input:{number}"):
                 yield parse(row, f"standard input:{number}")
@@ -68,7 +68,7 @@ def read(name: str) -> Iterator[Line]:
 
 
 def parse(row: Any, place: str) -> Line:
-    """One row; UserError if it has no form that can be scored, whatever its texts say."""
+    """One row; UserError if it does not have a form that can be scored, whatever its texts are."""
 
     def refuse(problem: str) -> UserError:
         return UserError(f"a row cannot be scored: {problem}", where=place, next=WANTS)
@@ -78,7 +78,7 @@ def parse(row: Any, place: str) -> Line:
     try:
         json.dumps(row, allow_nan=False)
     except ValueError:
-        raise refuse("it holds a number that is not finite, which no JSON is") from None
+        raise refuse("it holds a number that is not finite, which JSON does not allow") from None
     if row.get("messages") is not None:
         if not isinstance(row["messages"], list):
             raise refuse(f"'messages' is a {type(row['messages']).__name__}, not a list")
@@ -105,10 +105,10 @@ def _line(row: dict[str, Any], dialogues: list[Messages], has_replies: bool) -> 
 
 
 def score(scorer: scoring.Scorer, lines: Iterator[Line], best_of: bool, waits: bool, out: BinaryIO) -> Counter:
-    """Write each line with its rewards; returns how many were scored ("scored") and left out, by reason.
+    """Write each line with its rewards; returns how many were scored ("scored") and how many skipped, by reason.
 
-    With `waits` lines are scored a thousand at a time; without, whatever has arrived, so that somebody who feeds
-    one line and waits for its reward gets it.
+    With `waits` lines are scored a thousand at a time. Without, whatever has arrived is scored at once, so that a
+    process that writes one line and waits for its reward gets it.
     """
     counts: Counter = Counter()
     for chunk in _chunks(lines, waits):
@@ -129,7 +129,7 @@ def score(scorer: scoring.Scorer, lines: Iterator[Line], best_of: bool, waits: b
 def _encoded(answer: dict[str, Any]) -> bytes:
     try:
         return json.dumps(answer, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half a character, which only its escape can say
+    except UnicodeEncodeError:  # half a character (a lone surrogate) can only be written as its escape
         return json.dumps(answer).encode() + b"\n"
 
 
@@ -147,7 +147,7 @@ def _answer(line: Line, rewards: list[float] | None, found: Any, best_of: bool) 
 
 
 def _chunks(lines: Iterator[Line], waits: bool) -> Iterator[list[Line]]:
-    """Lists of lines, read by a thread of its own into a queue that holds no more than two of them."""
+    """Lists of lines, read by a second thread into a queue that holds at most two lists."""
     arrived: queue.Queue = queue.Queue(2 * ROWS_AT_A_TIME)
 
     def read_all() -> None:
@@ -155,10 +155,10 @@ def _chunks(lines: Iterator[Line], waits: bool) -> Iterator[list[Line]]:
             for line in lines:
                 arrived.put(line)
             arrived.put(None)
-        except BaseException as error:  # it is raised where somebody hears it
+        except BaseException as error:  # raised again in the main thread
             arrived.put(error)
 
-    threading.Thread(target=read_all, daemon=True).start()  # a daemon: it may wait for input for ever
+    threading.Thread(target=read_all, daemon=True).start()  # a daemon, because it may wait for input forever
     end: Any = False
     while end is False:
         chunk: list[Line] = []
@@ -172,6 +172,6 @@ def _chunks(lines: Iterator[Line], waits: bool) -> Iterator[list[Line]]:
                 break
             chunk.append(item)
         if chunk:
-            yield chunk  # what came before a broken line is answered before it is reported
+            yield chunk  # lines before a broken one are answered before it is reported
     if end is not None:
         raise end

@@ -30,19 +30,19 @@ from utils import UserError
 
 @dataclass
 class Scorer:
-    """A reward model ready to score, and how much of the device it may take at once."""
+    """A reward model on its device, and how much it may compute at once."""
 
     model: models.RewardModel
     max_length: int
     batch_size: int
     tokens_per_batch: int
-    fingerprint: str  # of weights, tokenizer and arithmetic
+    fingerprint: str  # of weights, tokenizer, precision and maximum length
 
     @classmethod
-    def of(
+    def create(
         cls, model: models.RewardModel, max_length: int, batch_size: int, tokens_per_batch: int, precision: str
     ) -> Scorer:
-        """Put a model on the device for scoring."""
+        """Prepare a model for scoring: precision, device, attention. An accelerator is used if there is one."""
         model.autocast_dtype = torch.bfloat16 if precision == "bf16" else None
         model.eval()
         limit = model.most_positions()
@@ -60,16 +60,16 @@ class Scorer:
         return cls(model, max_length, batch_size, tokens_per_batch, _hash_of(described))
 
     def rewards(
-        self, jobs: list[list[np.ndarray]], between: Callable[[], None] = lambda: None
+        self, jobs: list[list[np.ndarray]], check_stop: Callable[[], None] = lambda: None
     ) -> Iterator[list[tuple[int, list[float]]]]:
         """Yield (job, its sequences' rewards) of the jobs that each batch finished; a job is a list of token sequences.
 
-        The sequences of one job should share their beginnings. If the device runs out of memory, what is left goes
-        on with half the token budget, which stays.
+        The sequences of one job should share their beginning. If the device runs out of memory, scoring goes on with
+        half the token budget from then on. UserError if a reward is not finite.
         """
         pairs, owners, places = [], [], []
         for number, job in enumerate(jobs):
-            # equal sequences are scored once: elsewhere in a row, rounding could tell them apart
+            # equal sequences are scored once: at another place in a row, rounding could make their rewards differ
             known: dict[bytes, int] = {}
             places.append([known.setdefault(sequence.tobytes(), len(known)) for sequence in job])
             distinct = [job[places[number].index(place)] for place in range(len(known))]
@@ -81,7 +81,7 @@ class Scorer:
         missing = [-(-len(result) // 2) for result in results]
         if not pairs:
             return
-        for indices, rewards in self._score(TokenPairs(pairs), between):
+        for indices, rewards in self._score(TokenPairs(pairs), check_stop):
             finished = []
             for index, values in zip(indices.tolist(), rewards.tolist(), strict=True):
                 number, first, second = owners[index]
@@ -92,7 +92,7 @@ class Scorer:
                     finished.append((number, [results[number][place] for place in places[number]]))
             yield finished
 
-    def _score(self, dataset: TokenPairs, between: Callable[[], None]) -> Iterator[tuple[np.ndarray, Tensor]]:
+    def _score(self, dataset: TokenPairs, check_stop: Callable[[], None]) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Yield (indices (N,), rewards (N, 2)) of the pairs of each micro-batch."""
         left = np.arange(len(dataset))
         device, pad_id = self.model.device, self.model.tokenizer.pad_token_id
@@ -105,14 +105,14 @@ class Scorer:
             done: list[np.ndarray] = []
             with contextlib.closing(built):
                 for plan, batch in zip(plans, built, strict=True):
-                    between()
+                    check_stop()
                     try:
                         with torch.inference_mode():
                             rewards = self.model(*batch.to(device).inputs()).view(-1, 2)  # (N, 2)
                     except RuntimeError as error:
                         self.tokens_per_batch = smaller_budget(plan, device, error)
                         break
-                    if launched:  # read one batch late, so that the device never waits for us
+                    if launched:  # read one batch late, so that the device never idles
                         yield launched
                     launched = plan.indices, rewards
                     done.append(plan.indices)
@@ -124,7 +124,7 @@ class Scorer:
 
 
 def smaller_budget(tried: packing.MicroBatchPlan, device: Any, error: RuntimeError) -> int:
-    """The token budget to go on with after running out of memory; any other error is raised again."""
+    """The token budget after running out of memory; any other error is raised again."""
     if not utils.is_out_of_memory(error):
         raise error
     if tried.pairs == 1:
@@ -137,7 +137,7 @@ def smaller_budget(tried: packing.MicroBatchPlan, device: Any, error: RuntimeErr
 
 
 def fingerprint_of(model: models.RewardModel) -> str:
-    """What tells a model from any other: a hash over all its weights, its tokenizer and its chat template."""
+    """A hash of a model's weights, tokenizer and chat template."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.classifier.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

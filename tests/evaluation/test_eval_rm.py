@@ -206,7 +206,7 @@ def test_a_folder_of_folders_is_broken_down_by_folder(judge, reward_checkpoint, 
     (tmp_path / "hh" / "red-team-attempts").mkdir()
     found = judge(reward_checkpoint, dataset=tmp_path / "hh")
     assert {name: one["n"] for name, one in found["by_subset"].items()} == {"harmless-base": 3, "helpful-online": 2}
-    assert "left aside: red-team-attempts" in capsys.readouterr().out
+    assert "skipped: red-team-attempts" in capsys.readouterr().out
     assert judge(reward_checkpoint, "--split", "train", dataset=tmp_path / "hh")["n"] == 15
     assert judge(reward_checkpoint, "--split", "all", dataset=tmp_path / "hh")["n"] == 20
 
@@ -461,8 +461,8 @@ def test_a_report_that_cannot_be_written_is_no_failure_of_the_training(run_scrip
 
 
 def test_a_report_calls_a_hub_model_by_its_id_and_a_run_by_its_newest_step(reward_checkpoint, tmp_path):
-    assert eval_rm.shown("someone/reward-model", tmp_path / "snapshots/0f3a") == "someone/reward-model"
-    assert eval_rm.shown(str(reward_checkpoint.parent), reward_checkpoint).endswith("step-2")
+    assert eval_rm.display_name("someone/reward-model", tmp_path / "snapshots/0f3a") == "someone/reward-model"
+    assert eval_rm.display_name(str(reward_checkpoint.parent), reward_checkpoint).endswith("step-2")
 
 
 def test_a_folder_that_takes_no_file_is_said_before_scoring(reward_checkpoint, tmp_path, monkeypatch, demo_folder):
@@ -498,7 +498,7 @@ def test_a_base_that_is_gone_is_said_and_costs_no_report(trained_run, monkeypatc
     eval_rm.main(["--model", str(copy)])
     content = utils.read_json(tmp_path / "report/report.json")
     assert "untrained model" not in content["baselines"]
-    assert content["notes"] == ["the untrained model is not beside it: its base is no longer at /nowhere/base"]
+    assert content["notes"] == ["no untrained baseline: the base model is no longer at /nowhere/base"]
 
 
 def test_the_page_is_whole_loads_nothing_and_escapes_what_replies_say(judge, constant_model, write_rows):

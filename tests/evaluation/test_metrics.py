@@ -1,4 +1,4 @@
-"""pair_statistics.py against values worked by hand, and against scikit-learn and scipy where they have them."""
+"""pair_metrics.py against values worked by hand, and against scikit-learn and scipy where they have them."""
 
 import math
 
@@ -8,11 +8,11 @@ from scipy import stats as scipy_stats
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, log_loss
 
-from evaluation import metrics as statistics
+from evaluation import metrics
 
 
 def test_accuracy_counts_ties_apart_and_its_interval_is_wilsons():
-    found = statistics.share(np.array([1.0, 2.0, 0.5, 0.0, -1.0, 3.0, 1.0, 1.0, 0.0, 1.0]))
+    found = metrics.accuracy(np.array([1.0, 2.0, 0.5, 0.0, -1.0, 3.0, 1.0, 1.0, 0.0, 1.0]))
     assert (found.n, found.right, found.ties, found.accuracy) == (10, 7, 2, 0.7)
     wanted = scipy_stats.binomtest(7, 10).proportion_ci(method="wilson")
     assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
@@ -21,20 +21,20 @@ def test_accuracy_counts_ties_apart_and_its_interval_is_wilsons():
 
 
 def test_no_pairs_make_no_accuracy():
-    found = statistics.share(np.array([]))
+    found = metrics.accuracy(np.array([]))
     assert (found.n, found.accuracy, found.low, found.high) == (0, None, 0.0, 1.0)
 
 
 def test_breakdown_leaves_out_groups_without_pairs_and_loses_no_pair():
     margin, groups = np.array([1.0, -1.0, 0.0, 2.0]), np.array([0, 0, 2, 2])
-    found = statistics.breakdown(margin, groups, ["a", "b", "c"])
+    found = metrics.breakdown(margin, groups, ["a", "b", "c"])
     assert list(found) == ["a", "c"]
     assert (found["a"]["accuracy"], found["c"]["accuracy"], found["c"]["ties"]) == (0.5, 0.5, 1)
     assert sum(one["n"] for one in found.values()) == 4
 
 
 def test_every_length_has_one_bucket():
-    indices, names = statistics.length_buckets(np.array([0, 15, 16, 31, 1023, 1024, 10**6]))
+    indices, names = metrics.length_buckets(np.array([0, 15, 16, 31, 1023, 1024, 10**6]))
     assert [names[i] for i in indices] == [
         "0 to 15", "0 to 15", "16 to 31", "16 to 31", "512 to 1023", "1024 and more", "1024 and more",
     ]  # fmt: skip
@@ -47,7 +47,7 @@ def test_every_length_has_one_bucket():
 
 def test_a_model_that_measures_length_is_exposed():
     lengths = np.array([[10, 5], [20, 30], [7, 9], [40, 8], [12, 12], [50, 3]])
-    found = statistics.length_bias(lengths.astype(float), lengths)
+    found = metrics.length_bias(lengths.astype(float), lengths)
     assert found["within_prompts"]["pearson"] == pytest.approx(1) == found["across_prompts"]["spearman"]
     assert found["better_is_longer"]["accuracy"] == 1 and found["better_is_shorter"]["accuracy"] == 0
     assert found["equally_long"]["ties"] == 1
@@ -58,26 +58,26 @@ def test_a_model_that_measures_length_is_exposed():
 def test_length_controlled_accuracy_is_the_mean_over_both_directions():
     # the longer is better in three, of which two are right; the shorter in two, of which one is right
     margin, longer_by = np.array([1.0, 1.0, -1.0, 1.0, -1.0, 1.0]), np.array([5, 5, 5, -5, -5, 0])
-    found = statistics.length_controlled(margin, longer_by)
+    found = metrics.length_controlled(margin, longer_by)
     assert found["accuracy"] == pytest.approx((2 / 3 + 1 / 2) / 2)
     # square and add of Wilson's (0.20766, 0.93851) for 2 of 3 and (0.09453, 0.90547) for 1 of 2
     assert found["low"] == pytest.approx(0.583333 - math.hypot(0.459007, 0.405470) / 2, abs=1e-4)
     assert found["high"] == pytest.approx(0.583333 + math.hypot(0.271843, 0.405470) / 2, abs=1e-4)
-    assert statistics.length_controlled(margin[:3], longer_by[:3])["accuracy"] is None
+    assert metrics.length_controlled(margin[:3], longer_by[:3])["accuracy"] is None
 
 
 def test_correlation_within_prompts_is_that_of_values_less_their_prompts_mean():
     draw = np.random.default_rng(0)
     rewards, lengths = draw.normal(size=(50, 2)), draw.integers(1, 99, size=(50, 2))
-    found = statistics.length_bias(rewards, lengths)["within_prompts"]["pearson"]
+    found = metrics.length_bias(rewards, lengths)["within_prompts"]["pearson"]
     centred = [(a - a.mean(axis=1, keepdims=True)).ravel() for a in (rewards, lengths)]
     assert found == pytest.approx(np.corrcoef(*centred)[0, 1])
-    swapped = statistics.length_bias(rewards[:, ::-1], lengths[:, ::-1])["within_prompts"]["pearson"]
+    swapped = metrics.length_bias(rewards[:, ::-1], lengths[:, ::-1])["within_prompts"]["pearson"]
     assert swapped == pytest.approx(found), "it depends on which reply is written first"
 
 
 def test_a_constant_model_correlates_with_nothing():
-    found = statistics.length_bias(np.zeros((4, 2)), np.arange(8).reshape(4, 2))
+    found = metrics.length_bias(np.zeros((4, 2)), np.arange(8).reshape(4, 2))
     assert found["within_prompts"] == {"pearson": None, "spearman": None}
     assert found["model_prefers_longer"] is None
 
@@ -90,7 +90,7 @@ def test_a_constant_model_correlates_with_nothing():
 def test_calibration_of_four_pairs_by_hand():
     # σ(log 3) = 3/4: three right and one wrong is perfectly calibrated
     margin = np.log(3) * np.array([1.0, 1.0, 1.0, -1.0])
-    found = statistics.calibration(margin)
+    found = metrics.calibration(margin)
     assert found["ece"] == pytest.approx(0, abs=1e-12)
     assert found["brier"] == pytest.approx((3 * (1 / 4) ** 2 + (3 / 4) ** 2) / 4)
     assert found["log_loss"] == pytest.approx(-(3 * math.log(3 / 4) + math.log(1 / 4)) / 4)
@@ -100,7 +100,7 @@ def test_calibration_of_four_pairs_by_hand():
 
 def test_overconfidence_has_its_size():
     # it says 9/10 and is right in half of the cases: off by 0.4
-    found = statistics.calibration(np.log(9) * np.array([1.0, -1.0] * 10))
+    found = metrics.calibration(np.log(9) * np.array([1.0, -1.0] * 10))
     assert found["ece"] == pytest.approx(0.4)
     assert found["temperature"] is None, "the mean margin is 0: no temperature helps"
 
@@ -109,7 +109,7 @@ def test_calibration_equals_scikit_learns_on_both_orders():
     margin = np.random.default_rng(1).normal(0.7, 1.5, size=500)
     p = 1 / (1 + np.exp(-margin))
     outcomes, said = np.repeat([1, 0], 500), np.concatenate([p, 1 - p])
-    found = statistics.calibration(margin)
+    found = metrics.calibration(margin)
     assert found["brier"] == pytest.approx(brier_score_loss(outcomes, said))
     assert found["log_loss"] == pytest.approx(log_loss(outcomes, said))
     # ECE once more, from both orders in twice the bins
@@ -120,7 +120,7 @@ def test_calibration_equals_scikit_learns_on_both_orders():
 
 
 def test_ties_claim_a_half_and_half_happens():
-    found = statistics.calibration(np.zeros(7))
+    found = metrics.calibration(np.zeros(7))
     assert found["bins"] == [{"claimed": 0.5, "happened": 0.5, "count": 7}]
     assert (found["ece"], found["brier"], found["log_loss"]) == (0, 0.25, pytest.approx(math.log(2)))
 
@@ -131,24 +131,24 @@ def test_a_known_temperature_is_recovered(wanted):
     true_margin = draw.normal(0, 2, size=40_000)
     is_first = draw.random(40_000) < 1 / (1 + np.exp(-true_margin))  # people choose by σ(true margin)
     margin = wanted * np.where(is_first, true_margin, -true_margin)  # the model says T times that
-    found = statistics.temperature(margin)
+    found = metrics.temperature(margin)
     assert found["low"] < wanted < found["high"]
     assert found["value"] == pytest.approx(wanted, rel=0.05)
-    assert found["log_loss"] <= statistics.log_loss(margin) + 1e-12
+    assert found["log_loss"] <= metrics.log_loss(margin) + 1e-12
     for other in (0.9, 1.1):
-        assert found["log_loss"] < statistics.log_loss(margin / found["value"] * other), "not the minimum"
+        assert found["log_loss"] < metrics.log_loss(margin / found["value"] * other), "not the minimum"
 
 
 def test_no_temperature_where_every_pair_is_right_or_nothing_is_said():
-    assert statistics.temperature(np.array([1.0, 2.0])) is None
-    assert statistics.temperature(np.zeros(3)) is None
-    assert statistics.temperature(np.array([-1.0, -2.0, 0.5])) is None
-    assert statistics.temperature(np.array([])) is None
+    assert metrics.temperature(np.array([1.0, 2.0])) is None
+    assert metrics.temperature(np.zeros(3)) is None
+    assert metrics.temperature(np.array([-1.0, -2.0, 0.5])) is None
+    assert metrics.temperature(np.array([])) is None
 
 
 def test_huge_margins_overflow_nowhere():
     with np.errstate(over="raise", invalid="raise", divide="raise"):
-        found = statistics.calibration(np.array([1e4, -1e4, 1e4], dtype=np.float32))
+        found = metrics.calibration(np.array([1e4, -1e4, 1e4], dtype=np.float32))
     assert found["log_loss"] == pytest.approx(1e4 / 3) and found["brier"] == pytest.approx(1 / 3)
     assert found["temperature"]["value"] == pytest.approx(1e4 / math.log(2))
 
@@ -165,7 +165,7 @@ def margins_with(both, only_a, only_b, neither):
 
 
 def test_mcnemars_exact_test_by_hand():
-    found = statistics.compare(*margins_with(10, 8, 2, 5))
+    found = metrics.compare(*margins_with(10, 8, 2, 5))
     assert (found["both_right"], found["only_a_right"], found["only_b_right"], found["neither_right"]) == (10, 8, 2, 5)
     # 2 · (1 + 10 + 45) / 2^10
     assert found["mcnemar"] == {"test": "exact", "p_value": pytest.approx(0.109375)}
@@ -173,7 +173,7 @@ def test_mcnemars_exact_test_by_hand():
 
 
 def test_mcnemars_chi_squared_agrees_with_the_exact_test():
-    found = statistics.compare(*margins_with(3000, 560, 490, 900))
+    found = metrics.compare(*margins_with(3000, 560, 490, 900))
     assert found["mcnemar"]["test"] == "chi-squared"
     # (|560 − 490| − 1)² / 1050 = 4.5343
     assert found["mcnemar"]["p_value"] == pytest.approx(scipy_stats.chi2.sf(4.534286, 1), abs=1e-6)
@@ -182,7 +182,7 @@ def test_mcnemars_chi_squared_agrees_with_the_exact_test():
 
 def test_the_bootstrap_is_scipys_over_pairs():
     a, b = margins_with(60, 25, 10, 5)
-    found = statistics.compare(a, b)
+    found = metrics.compare(a, b)
     right = (a > 0).astype(float), (b > 0).astype(float)
     wanted = scipy_stats.bootstrap(
         right, lambda x, y, axis: x.mean(axis=axis) - y.mean(axis=axis), paired=True, method="percentile",
@@ -193,5 +193,5 @@ def test_the_bootstrap_is_scipys_over_pairs():
 
 def test_a_model_does_not_differ_from_itself():
     margin = np.array([1.0, -1.0, 0.0, 3.0])
-    found = statistics.compare(margin, margin)
+    found = metrics.compare(margin, margin)
     assert found["mcnemar"]["p_value"] == 1 and (found["low"], found["high"]) == (0, 0)

@@ -107,7 +107,7 @@ def test_what_cannot_be_scored_keeps_its_place_and_is_counted(score):
         "no reply (the last turn is empty)", None,
     ]  # fmt: skip
     assert [one["reward"] is None for one in found] == [False, True, True, True, True, False]
-    assert "2 rows scored, 4 left out" in errors
+    assert "2 rows scored, 4 skipped" in errors
 
 
 @pytest.mark.parametrize(
