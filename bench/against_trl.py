@@ -1,16 +1,16 @@
-"""Training throughput and peak memory against TRL's `RewardTrainer`, side by side on this machine.
+"""Training speed and peak memory compared with TRL's `RewardTrainer`, both measured on this machine.
 
     QWEN3_DIR=... HH_RLHF_DIR=... python bench/against_trl.py
 
-Both sides train the same model (Qwen3's architecture and vocabulary, 4 layers of width 256 unless said otherwise) from
-the same weights on the same token ids: the pairs of the project's first steps at its default settings, 128 real
-HH-RLHF pairs a step, cut by nothing. Both: AdamW at the same rate, fp32 weights, bf16 autocast, `sdpa` attention,
-clipping at the same norm, gradient checkpointing off unless --gradient_checkpointing (then on both sides).
+Both sides train the same model (Qwen3's architecture and vocabulary, by default 4 layers of width 256) from the same
+weights on the same token ids: the pairs of the project's first steps at its default settings, 128 real HH-RLHF pairs
+per step, untruncated. Both use AdamW at the same learning rate, fp32 weights, bf16 autocast, `sdpa` attention and the
+same clipping norm. Gradient checkpointing is off unless --gradient_checkpointing turns it on for both sides.
 
-TRL runs twice: at the project's default names and numbers (32 pairs × 4 accumulated), and at the batch size that is its
-quickest here, which is looked for first, with accumulation such that a step is as large. The sides are processes of
-their own and work in turn, a step each; the first step warms up, and its losses are compared. A step is timed from end
-to end, with its loading, collating and logging. Ratios are of medians.
+TRL runs twice: at the project's default sizes (32 pairs × 4 accumulated), and at the batch size at which it is fastest
+here, which is searched for first, with as much accumulation as makes the step equally large. Each side is a separate
+process, and they take turns, one step each. The first step is a warm-up, and its losses are compared. A step is timed
+from start to end, including loading, collating and logging. Ratios are ratios of medians.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
         compared = Comparison(arguments, qwen3, dataset, work)
         where = harness.machine()
         print(f"{harness.describe(where)}\n\n{compared.described()}\n", flush=True)
-        found = compared.look_for_their_best()
+        found = compared.search_their_best()
         best = arguments.their_best or max(found, key=lambda batch_size: found[batch_size]["pairs_per_second"])
         measured = compared.measure(best) if arguments.steps else {}
     harness.write_json(arguments.json, {"machine": where, "search": found, "best": best, **measured})
@@ -52,15 +52,15 @@ def read_arguments() -> Any:
     parser = harness.parser(__doc__)
     parser.add_argument("--hidden", type=int, default=256, help="width of the model (default 256)")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model (default 4)")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of a side (default 3; 0: only the search)")
-    parser.add_argument("--their_best", type=int, default=0, help="TRL's best batch size, if it is known (0: search)")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=BATCH_SIZES, help="TRL's, to search the best in")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps per side (default 3; 0: only the search)")
+    parser.add_argument("--their_best", type=int, default=0, help="TRL's best batch size, if known (0: search)")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=BATCH_SIZES, help="TRL's batch sizes to try")
     parser.add_argument(
         "--grad_accum", type=int, default=project_worker.defaults().grad_accum, help="steps of 32 × this (4)"
     )
     parser.add_argument("--gradient_checkpointing", action="store_true", help="on both sides")
     parser.add_argument("--compile", action="store_true", help="torch.compile on both sides; four steps warm up")
-    parser.add_argument("--sorted", action="store_true", help="give TRL each step's pairs in order of their length")
+    parser.add_argument("--sorted", action="store_true", help="give TRL the pairs of each step sorted by length")
     arguments = parser.parse_args()
     arguments.batch_size = project_worker.defaults().batch_size
     if arguments.quick:
@@ -70,7 +70,7 @@ def read_arguments() -> Any:
 
 
 class Comparison:
-    """The model and the pairs of one comparison on disk, and the sides that train on them."""
+    """One comparison: its model and pairs, on disk, and the two sides that train on them."""
 
     def __init__(self, arguments: Any, qwen3: str, dataset: str, work: Path):
         self.arguments, self.dataset, self.work = arguments, dataset, work
@@ -79,7 +79,7 @@ class Comparison:
         self.shape = harness.Shape(arguments.hidden, arguments.layers)
         self.base = str(harness.write_base(qwen3, work / "base", self.shape))
         self.pairs, _ = project_worker.load_pairs(dataset, self.base)
-        self.warm_up = 4 if arguments.compile else 1  # of other shapes: guards of compiled code fail once or twice more
+        self.warm_up = 4 if arguments.compile else 1  # new shapes: guards of compiled code fail once or twice more
         self.steps = self.warm_up + max(1, arguments.steps)
         if self.steps * self.pairs_per_step > len(self.pairs):
             sys.exit(f"{self.steps} steps of {self.pairs_per_step} pairs are more than the {len(self.pairs)} there are")
@@ -112,8 +112,8 @@ class Comparison:
         switches = a.gradient_checkpointing, a.compile
         return trl_worker.side("train", self.base, self.ids, self.work, batch_size, accumulated, *switches)
 
-    def look_for_their_best(self) -> dict[int, dict[str, float]]:
-        """TRL's pairs a second and peak memory by batch size, each on the same two steps, the second timed."""
+    def search_their_best(self) -> dict[int, dict[str, float]]:
+        """TRL's pairs per second and peak memory by batch size, on the same two steps; the second one is timed."""
         if self.arguments.their_best:
             return {}
         found, rows = {}, []
@@ -131,7 +131,7 @@ class Comparison:
         return found
 
     def measure(self, best: int) -> dict[str, Any]:
-        """Ours, TRL at the defaults and TRL at its best in turn; prints the tables and returns what they hold."""
+        """The project, TRL at the defaults and TRL at its best take turns; prints tables and returns their content."""
         default = self.arguments.batch_size
         sides = {"ours": self.ours(), "TRL": self.theirs(default)}
         if best != default:
@@ -199,7 +199,7 @@ class Comparison:
         ]  # fmt: skip
 
     def arithmetic(self, timed: dict[str, Any]) -> dict[str, Any]:
-        """Prints processor time, memory and useful arithmetic of each side, and returns the latter."""
+        """Print processor time, memory and useful arithmetic of each side; return the latter."""
         import torch
 
         device = project_worker.device()

@@ -1,6 +1,8 @@
-"""How quick the page is: start, opening, first token, reward, stop, refusals. Prints a table with what is wanted.
+"""How quickly the chat page starts, opens, replies, scores, stops and rejects; prints a table with the goals.
 
-python bench/chat_page.py MODEL_FOLDER REWARD_CHECKPOINT     (needs Playwright and Chromium for the page's own row)
+    python bench/chat_page.py MODEL_FOLDER REWARD_CHECKPOINT
+
+The rows of the page itself need Playwright and Chromium.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def seconds(action) -> float:
 
 
 def start(model: str, reward_model: str) -> tuple[subprocess.Popen, float]:
-    """The server's process and the seconds until it answered."""
+    """Start the server; returns its process and the seconds until it answered."""
     command = [sys.executable, str(ROOT / "chat.py"), "--model", model, "--reward_model", reward_model]
     started = time.perf_counter()
     votes = Path(tempfile.mkdtemp()) / "preferences.jsonl"
@@ -49,7 +51,7 @@ def start(model: str, reward_model: str) -> tuple[subprocess.Popen, float]:
 
 
 def measure_in_a_browser() -> dict[str, float]:
-    """Seconds until one can type, and from Enter to the first words of the reply; nothing without a browser."""
+    """Seconds until one can type, and from Enter to the first words of the reply; empty without a browser."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     try:
         from playwright.sync_api import sync_playwright
@@ -80,7 +82,7 @@ def measure_in_a_browser() -> dict[str, float]:
 
 
 def share_of_the_reward(model: str, reward_model: str) -> float:
-    """Scoring a reply against writing it, both in this process."""
+    """Time to score a reply, relative to writing it, both in this process."""
     chat_engine = engine.ChatEngine(model, Path(reward_model))
     chat_engine.load()
     shares = []
@@ -95,7 +97,7 @@ def share_of_the_reward(model: str, reward_model: str) -> float:
 
 
 def measure(client: Client) -> dict[str, float]:
-    """Seconds, medians."""
+    """Medians, in seconds."""
 
     def chat(**options):
         return client.submit(

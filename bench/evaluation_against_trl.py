@@ -1,11 +1,11 @@
-"""Evaluation of the whole test split, and scoring of its file, against TRL's `RewardTrainer.evaluate`, side by side.
+"""Evaluating the whole test split, and scoring its file, compared with TRL's `RewardTrainer.evaluate`.
 
     QWEN3_DIR=... HH_RLHF_DIR=... python bench/evaluation_against_trl.py
 
 Both sides score the same pairs with the same model, in bf16 autocast, and report loss and accuracy. TRL is tried at
-several batch sizes (8 is its own default) and then runs at its quickest in turn with the project, whole evaluations at
-a time; the first of each warms up. Evaluating is what training does: from token ids in memory to the finished figures,
-on both sides. Scoring is what `eval_rm.py` does: from the file, so that this project also reads and tokenises.
+several batch sizes (8 is its default). Then it takes turns with the project at its fastest, one whole evaluation each;
+the first of each is a warm-up. Evaluating is what training does, from token ids in memory to the final metrics, on
+both sides. Scoring is what `eval_rm.py` does, starting from the file, so only this project reads and tokenizes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256, help="width of the model (default 256)")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model (default 4)")
     parser.add_argument("--rounds", type=int, default=3, help="timed evaluations of each side (default 3)")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[2, 4, 8, 32], help="TRL's, to find its best")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[2, 4, 8, 32], help="TRL's batch sizes to try")
     arguments = parser.parse_args()
     qwen3, dataset = harness.inputs()
     with tempfile.TemporaryDirectory() as name:
@@ -83,7 +83,7 @@ def try_batch_sizes(arguments: Any, base: str, ids: str, work: Path) -> dict[int
 
 
 def compare(sides: dict[str, harness.Side], rounds: int) -> dict[str, Any]:
-    """The answers of `rounds` evaluations of each side in turn."""
+    """The answers of `rounds` evaluations of each side, taking turns."""
     try:
         answers = harness.in_turn(sides, rounds, do="evaluate")
         for side in sides.values():
@@ -95,7 +95,7 @@ def compare(sides: dict[str, harness.Side], rounds: int) -> dict[str, Any]:
 
 
 def report(answers: dict[str, Any], pairs: int, judged: int, key: str) -> list[Goal]:
-    """Print and return the comparison; only that with TRL at `judged` counts."""
+    """Print and return the comparison; only TRL at batch size `judged` counts towards the goals."""
     timed, goals = {name: found[1:] for name, found in answers.items()}, []
     for name in [name for name in timed if not name.startswith("ours")]:
         other, peak = median(timed[name], key), max(answer["peak_gib"] for answer in timed[name])

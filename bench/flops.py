@@ -1,11 +1,12 @@
-"""The arithmetic that a training step needs, counted exactly, and the share of the machine's rate that it gets.
+"""The FLOPs that a training step needs, counted exactly, as a share of what this machine can compute in that time.
 
     QWEN3_DIR=... HH_RLHF_DIR=... python bench/flops.py [HIDDEN] [--lora] [--attention sdpa] [--pairs 64]
 
-Qwen3's architecture, shrunk to 4 layers of HIDDEN (512 unless said), on real HH-RLHF pairs, bf16 autocast, no gradient
-checkpointing. Each round times a whole step (batches built, forward, backward, clipping, AdamW) and, right before and
-after it, bf16 matrix products of the model's own shapes; the share is needed FLOPs / time / the products' rate. Rounds
-are compared with themselves, because a shared machine's speed changes from minute to minute.
+The model is Qwen3's architecture with 4 layers of width HIDDEN (default 512), trained on real HH-RLHF pairs with bf16
+autocast and without gradient checkpointing. Each round times a whole step (building batches, forward, backward,
+clipping, AdamW) and, right before and after it, bf16 matrix products of the model's own shapes. The share is needed
+FLOPs / time / rate of these products. Measuring the rate in every round matters because the speed of a shared machine
+changes from minute to minute.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def write_small_base(config_folder: str, folder: Path, hidden: int, layers: int 
 
 
 def product_rate(hidden: int, device: Any) -> float:
-    """FLOP/s of bf16 products of (4096, hidden) and (hidden, 3 · hidden), the best of some."""
+    """FLOP/s of bf16 products of (4096, hidden) and (hidden, 3 · hidden), the best of eight."""
     import torch
 
     inputs = torch.randn(4096, hidden, device=device).bfloat16()
@@ -56,7 +57,7 @@ def product_rate(hidden: int, device: Any) -> float:
 
 
 def now(device: Any) -> float:
-    """Seconds: of a GPU by the clock, of a CPU the time it worked for this process alone, per thread."""
+    """Seconds: on a GPU wall time, on a CPU the processor time of this process per thread."""
     import torch
 
     if device.type == "cuda":

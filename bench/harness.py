@@ -1,4 +1,4 @@
-"""What the benchmarks share: their inputs, the machine, tables and goals, children that work in turn, arithmetic.
+"""Shared by the benchmarks: inputs, the machine's description, tables and goals, and child processes that take turns.
 
 Nothing here knows how the project or TRL train; that is in `project_worker.py` and `trl_worker.py`.
 """
@@ -24,27 +24,27 @@ from typing import Any
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
 sys.path[:0] = [str(ROOT), str(BENCH)]
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is in the two folders; the hub must not cost time
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the two folders hold everything needed; no time is lost on the hub
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Inputs
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-CLOCKS = {"wall": "seconds", "processor": "cpu_seconds"}  # the key of a clock's time in what a side answers
+CLOCKS = {"wall": "seconds", "processor": "cpu_seconds"}  # the key of each clock's time in a side's answers
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """The flags that every benchmark has; its docstring is the help."""
+    """A parser with the flags of every benchmark; `doc` is the help text."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
-        "--quick", action="store_true", help="a tiny run that shows that all works; its goals mean nothing"
+        "--quick", action="store_true", help="a tiny run that only shows that everything works; ignore its figures"
     )
     made.add_argument(
         "--clock", choices=sorted(CLOCKS), default="wall",
-        help="what is compared: seconds passed, or the processor's own, which others on a busy machine disturb less",
+        help="compare wall time or processor time, which a busy machine disturbs less",
     )  # fmt: skip
-    made.add_argument("--json", type=Path, metavar="FILE", help="write what was measured to FILE as well")
+    made.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements to FILE")
     return made
 
 
@@ -63,7 +63,7 @@ def inputs() -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Shape:
-    """A Qwen3 of another size, with the proportions of Qwen3-0.6B: 16 heads of 128 for a width of 1,024."""
+    """A smaller Qwen3 with the proportions of Qwen3-0.6B: 16 heads of 128 for a width of 1,024."""
 
     hidden: int
     layers: int
@@ -85,7 +85,7 @@ class Shape:
         return 3 * self.hidden
 
     def settings(self) -> dict[str, Any]:
-        """What of a Qwen3 configuration has to do with its size."""
+        """The settings of a Qwen3 configuration that depend on its size."""
         return {
             "hidden_size": self.hidden, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads, "head_dim": self.head_size, "intermediate_size": self.intermediate,
@@ -94,15 +94,15 @@ class Shape:
 
     @property
     def matrix_weights(self) -> int:
-        """Weights that every token is multiplied with: all layers' matrices, without embeddings and norms."""
+        """Weights that every token is multiplied by: all layers' matrices, without embeddings and norms."""
         attention = self.hidden * self.head_size * 2 * (self.heads + self.kv_heads)  # q and o; k and v
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
 
 def write_base(qwen3: str, folder: Path, shape: Shape) -> Path:
-    """A reward model of `shape` with random fp32 weights, Qwen3's own vocabulary and tokenizer.
+    """Write a reward model of `shape` with random fp32 weights and Qwen3's vocabulary and tokenizer.
 
-    Both sides open this folder, so that they begin with the same weights, the head included.
+    Both sides open this folder, so they start from the same weights, including the head.
     """
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -119,7 +119,7 @@ def write_base(qwen3: str, folder: Path, shape: Shape) -> Path:
 
 
 def first_rows(dataset: str, folder: Path, count: int) -> str:
-    """A dataset of the first `count` training and test rows of another."""
+    """Write a dataset of the first `count` training and test rows of another one."""
     folder.mkdir()
     for name in ("train.jsonl.gz", "test.jsonl.gz"):
         with gzip.open(Path(dataset) / name, "rb") as source, gzip.open(folder / name, "wb") as target:
@@ -132,7 +132,7 @@ def first_rows(dataset: str, folder: Path, count: int) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Dense bf16 peaks in TFLOP/s with fp32 accumulation, by CUDA's name of the device. From NVIDIA's data sheets of A100,
-# H100 (SXM), H200 and L4 (where "with sparsity" is given, half of that), and the Ada architecture's white paper.
+# H100 (SXM), H200 and L4 (half of the figures "with sparsity") and the Ada architecture's white paper.
 PEAK_TFLOPS = {
     "NVIDIA A100-SXM4-40GB": 312, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100-PCIE-40GB": 312,
     "NVIDIA A100 80GB PCIe": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H200": 989, "NVIDIA L4": 121,
@@ -141,7 +141,7 @@ PEAK_TFLOPS = {
 
 
 def machine() -> dict[str, Any]:
-    """Where and of what a measurement is: commit, versions, device."""
+    """What was measured and where: commit, versions, device."""
     import importlib.metadata
 
     import torch
@@ -170,7 +170,7 @@ def _version(name: str, metadata: Any) -> str:
 
 
 def commit() -> str:
-    """The commit that was measured, with a + if files differ from it."""
+    """The measured commit, with a + if files differ from it."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
@@ -179,7 +179,7 @@ def commit() -> str:
 
 
 def processor() -> str:
-    """The processor as Linux names it, with the vector instructions that decide how fast bf16 is."""
+    """The processor's name on Linux, with the vector instructions that decide how fast bf16 is."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -199,7 +199,7 @@ def describe(where: dict[str, Any]) -> str:
 
 
 def synchronize(device: Any) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has finished its queued work."""
     import torch
 
     if device.type == "cuda":
@@ -213,7 +213,7 @@ def peak_gib(device: Any) -> float:
     from modeling import devices
 
     try:
-        # ru_maxrss is inherited over exec: a child of a large process would begin with its parent's peak
+        # ru_maxrss is inherited across exec: a child of a large process would start with its parent's peak
         status = Path("/proc/self/status").read_text() if device.type == "cpu" else ""
     except OSError:
         status = ""
@@ -226,9 +226,9 @@ def peak_gib(device: Any) -> float:
 def matmul_tflops(
     device: Any, dtype: Any, sizes: Sequence[int] = (2048, 3072, 4096), seconds: float = 1.0, key: str = "seconds"
 ) -> float:
-    """The fastest matrix product of this machine in TFLOP/s: best of squares and of a layer's own shape.
+    """The rate of this machine's fastest matrix product in TFLOP/s: the best of squares and of a layer's own shape.
 
-    Each shape runs for about `seconds` after a warm-up, and its quickest repetition counts; `key` as in `CLOCKS`.
+    Each shape runs for about `seconds` after a warm-up, and its fastest repetition counts. `key` is as in `CLOCKS`.
     """
     import torch
 
@@ -236,7 +236,7 @@ def matmul_tflops(
     shapes = [(size, size, size) for size in sizes] + [(max(sizes), 1024, 3072)]
     for m, k, n in shapes:
         a, b = torch.randn(m, k).to(device, dtype), torch.randn(k, n).to(device, dtype)
-        repetitions = 10 if device.type == "cuda" else 1  # a GPU is only busy with several products queued
+        repetitions = 10 if device.type == "cuda" else 1  # a GPU is only fully busy with several products queued
         a @ b
         times, clock, began = [], Clock(device), time.perf_counter()
         while len(times) < 3 or time.perf_counter() - began < seconds:
@@ -249,14 +249,14 @@ def matmul_tflops(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Children that work in turn
+# Child processes that take turns
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Side:
-    """One side of a comparison: a process of its own, which works only while it is asked to.
+    """One side of a comparison: a separate process that works only when it gets a message.
 
-    Its memory is its own, and two sides that are asked in turn meet the same state of a busy machine.
+    Its memory can be measured separately, and sides that take turns run under the same load of a busy machine.
     """
 
     def __init__(self, script: str, **settings: Any):
@@ -267,20 +267,20 @@ class Side:
         self.opened = self.ask(**settings)
 
     def ask(self, **message: Any) -> dict[str, Any]:
-        """Send a message and wait for what it answers."""
+        """Send a message and wait for the answer."""
         assert self.process.stdin and self.process.stdout
         try:
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has ended; its answer is missing too, which is reported below
+            pass  # it has ended, so its answer is missing too, which is reported below
         answer = self.process.stdout.readline()
         if not answer:
             raise SystemExit(f"{self.name} ended with exit code {self.process.wait()}; see its message above")
         return json.loads(answer)
 
     def end(self) -> dict[str, Any]:
-        """Ask for its last words and wait for the process to end."""
+        """Ask for the final answer and wait for the process to end."""
         last = self.ask(do="end")
         self.process.wait()
         return last
@@ -295,7 +295,7 @@ class Side:
 
 
 class Channel:
-    """The child's end of `Side`. Takes standard output for itself: what libraries print goes to standard error."""
+    """The child's end of `Side`. It uses standard output; what libraries print goes to standard error instead."""
 
     def __init__(self) -> None:
         self.answers = os.fdopen(os.dup(1), "w")
@@ -311,7 +311,7 @@ class Channel:
 
 
 class Clock:
-    """Wall and processor seconds since it was started, device work included."""
+    """Wall and processor seconds since `start`, including work on the device."""
 
     def __init__(self, device: Any):
         self.device = device
@@ -328,7 +328,7 @@ class Clock:
 
 
 def in_turn(sides: dict[str, Side], rounds: int, **message: Any) -> dict[str, list[dict[str, Any]]]:
-    """Ask each side once in each round, A B A B ...; the answers of each by its name."""
+    """Ask each side once per round, A B A B ...; returns the answers by side."""
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for number in range(rounds):
         for name, side in sides.items():
@@ -343,13 +343,13 @@ def median(answers: list[dict[str, Any]], key: str = "seconds") -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is shown
+# Tables and goals
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Goal:
-    """One thing that was wanted and what came; `wanted` None is shown for comparison only."""
+    """A goal and what was measured; with `wanted` None it is only shown for comparison."""
 
     name: str
     ours: str

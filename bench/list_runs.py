@@ -2,9 +2,9 @@
 
     python bench/list_runs.py [RUNS]
 
-Makes up RUNS run folders (1,000 unless said) in a temporary folder, each with three steps of ten files, a record of 25
-evaluations, a lock and an event file, and times the real program, from its start to its end: the best and the worst of
-five. The files' bytes are made up, so that a thousand runs fit anywhere; their number is what takes time.
+Creates RUNS run folders (default 1,000) in a temporary folder, each with three steps of ten files, a record of 25
+evaluations, a lock and an event file. Then it times the real program from start to end and prints the best and the
+worst of five. The files are nearly empty, so that a thousand runs fit anywhere: it is their number that takes time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STEP_FILES = ["chat_template.jinja", "config.json", "model.safetensors", "optimi
               "training_state.json", "manifest.json"]  # fmt: skip
 
 
-def make_up_runs(work: Path, count: int) -> None:
+def write_runs(work: Path, count: int) -> None:
     config = {"model": "Qwen/Qwen3-0.6B", "lora": False, "log_dir": "../../logs/rm"}
     for number in range(count):
         name = f"20240115_{number:06d}"
@@ -51,7 +51,7 @@ def make_up_runs(work: Path, count: int) -> None:
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
     with tempfile.TemporaryDirectory() as folder:
-        make_up_runs(Path(folder), count)
+        write_runs(Path(folder), count)
         print(f"{count:,} runs; Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores")
         for words in (["--list"], ["--list", "--sort", "accuracy"], ["--json"], ["--help"]):
             seconds = []

@@ -1,4 +1,4 @@
-"""The arithmetic that a training step cannot do without, counted exactly."""
+"""The FLOPs that a training step cannot do without, counted exactly."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 
 
 def visible_positions(lengths: np.ndarray) -> int:
-    """How many (query, key) positions the mask of `[prefix | chosen | rejected]` pairs shows.
+    """How many (query, key) positions are visible in the mask of `[prompt | chosen | rejected]` pairs.
 
     Args:
-        lengths: (N, 3) tokens of prefix, chosen tail and rejected tail, as `PairDataset.lengths` has them.
+        lengths: (N, 3) tokens of prompt, chosen reply and rejected reply, as in `PairDataset.lengths`.
 
-    A causal sequence of n tokens shows n(n+1)/2: 1 for the first token, n for the last. The prefix is one; each tail is
-    another of its own, whose tokens moreover see the whole prefix: p(p+1)/2 + c(c+1)/2 + cp + r(r+1)/2 + rp.
+    A causal sequence of n tokens has n(n+1)/2: 1 for the first token, n for the last. The prompt is one such sequence.
+    So is each reply, and its tokens also see the whole prompt: p(p+1)/2 + c(c+1)/2 + cp + r(r+1)/2 + rp.
     """
     prefix, chosen, rejected = lengths.T.astype(np.int64)
     causal = [part * (part + 1) // 2 for part in (prefix, chosen, rejected)]
@@ -23,15 +23,16 @@ def visible_positions(lengths: np.ndarray) -> int:
 
 
 def needed_flops(model: Any, lengths: np.ndarray) -> int:
-    """Floating-point operations of matrix products in one forward and backward over pairs of these `lengths` (N, 3).
+    """FLOPs of the matrix products in one forward and backward pass over pairs of these `lengths` (N, 3).
 
-    A product of (m, k) and (k, n) is 2mkn. Per token and matrix of `w` weights, forward is 2w. Backward is 2w for the
-    gradient of the input, and another 2w for that of the weights where they are trained; neither is computed in a layer
-    before which and in which nothing is trained. Attention is two products, scores and mixing, of 2 · heads · head size
-    for each visible (query, key); each of them needs two in the backward pass. The head reads two tokens a pair.
+    A product of (m, k) and (k, n) takes 2mkn. Per token and matrix of `w` weights, forward takes 2w. Backward takes 2w
+    for the gradient of the input, and another 2w for the gradient of the weights if they are trained. Neither is
+    computed in a layer if nothing in it and before it is trained. Attention consists of two products, scores and
+    mixing, of 2 · heads · head size for each visible (query, key); each needs two more in the backward pass. The reward
+    head reads two tokens per pair.
 
-    Not counted: padding, hidden keys, what gradient checkpointing or a kernel computes again, and everything that is no
-    matrix product (norms, softmax, rotary positions, the embedding, the optimizer).
+    Not counted: padding, masked keys, what gradient checkpointing or a kernel computes again, and everything that is
+    not a matrix product (norms, softmax, rotary positions, the embedding, the optimizer).
     """
     from torch import nn
 
@@ -44,8 +45,8 @@ def needed_flops(model: Any, lengths: np.ndarray) -> int:
             if not isinstance(module, nn.Linear):
                 continue
             weights, is_trained = module.weight.numel(), module.weight.requires_grad
-            # What comes into the first layer needs a gradient only if the embedding is trained; within the layer
-            # everything after q, k and v does, if they are trained or adapted. Of an adapter there, B's input does.
+            # The first layer's input needs a gradient only if the embedding is trained. Within the layer, everything
+            # after q, k and v does, if these are trained or have adapters; so does the input of an adapter's B.
             needs_input = trained_before or "lora_B" in name or not _reads_layer_input(name)
             total += 2 * weights * tokens * (1 + is_trained + needs_input)
         trained_here = any(parameter.requires_grad for parameter in layer.parameters())
@@ -58,12 +59,12 @@ def needed_flops(model: Any, lengths: np.ndarray) -> int:
 
 
 def _reads_layer_input(name: str) -> bool:
-    """Whether a matrix of a layer is applied to what comes into the layer: queries, keys and values."""
+    """Whether a matrix is applied to the layer's input: queries, keys and values."""
     return any(part in name for part in ("q_proj", "k_proj", "v_proj"))
 
 
 def skeleton(base: str) -> Any:
-    """What `needed_flops` looks at of a model that trains every parameter, without the memory for its weights."""
+    """A model that trains all parameters, as far as `needed_flops` needs it, without memory for its weights."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 

@@ -1,17 +1,16 @@
-"""What does not train: how long `--help` takes, and which share of a run goes into logging and saving.
+"""Overhead of a training: the time `--help` takes, and the share of a run spent on logging and saving.
 
     QWEN3_DIR=... HH_RLHF_DIR=... python bench/overhead.py
 
-A run at its default settings logs each step, notes an evaluation every 50 and saves every 500. Each of these is timed
-by itself with the run's own code and files, as 500 steps would take hours on a CPU: TensorBoard's writing with its file
-closed at the end, so that its thread's work counts; the histograms and the record of an evaluation, at its real size;
-whole checkpoints, written, read back, hashed and published. A step is timed in the real loop. Then
+At the default settings a run logs every step, evaluates every 50 and saves every 500. Because 500 steps would take
+hours on a CPU, each of these is timed separately, with the run's own code and files: writing TensorBoard events, with
+the file closed at the end so that its thread's work counts; the histograms and the record of an evaluation of the real
+size; and whole checkpoints, which are written, read back, hashed and published. A step is timed in the real loop. Then
 
-    share = beside / (step without its log + beside), where beside = log + note / eval_steps + save / save_steps
+    share = extra / (step without its log + extra), where extra = log + evaluation / eval_steps + save / save_steps
 
-The evaluations' own forward passes are no overhead in this sense, being asked for; `evaluation_against_trl.py` times
-them. A larger model takes longer to save, but its steps grow more; a GPU's steps are shorter while a disk stays as it
-is.
+The evaluations' forward passes are not overhead in this sense; `evaluation_against_trl.py` times them. A larger model
+takes longer to save, but its steps grow even more. A GPU has shorter steps while the disk stays the same.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def main() -> None:
          f"{save / config.save_steps:.4f} s"],
     ]  # fmt: skip
     beside = log + found["eval_log"] / config.eval_steps + save / config.save_steps
-    share = beside / (step - log + beside)  # the real loop's step has its log in it already
+    share = beside / (step - log + beside)  # a step of the real loop already includes its log
     started = statistics.median(help_seconds)
     goals = [
         Goal("train_rm.py --help", f"{started:.2f} s", "–", started, 1.0, at_least=False),
@@ -77,7 +76,7 @@ def main() -> None:
 
 
 def time_help(key: str) -> float:
-    """Seconds of one `train_rm.py --help`, from its start to its end."""
+    """Seconds of one `train_rm.py --help`, from start to end."""
     before, started = os.times(), time.perf_counter()
     subprocess.run([sys.executable, str(harness.ROOT / "train_rm.py"), "--help"], check=True, stdout=subprocess.DEVNULL)
     passed, after = time.perf_counter() - started, os.times()

@@ -1,7 +1,7 @@
-"""The project's side of a benchmark: the only file here that knows train_rm.py and what it is made of.
+"""The project's side of a benchmark, and the only file here that knows how train_rm.py works.
 
-As a script it is a child of `harness.Side`. It opens a run as `train_rm.py` does and lets the real loop, evaluation,
-logging and saving work, one piece for each message.
+As a script it is a child process of `harness.Side`. It opens a run as `train_rm.py` does, and for each message it lets
+the real code do one piece of work: a step, an evaluation, or logging and saving.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def device() -> Any:
 
 
 def load_pairs(dataset: str, base: str) -> tuple[Any, Any]:
-    """The train and test pairs as the project tokenises them, cut by nothing but its default --max_length."""
+    """The train and test pairs as the project tokenizes them, with its default --max_length."""
     import data
     import models
     from training import config as train_config
@@ -36,7 +36,7 @@ def load_pairs(dataset: str, base: str) -> tuple[Any, Any]:
 
 
 def pairs_of_steps(num_pairs: int, pairs_per_step: int, steps: int) -> list[np.ndarray]:
-    """Which pairs the first steps of a run take, in their order."""
+    """The pairs of a run's first steps, in order."""
     from data_pipeline import sampler
     from training import config as train_config
 
@@ -51,7 +51,7 @@ def defaults() -> Any:
 
 
 def side(job: str, base: str, dataset: str, work: Path, checkpointing: bool = False, *flags: str) -> harness.Side:
-    """A child that works on `dataset`, at the project's default settings but for `flags`."""
+    """A child process that works on `dataset`, at the project's default settings except for `flags`."""
     switch = "--gradient_checkpointing" if checkpointing else "--no_gradient_checkpointing"
     folders = ["--output_dir", str(work / "out"), "--log_dir", str(work / "logs")]
     return harness.Side(
@@ -61,7 +61,7 @@ def side(job: str, base: str, dataset: str, work: Path, checkpointing: bool = Fa
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The child
+# The child process
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -70,7 +70,7 @@ class Ended(Exception):
 
 
 def open_run(flags: list[str]) -> Any:
-    """A run as `train_rm.py` with these flags has it when its training begins."""
+    """A run as it is in `train_rm.py` with these flags when training begins."""
     from training import distributed
     from training import run as runs
     from training.config import read_config
@@ -82,7 +82,7 @@ def open_run(flags: list[str]) -> Any:
 
 
 class Watching(utils.StopRequest):
-    """Never asks to stop; what the loop asks it between micro-batches and after each step is passed on."""
+    """A stop request that never asks to stop; it calls `check` between micro-batches and after each step."""
 
     def __init__(self, check: Callable[[], None]):
         super().__init__()
@@ -90,13 +90,13 @@ class Watching(utils.StopRequest):
 
 
 def train(run: Any, channel: harness.Channel) -> None:
-    """The real loop; at the end of each step it answers and waits for the next message."""
+    """Run the real loop; after each step, answer and wait for the next message."""
     import train_rm
 
     clock, seen = harness.Clock(run.model.device), run.step
 
     def at_the_end_of_a_step() -> None:
-        # `train` calls this between micro-batches as well, to see whether somebody wants to stop
+        # `train` also calls this between micro-batches, to see whether it should stop
         nonlocal seen
         if run.step == seen:
             return
@@ -119,7 +119,7 @@ def train(run: Any, channel: harness.Channel) -> None:
 
 
 def evaluate(run: Any, channel: harness.Channel) -> None:
-    """The real evaluation of the whole test split, once for each message."""
+    """Run the real evaluation of the whole test split, once per message."""
     import train_rm
 
     indices, clock = np.arange(len(run.test_pairs)), harness.Clock(run.model.device)
@@ -134,7 +134,7 @@ def evaluate(run: Any, channel: harness.Channel) -> None:
 
 
 def score_file(run: Any, channel: harness.Channel) -> None:
-    """What `eval_rm.py` does with the test file, but for drawing the report: from its bytes to all figures."""
+    """What `eval_rm.py` does with the test file, from its bytes to all metrics, but without drawing the report."""
     from evaluation import analysis, eval_data, evaluator, scores
 
     clock = harness.Clock(run.model.device)
@@ -148,12 +148,12 @@ def score_file(run: Any, channel: harness.Channel) -> None:
             **clock.read(), loss=figures["calibration"]["log_loss"], accuracy=figures["accuracy"],
             pairs=figures["n"], peak_gib=harness.peak_gib(run.model.device),
         )  # fmt: skip
-        log.delete()  # or the next time would find it all scored
+        log.delete()  # otherwise the next round would find everything scored
     channel.answer()
 
 
 def log_and_save(run: Any, channel: harness.Channel) -> None:
-    """A few real steps, then what logging and saving take, with the run's own files; answers one message."""
+    """Time a few real steps, then logging and saving with the run's own files; answers one message."""
     message = channel.receive()
     clock, key, times = harness.Clock(run.model.device), message["key"], message["times"]
     steps = time_steps(run, clock, message["steps"], key)
@@ -166,7 +166,7 @@ def log_and_save(run: Any, channel: harness.Channel) -> None:
     eval_log = clock.read()[key] / times
     saves = []
     for _ in range(message["saves"]):
-        run.step += 1  # each checkpoint is a folder of its own
+        run.step += 1  # each checkpoint has its own folder
         clock.start()
         folder = run.save()
         saves.append(clock.read()[key])
@@ -195,7 +195,7 @@ def time_steps(run: Any, clock: harness.Clock, count: int, key: str) -> list[flo
 
 
 def log_steps(run: Any, times: int) -> None:
-    """Write and show a step's metrics; the board is closed, as its file's thread works on while a training computes."""
+    """Write and show the metrics of steps. Closing the logger makes its writing thread's work count."""
     import train_rm
     from common.progress import ProgressBar
     from training import logger
@@ -211,7 +211,7 @@ def log_steps(run: Any, times: int) -> None:
 
 
 def sample_of_rewards(run: Any, pairs: int) -> Any:
-    """Rewards (N, 2) of as many pairs as the run evaluates, from a few real ones: their number is what takes time."""
+    """Rewards (N, 2) of as many pairs as the run evaluates, repeated from a few: only their number matters here."""
     import train_rm
 
     wanted = run.config.eval_num_batches * run.config.batch_size
@@ -220,7 +220,7 @@ def sample_of_rewards(run: Any, pairs: int) -> Any:
 
 
 def note_evaluations(run: Any, rewards: Any, times: int) -> None:
-    """All that `train_rm.evaluate_and_show` writes, and the histogram of the step before it."""
+    """Write everything that `train_rm.evaluate_and_show` writes, and the histogram of the step before."""
     from training import logger
 
     board = logger.TensorBoardLogger(Path(run.config.log_dir) / f"{run.folder.name}-evaluations")
@@ -235,7 +235,7 @@ def note_evaluations(run: Any, rewards: Any, times: int) -> None:
 
 
 def logged_scalars(run: Any) -> dict[str, list[float]]:
-    """What the run wrote for TensorBoard."""
+    """The scalars that the run wrote for TensorBoard, by tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = Path(run.config.log_dir) / run.folder.name
@@ -254,7 +254,7 @@ def main() -> None:
     JOBS[settings["job"]](run, channel)
     run.release()
     sys.stderr.flush()
-    os._exit(0)  # nothing is left to do, and taking gigabytes apart takes time
+    os._exit(0)  # nothing is left to do, and freeing gigabytes takes time
 
 
 if __name__ == "__main__":

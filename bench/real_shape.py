@@ -1,10 +1,10 @@
-"""Peak memory and speed of one real optimizer step: Qwen3-0.6B's full shape with random weights, full and LoRA.
+"""Peak memory and time of one real optimizer step of the full Qwen3-0.6B shape with random weights, full and LoRA.
 
     QWEN3_DIR=... HH_RLHF_DIR=... python bench/real_shape.py
 
-QWEN3_DIR is a folder with Qwen3-0.6B's config and tokenizer (weights are not needed: they are drawn at random, which
-changes neither memory nor time); HH_RLHF_DIR a folder with `train.jsonl.gz` and `test.jsonl.gz`. Prints a Markdown
-table. Each run is `train_rm.py` itself, in a process of its own, at its default settings unless flags are added:
+QWEN3_DIR is a folder with Qwen3-0.6B's config and tokenizer. Its weights are not needed: random ones take the same
+memory and time. HH_RLHF_DIR is a folder with `train.jsonl.gz` and `test.jsonl.gz`. Prints a Markdown table. Each run
+is `train_rm.py` itself in a separate process, at its default settings plus any flags given here:
 
     python bench/real_shape.py --batch_size 4 --grad_accum 1
 """
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def write_random_base(config_folder: str, folder: Path) -> None:
-    """The architecture of `config_folder` with random bf16 weights, as the published model has."""
+    """Write the architecture of `config_folder` with random bf16 weights, like those of the published model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

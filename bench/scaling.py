@@ -1,16 +1,17 @@
-"""How time and memory grow with the length of the sequences, the pairs in a step and the width of the model.
+"""How time and memory grow with the length of the sequences, the pairs per step and the width of the model.
 
     QWEN3_DIR=... HH_RLHF_DIR=... python bench/scaling.py
 
-Around 4 layers × 256 and 32 pairs a step, one thing changes at a time. Pairs of a given length are made by cutting and
-joining real HH-RLHF dialogues: both sides come to about that many tokens, with as much of them in the shared prompt as
-in the real pairs. The other two sweeps take real pairs. TRL runs the same ids at the batch size given, until a step of
-it would take longer than --their_seconds (its last step, times the growth of its padded tokens and of the weights).
+Starting from 4 layers × 256 and 32 pairs per step, one quantity changes at a time. Pairs of a given length are made by
+cutting and joining real HH-RLHF dialogues, so that both sides have about that many tokens and the same share of them is
+in the prompt as in the real pairs. The other two sweeps use real pairs. TRL runs on the same ids at the given batch
+size, until one of its steps would take longer than --their_seconds (estimated from its last step and the growth of its
+padded tokens and of the weights).
 
-Whether time grows no faster than the useful work (`needed_arithmetic.needed_flops`) is computed and printed: from the
-smallest to the largest size, the growth of a step's time over the growth of its work is at most 1. Draws
-docs/scaling.png, with the useful work as a line from the first point on. Sweeps may be measured one by one: what
---json FILE holds of the others is kept and drawn.
+The goal is that time grows no faster than the useful work (`needed_arithmetic.needed_flops`): from the smallest to the
+largest size, the growth of a step's time divided by the growth of its work is at most 1. Draws docs/scaling.png, with
+the useful work as a line starting at the first point. Sweeps can be measured separately: the other sweeps in
+--json FILE are kept and drawn.
 """
 
 from __future__ import annotations
@@ -42,19 +43,21 @@ PICTURE = harness.ROOT / "docs" / "scaling.png"
 
 def main() -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("--sweeps", nargs="*", choices=SWEEPS, default=list(SWEEPS), help="which to measure (all)")
-    parser.add_argument("--largest", type=int, default=2048, help="leave out sizes above (default 2048)")
+    parser.add_argument(
+        "--sweeps", nargs="*", choices=SWEEPS, default=list(SWEEPS), help="sweeps to measure (default: all)"
+    )
+    parser.add_argument("--largest", type=int, default=2048, help="skip larger sizes (default 2048)")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model (default 4)")
-    parser.add_argument("--hidden", type=int, default=256, help="width where it is not what changes (default 256)")
-    parser.add_argument("--pairs", type=int, default=32, help="pairs a step where they are not what changes (32)")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps, after one to warm up (default 2)")
+    parser.add_argument("--hidden", type=int, default=256, help="width in the other sweeps (default 256)")
+    parser.add_argument("--pairs", type=int, default=32, help="pairs per step in the other sweeps (default 32)")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps, after one warm-up step (default 2)")
     parser.add_argument("--their_batch", type=int, default=4, help="TRL's batch size (default 4; 0: without TRL)")
     parser.add_argument("--their_seconds", type=float, default=20, help="skip longer steps of TRL (default 20)")
     parser.add_argument("--png", type=Path, default=PICTURE, help="where to draw (default docs/scaling.png)")
     arguments = parser.parse_args()
     qwen3, dataset = harness.inputs()
     if arguments.quick and arguments.png == PICTURE:
-        parser.error("--quick would draw over the real picture: name another with --png")
+        parser.error("--quick would overwrite the real picture: name another file with --png")
     sizes = {name: tuple(size for size in SWEEPS[name][1] if size <= arguments.largest) for name in arguments.sweeps}
     if arguments.quick:
         arguments.layers, arguments.hidden, arguments.pairs, arguments.steps = 1, 128, 2, 1
@@ -70,7 +73,7 @@ def main() -> None:
             found[sweep] = {"machine": where, "setting": setting(sweep, arguments), "points": points}
             print(points_table(sweep, points, measuring.product) + "\n", flush=True)
     if not found:
-        parser.error("nothing measured and nothing in --json FILE to draw")
+        parser.error("nothing was measured, and --json FILE has nothing to draw")
     goals = [growth(sweep, found[sweep]["points"]) for sweep in found]
     print(harness.table(("goal", "time grew", "useful work grew", "ratio", "wanted", "met"), [g.row() for g in goals]))
     harness.write_json(arguments.json, found)
@@ -79,7 +82,7 @@ def main() -> None:
 
 
 def setting(sweep: str, arguments: Any) -> str:
-    """What stays the same in a sweep, and which time is meant."""
+    """What stays the same in a sweep, and which clock is used."""
     fixed = {
         "length": f"{arguments.pairs} pairs a step, width {arguments.hidden}",
         "pairs": f"real pairs, width {arguments.hidden}",
@@ -89,12 +92,12 @@ def setting(sweep: str, arguments: Any) -> str:
 
 
 def kept(path: Path | None) -> dict[str, Any]:
-    """The sweeps of an earlier measurement."""
+    """The sweeps of an earlier measurement, from its JSON file."""
     return json.loads(path.read_text()) if path is not None and path.exists() else {}
 
 
 class Measuring:
-    """Runs points: each is a model, pairs and a step size, on fresh processes."""
+    """Measures points; each is a model, pairs and a step size, in new processes."""
 
     def __init__(self, arguments: Any, qwen3: str, dataset: str, work: Path):
         import torch
@@ -129,7 +132,9 @@ class Measuring:
         known, _ = project_worker.load_pairs(dataset, base)
         steps = 1 + max(1, min(a.steps, len(known) // pairs - 1))
         if steps * pairs > len(known):
-            sys.exit(f"a step to warm up and one to time, of {pairs} pairs, are more than the {len(known)} there are")
+            sys.exit(
+                f"two steps of {pairs} pairs (one warm-up, one timed) need more pairs than the {len(known)} available"
+            )
         indices = project_worker.pairs_of_steps(len(known), pairs, steps)
         shape, timed = Shape(hidden, a.layers), [known.lengths[step] for step in indices[1:]]
         batch_size = min(pairs, project_worker.defaults().batch_size)
@@ -159,7 +164,7 @@ class Measuring:
 
 
 def pairs_of_length(real: Any, base: str, length: int, count: int, folder: Path) -> str:
-    """`count` pairs whose sides come to about `length` tokens, cut and joined from real ones; a folder of files."""
+    """Write `count` pairs whose sides have about `length` tokens, cut and joined from real ones; returns the folder."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -187,7 +192,7 @@ def pairs_of_length(real: Any, base: str, length: int, count: int, folder: Path)
 
 
 def stream(real: Any, side: int, tokenizer: Any) -> Iterator[int]:
-    """The token ids of one side of the real pairs, end to end and over again, without the template's own tokens."""
+    """The token ids of one side of the real pairs, joined and repeated, without the chat template's tokens."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     while True:
         for index in range(len(real)):
@@ -195,7 +200,7 @@ def stream(real: Any, side: int, tokenizer: Any) -> Iterator[int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is shown
+# Tables and the picture
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +221,7 @@ def points_table(sweep: str, points: list[dict[str, Any]], product: float) -> st
 
 
 def growth(sweep: str, points: list[dict[str, Any]]) -> Goal:
-    """From the first to the last size: how much longer a step takes, against how much more useful work is in it."""
+    """From the first to the last size: the growth of a step's time relative to the growth of its useful work."""
     first, last = points[0], points[-1]
     time, work = last["ours"]["seconds"] / first["ours"]["seconds"], last["flops"] / first["flops"]
     name = f"{SWEEPS[sweep][0]}, {first['size']:,} to {last['size']:,}"
@@ -224,7 +229,7 @@ def growth(sweep: str, points: list[dict[str, Any]]) -> Goal:
 
 
 def draw(found: dict[str, Any], arguments: Any) -> None:
-    """Time of a step above, peak memory below, a column for each sweep; both axes in powers of two."""
+    """Draw the time per step above and peak memory below, one column per sweep; both axes in powers of two."""
     import matplotlib
 
     matplotlib.use("agg")

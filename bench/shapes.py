@@ -1,11 +1,11 @@
-"""What a new shape of a matrix product costs on a CPU, beside one that was met before.
+"""What the first matrix product of a new shape costs on a CPU, compared with later ones of the same shape.
 
     python bench/shapes.py
 
-oneDNN compiles a kernel for each new shape of a bf16 product and keeps a thousand of them. Here: a layer's product of
-many numbers of tokens, and attention's products of many lengths, each once and then again; how much longer the first
-time takes, and how much memory stays. It is why packed rows are as wide as a multiple of `packing.WIDTH_STEP`, and why
-attention's pieces begin and end at multiples of `attention.KEYS`.
+oneDNN compiles a kernel for each new shape of a bf16 product and keeps a thousand of them. This measures a layer's
+product for many numbers of tokens, and attention's products for many lengths, once and then again: how much longer the
+first time takes, and how much memory remains allocated. This is why the widths of packed rows are multiples of
+`packing.WIDTH_STEP` and why attention's tiles begin and end at multiples of `attention.KEYS`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def measure(product: Callable[[int], Any], count: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Mean seconds a shape of the first pass and of the quickest later one, and what memory grew by, a shape."""
+    """Per shape: mean seconds of the first pass and of the fastest later one, and growth of memory in MiB."""
     product(0)
     before, passes = resident_mib(), []
     for _ in range(PASSES):
@@ -63,7 +63,7 @@ def measure(product: Callable[[int], Any], count: int, clock: Callable[[], float
 
 
 def resident_mib() -> float:
-    """What this process holds, where Linux says it; else 0, and no growth is seen."""
+    """Resident memory of this process on Linux; 0 elsewhere, so that no growth is reported."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -1,18 +1,18 @@
-"""How fast pairs become token ids the first time, beside TRL's way; and how fast they come from the cache.
+"""How fast pairs are tokenized the first time, compared with TRL, and how fast they load from the cache.
 
     QWEN3_DIR=... HH_RLHF_DIR=... python bench/tokenise.py [PAIRS [CACHED_PAIRS]]
 
-QWEN3_DIR is a folder with Qwen3-0.6B's tokenizer and chat template; HH_RLHF_DIR one with `train.jsonl.gz` and
-`test.jsonl.gz`, whose pairs are drawn in a shuffled order, again and again, until there are PAIRS (12,000 unless said).
-Each measurement is a process of its own, with a cache of its own; three rounds of all ways in turn, of which the table
-has the medians. CPU seconds are beside the rates because they say what is needed, however busy the machine.
+QWEN3_DIR is a folder with Qwen3-0.6B's tokenizer and chat template, HH_RLHF_DIR one with `train.jsonl.gz` and
+`test.jsonl.gz`. Their pairs are shuffled and repeated until there are PAIRS (default 12,000). Each measurement is a
+separate process with its own cache. There are three rounds in which all ways take turns, and the table shows medians.
+It also shows CPU seconds, which depend less on how busy the machine is.
 
-Ours is timed from a .jsonl.gz file to a PairDataset: `data.load_pairs`, with reading, checking and parsing. TRL's is
-what its RewardTrainer does with a dataset before it trains, its own `_prepare_dataset`, once as it is by default and
-once with a process for each core; it gets its rows loaded and parsed, which is not timed.
+The project is timed from a .jsonl.gz file to a PairDataset (`data.load_pairs`), including reading, checking and
+parsing. TRL is timed for what its RewardTrainer does with a dataset before it trains (`_prepare_dataset`), once with
+its defaults and once with one process per core. It gets rows that are already loaded and parsed; that is not timed.
 
-The cached load is the second `load_pairs` of CACHED_PAIRS (161,000, as HH-RLHF has), the median of five. 0 leaves that
-half out, or, for PAIRS, the other.
+The cached load is the second `load_pairs` of CACHED_PAIRS (default 161,000, as many as HH-RLHF has), the median of
+five. PAIRS or CACHED_PAIRS of 0 skips that half.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ WAYS = {"ours": "this project", "trl": "TRL", "trl-cores": f"TRL, {os.cpu_count(
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and those it started and waited for."""
+    """CPU time of this process and of the finished processes it started."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
 def write_pairs(real: Path, folder: Path, count: int) -> None:
-    """`count` lines of the real pairs, shuffled, and again from the start; and the same pairs as messages for TRL."""
+    """Write `count` real pairs, shuffled and repeated as needed, and the same pairs as messages for TRL."""
     from data_pipeline import parsing, sources
 
     folder.mkdir()
@@ -69,7 +69,7 @@ def write_pairs(real: Path, folder: Path, count: int) -> None:
 
 
 def measure(way: str, folder: Path) -> tuple[int, float, float]:
-    """(pairs, seconds, CPU seconds) of one way, in this process."""
+    """Tokenize in one way, in this process; returns (pairs, seconds, CPU seconds)."""
     import models
 
     tokenizer = models.load_tokenizer(os.environ["QWEN3_DIR"])
@@ -90,7 +90,7 @@ def measure(way: str, folder: Path) -> tuple[int, float, float]:
 
 
 def in_a_process(way: str, folder: Path, cache: Path) -> tuple[int, float, float]:
-    """`measure` in a process of its own, with `cache` as its caches."""
+    """`measure` in a separate process, with `cache` as its cache folder."""
     own_cache = {"RL_WITH_RM_CACHE": str(cache), "HF_DATASETS_CACHE": str(cache)}
     environment = {**os.environ, **own_cache, "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     command = [sys.executable, __file__, "--measure", way, str(folder)]
@@ -99,7 +99,7 @@ def in_a_process(way: str, folder: Path, cache: Path) -> tuple[int, float, float
 
 
 def first_time(real: Path, work: Path, count: int) -> None:
-    """Print a table of all ways."""
+    """Measure the first time in all ways and print a table."""
     write_pairs(real, work / "pairs", count)
     found: dict[str, list[tuple[int, float, float]]] = {way: [] for way in WAYS}
     for number in range(ROUNDS):
@@ -118,7 +118,7 @@ def first_time(real: Path, work: Path, count: int) -> None:
 
 
 def from_cache(real: Path, work: Path, count: int) -> None:
-    """Print a table of the first load and the median of those after it."""
+    """Print a table of the first load and the median of the later ones."""
     write_pairs(real, work / "many", count)
     first, *again = (in_a_process("ours", work / "many", work / "cache-many") for _ in range(6))
     print(f"\n| {count:,} pairs | seconds | CPU seconds |\n|---|---|---|")

@@ -1,4 +1,4 @@
-"""TRL's side of a benchmark: `RewardTrainer` on given token ids. As a script, a child of `harness.Side`."""
+"""TRL's side of a benchmark: `RewardTrainer` on given token ids. As a script, a child process of `harness.Side`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import project_worker
 
 
 def write_ids(dataset: Any, indices: Any, path: Path) -> Path:
-    """The token ids of pairs, in the order and under the names that `RewardTrainer` takes."""
+    """Write the token ids of pairs, in this order, under the names that `RewardTrainer` expects."""
     sides = [dataset.sequences(int(index)) for index in indices]
     rows = {"chosen_ids": [c.tolist() for c, _ in sides], "rejected_ids": [r.tolist() for _, r in sides]}
     path.write_text(json.dumps(rows))
@@ -24,7 +24,7 @@ def side(
     job: str, base: str, ids: str, work: Path, batch_size: int, grad_accum: int = 1, checkpointing: bool = False,
     compiled: bool = False,
 ) -> harness.Side:  # fmt: skip
-    """A child that works on `ids` in their order, with the project's defaults for what both have."""
+    """A child process that works on `ids` in their order, with the project's defaults for shared settings."""
     config = project_worker.defaults()
     return harness.Side(
         "trl_worker.py", job=job, base=base, ids=ids, folder=str(work / f"trl-{batch_size}"), batch_size=batch_size,
@@ -45,12 +45,12 @@ def main() -> None:
 
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(settings["base"])
-    model = AutoModelForSequenceClassification.from_pretrained(settings["base"])  # fp32, as it was written
+    model = AutoModelForSequenceClassification.from_pretrained(settings["base"])  # fp32, as written
     rows = Dataset.from_dict(json.loads(Path(settings["ids"]).read_text()))
     computed = {"tokens": 0, "pairs": 0}
 
     class Counting(DataCollatorForPreference):
-        """TRL's own, which also counts what the model is given."""
+        """TRL's collator, which also counts the tokens and pairs given to the model."""
 
         def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
             batch = super().torch_call(examples)
@@ -59,7 +59,7 @@ def main() -> None:
             return batch
 
     class InTurn(TrainerCallback):
-        """At the end of each step: answer, and wait for the next message."""
+        """After each step, answers and waits for the next message."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             channel.answer(**clock.read(), peak_gib=harness.peak_gib(device))
@@ -118,7 +118,7 @@ def main() -> None:
             message = channel.receive()
         channel.answer(**computed)
     sys.stderr.flush()
-    os._exit(0)  # nothing is left to do, and taking gigabytes apart takes time
+    os._exit(0)  # nothing is left to do, and freeing gigabytes takes time
 
 
 if __name__ == "__main__":
