@@ -21,7 +21,7 @@ class Server:
     """chat.py as a process of its own; as a context manager it is stopped on leaving."""
 
     def __init__(self, *arguments):
-        # Python leaves Ctrl-C alone where a background shell has turned it off, so the child turns it on again
+        # Python leaves Ctrl-C alone where a background shell turned it off, so the child turns it on again
         start = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
         start += "sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0]); "
         start += "runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -32,7 +32,7 @@ class Server:
             text=True,
             env=os.environ.copy(),
         )
-        watchdog = threading.Timer(90, self.process.kill)  # a server that never opens must not hang the tests
+        watchdog = threading.Timer(90, self.process.kill)  # a server that never answers must not block the tests
         watchdog.start()
         self.lines = []
         for line in self.process.stdout:

@@ -15,17 +15,17 @@ import pytest
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 expect = sync_api.expect
-expect.set_options(timeout=60_000)  # a busy machine is slow, and no fault
+expect.set_options(timeout=60_000)  # a busy machine is slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page is not tried in a browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 QUESTION = "What should I know about bread?"
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><b>bold</b> & </textarea> if a < b:\n    c &lt; d"
-# Gradio's own words when a page is left while it is asking something
+# Gradio's own messages when a page is closed during a request
 ON_LEAVING = (
     r"^AbortError: (signal is|BodyStreamBuffer was) aborted|^Unexpected error Connection errored out|^Failed to fetch"
 )
-# A tab that is hidden and shown again all the time, and so busy that what comes meanwhile comes all at once
+# A tab that is constantly hidden and shown again, and so busy that pieces of a reply arrive together
 HIDING = """
 let asked = 0;
 Object.defineProperty(Document.prototype, "visibilityState", { get: () => asked++ % 2 ? "hidden" : "visible" });
@@ -45,8 +45,8 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, server):
-    """Open the page in a browser of its own; at the end nothing may have gone wrong in it or left this machine."""
-    contexts, troubles = [], []
+    """Open the page in a new browser context; in the end it must show no error and no request to another host."""
+    contexts, problems = [], []
 
     def open_it(hiding=False, **options):
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
@@ -55,9 +55,9 @@ def open_page(browser, server):
         page = context.new_page()
         if hiding:
             page.add_init_script(HIDING)
-        page.on("console", lambda message: message.type == "error" and troubles.append(message.text))
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on("request", lambda request: is_foreign(request.url) and troubles.append(f"asked for {request.url}"))
+        page.on("console", lambda message: message.type == "error" and problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda request: is_foreign(request.url) and problems.append(f"asked for {request.url}"))
         page.goto(server.url)
         expect(message_box(page)).to_be_visible()
         return page
@@ -68,7 +68,7 @@ def open_page(browser, server):
     yield open_it
     for context in contexts:
         context.close()
-    assert [trouble for trouble in troubles if not re.search(ON_LEAVING, trouble)] == []
+    assert [problem for problem in problems if not re.search(ON_LEAVING, problem)] == []
 
 
 def message_box(page):
@@ -86,14 +86,14 @@ def rewards(page):
 def send(page, text, length=24):
     expect(page.locator("#message button.submit-button")).to_be_visible()  # an earlier reply has ended
     set_slider(page, "Max new tokens", length)
-    if length > 1000:  # drawn at random, the end would come sooner or later
+    if length > 1000:  # a sampled reply might end too early
         set_slider(page, "Temperature", 0)
     message_box(page).fill(text)
     message_box(page).press("Enter")
 
 
 def ask(page, text, count=1, length=24):
-    """Send a message and wait until the chat's `count`th reply has its reward."""
+    """Send a message and wait until `count` replies have their rewards."""
     send(page, text, length)
     expect(rewards(page)).to_have_count(count)
     expect(page.locator("#message button.submit-button, #message button.stop-button")).to_have_count(1)
@@ -101,7 +101,7 @@ def ask(page, text, count=1, length=24):
 
 
 def wait_for_words(page):
-    """Until the reply that is being written has words: before that, stopping it leaves nothing that could be scored."""
+    """Wait until the reply has words: stopped earlier, it would leave nothing to score."""
     expect(page.locator("#chat .bot .md").last).not_to_be_empty()
 
 
@@ -117,12 +117,12 @@ def set_slider(page, label, value):
 
     try:
         fill()
-    except AssertionError:  # Gradio was still putting the opened accordion together, with the values it began with
+    except AssertionError:  # Gradio was still building the opened accordion with its initial values
         fill()
 
 
-def wait_until_kept(page, count):
-    """Until the browser keeps `count` replies, all conversations together: a reply is kept just after it is shown."""
+def wait_until_saved(page, count):
+    """Wait until the browser has saved `count` replies in all: a reply is saved just after it is shown."""
     page.wait_for_function(
         """count => Object.keys(localStorage).filter(key => key.startsWith("rl-with-rm/conversation/"))
         .flatMap(key => JSON.parse(localStorage.getItem(key)).conversation.messages)
@@ -141,7 +141,7 @@ def picture(page, name, **options):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_opens_and_says_who_talks_and_who_scores(open_page):
+def test_the_page_opens_and_names_the_loaded_models(open_page):
     page = open_page()
     expect(message_box(page)).to_be_editable()
     expect(page.locator("#status")).to_contain_text("parameters, fp32 on cpu")
@@ -162,7 +162,7 @@ def test_a_reply_streams_in_and_gets_its_reward(open_page):
     expect(rewards(page)).to_have_text(re.compile(r"^reward [+-]\d+\.\d{3}$"), timeout=5_000)
 
 
-def test_stop_ends_the_writing_within_a_second_and_the_next_message_is_answered(open_page):
+def test_stop_ends_the_reply_within_a_second_and_the_next_message_is_answered(open_page):
     page = open_page()
     send(page, QUESTION, length=1900)
     wait_for_words(page)
@@ -176,7 +176,7 @@ def test_stop_ends_the_writing_within_a_second_and_the_next_message_is_answered(
 
 
 @pytest.mark.parametrize("click", ["Stop", "New chat"])
-def test_a_reply_that_is_stopped_before_its_first_word_is_not_written_later(open_page, click):
+def test_a_reply_stopped_before_its_first_word_does_not_appear_later(open_page, click):
     page = open_page()
     page.get_by_label("Toggle Sidebar").click()
     send(page, QUESTION, length=1900)
@@ -189,7 +189,7 @@ def test_a_reply_that_is_stopped_before_its_first_word_is_not_written_later(open
     ask(page, "And now?", length=8, count=rewards(page).count() + 1)
 
 
-def test_who_has_to_wait_sees_the_place_in_the_queue_and_is_served(open_page):
+def test_waiting_visitors_see_their_place_in_the_queue_and_are_served(open_page):
     first, second, third = (open_page() for _ in range(3))
     send(first, QUESTION, length=1900)
     wait_for_words(first)
@@ -201,7 +201,7 @@ def test_who_has_to_wait_sees_the_place_in_the_queue_and_is_served(open_page):
         expect(rewards(waiting)).to_have_count(1)
 
 
-def test_what_was_written_is_shown_letter_by_letter_and_runs_nowhere(open_page):
+def test_texts_are_shown_character_by_character_and_never_run(open_page):
     page = open_page()
     ask(page, HOSTILE)
     shown = page.locator("#chat .user .md").first
@@ -209,7 +209,7 @@ def test_what_was_written_is_shown_letter_by_letter_and_runs_nowhere(open_page):
     assert page.locator("#chat img, #chat b").count() == 0 and page.title() != "owned"
     page.get_by_label("Copy message").first.click()
     assert page.evaluate("navigator.clipboard.readText()") == HOSTILE
-    page.get_by_label("Copy message").last.click()  # without the reward that stands below it
+    page.get_by_label("Copy message").last.click()  # without the reward below it
     reply = replies(page).locator(".md").first.inner_text()
     assert page.evaluate("navigator.clipboard.readText()").strip() == reply.strip()
 
@@ -254,14 +254,14 @@ def test_the_best_of_four_is_shown_and_the_others_are_one_click_away(open_page):
     expect(options.last).to_contain_text(f"1st of 4, {best:+.3f}")
 
 
-def test_conversations_are_kept_in_the_browser_and_found_again(open_page):
+def test_conversations_are_saved_in_the_browser_and_found_again(open_page):
     page = open_page()
     ask(page, "The first talk")
     page.get_by_label("Toggle Sidebar").click()
     page.locator("#new-chat").click()
     expect(replies(page)).to_have_count(0)
     ask(page, "The second talk")
-    wait_until_kept(page, 2)
+    wait_until_saved(page, 2)
     page.reload()
     expect(page.locator("#chat .user.message")).to_have_text(re.compile("The second talk"))
     expect(rewards(page)).to_have_count(1)
@@ -275,7 +275,7 @@ def test_conversations_are_kept_in_the_browser_and_found_again(open_page):
     expect(page.locator("#chat .user.message")).to_have_text(re.compile("The second talk"))
 
 
-def test_a_new_chat_in_the_middle_of_a_reply_stays_new_and_what_was_written_is_kept(open_page):
+def test_a_new_chat_in_the_middle_of_a_reply_stays_empty_and_the_partial_reply_is_saved(open_page):
     page = open_page()
     page.get_by_label("Toggle Sidebar").click()
     send(page, QUESTION, length=1900)
@@ -290,7 +290,7 @@ def test_a_new_chat_in_the_middle_of_a_reply_stays_new_and_what_was_written_is_k
     assert len(replies(page).first.inner_text()) > 20
 
 
-def test_a_page_that_is_reloaded_in_the_middle_of_a_reply_keeps_the_question_and_frees_the_model(open_page):
+def test_a_page_reloaded_in_the_middle_of_a_reply_keeps_the_question_and_frees_the_model(open_page):
     page = open_page()
     send(page, QUESTION, length=1900)
     page.wait_for_function("Object.keys(localStorage).some(key => key.startsWith('rl-with-rm/'))")
@@ -300,13 +300,13 @@ def test_a_page_that_is_reloaded_in_the_middle_of_a_reply_keeps_the_question_and
     ask(page, "And now?", length=8)
 
 
-def test_a_tab_that_is_hidden_and_shown_again_while_it_is_busy_gets_the_whole_reply(open_page):
+def test_a_busy_tab_that_is_hidden_and_shown_again_gets_the_whole_reply(open_page):
     page = open_page(hiding=True)
     for count in (1, 2):
         ask(page, QUESTION, count, length=200)
 
 
-def test_what_is_sent_while_a_reply_is_written_stays_in_the_box(open_page):
+def test_a_message_sent_during_a_reply_stays_in_the_box(open_page):
     page = open_page()
     send(page, QUESTION, length=1900)
     wait_for_words(page)
@@ -319,7 +319,7 @@ def test_what_is_sent_while_a_reply_is_written_stays_in_the_box(open_page):
     expect(page.locator("#chat .user.message")).to_have_count(1)
 
 
-def test_what_cannot_be_written_again_is_refused_before_anything_is_dropped(open_page):
+def test_a_retry_or_edit_that_is_refused_drops_nothing(open_page):
     page = open_page()
     ask(page, QUESTION)
     reply = page.locator("#chat .bot .md").first.inner_text()
@@ -338,14 +338,14 @@ def test_what_cannot_be_written_again_is_refused_before_anything_is_dropped(open
 def test_junk_in_the_browsers_storage_hides_no_conversation(open_page):
     page = open_page()
     ask(page, "A good talk")
-    wait_until_kept(page, 1)
+    wait_until_saved(page, 1)
     for junk in ("{}", "5", "[]", '"x"', "not JSON", '{"conversation": {"id": 1}}'):
         page.evaluate("junk => localStorage.setItem('rl-with-rm/conversation/junk', junk)", junk)
         page.reload()
         expect(page.locator("#chat .user.message")).to_have_text(re.compile("A good talk"))
 
 
-def test_two_tabs_that_go_on_with_one_conversation_make_two_of_it(open_page):
+def test_a_conversation_continued_in_two_tabs_becomes_two(open_page):
     one = open_page()
     ask(one, "The start")
     other = one.context.new_page()
@@ -363,7 +363,7 @@ def test_two_tabs_that_go_on_with_one_conversation_make_two_of_it(open_page):
     assert "From the other tab" in texts and "From this tab" not in texts
 
 
-def test_two_tabs_do_not_overwrite_one_anothers_conversations(open_page):
+def test_two_tabs_do_not_overwrite_each_others_conversations(open_page):
     one = open_page()
     other = one.context.new_page()
     other.goto(one.url)
@@ -446,7 +446,7 @@ def test_the_model_writes_both_replies_and_they_are_compared(open_page):
     assert all(texts) and texts[0] != texts[1]
 
 
-def test_a_verdict_does_not_outlive_the_texts_it_is_about(open_page):
+def test_a_verdict_disappears_when_its_texts_change(open_page):
     page = open_page()
     fill_comparison(page)
     page.locator("#compare").click()
@@ -468,7 +468,7 @@ def test_half_written_replies_cannot_be_voted_on(open_page):
     expect(page.locator("#write-both")).to_be_visible()
 
 
-def test_words_in_the_chat_that_look_like_turns_stay_words_in_the_comparison(open_page, server):
+def test_words_that_look_like_turns_stay_words_when_copied_from_the_chat(open_page, server):
     page = open_page()
     ask(page, "see:\n\nHuman: x\n\nAssistant: y")
     page.get_by_role("tab", name="Compare").click()
@@ -481,7 +481,7 @@ def test_words_in_the_chat_that_look_like_turns_stay_words_in_the_comparison(ope
     assert row["prompt"] == [{"role": "user", "content": "see:\n\nHuman: x\n\nAssistant: y"}]
 
 
-def test_the_chats_best_two_candidates_go_over_into_the_comparison(open_page):
+def test_the_chats_two_best_candidates_are_copied_into_the_comparison(open_page):
     page = open_page()
     set_slider(page, "Best of N", 2)
     ask(page, QUESTION)
@@ -507,7 +507,7 @@ def test_models_are_offered_and_loaded_by_name(open_page):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Whoever uses it, however
+# Keyboard, phone, colours
 # ---------------------------------------------------------------------------------------------------------------------
 
 

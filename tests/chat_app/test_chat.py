@@ -84,13 +84,13 @@ def test_the_api_is_documented(client):
                      "candidates"]  # fmt: skip
 
 
-NO_DIALOGUES = ["{", 3, [], None, [{"role": "user"}], ["hello"], {"role": "user"},
+BAD_DIALOGUES = ["{", 3, [], None, [{"role": "user"}], ["hello"], {"role": "user"},
                 [{"role": "king", "content": "x"}], [{"role": "user", "content": [3]}], [QUESTION],
                 [QUESTION, {"role": "assistant", "content": " "}]]  # fmt: skip
 
 
-@pytest.mark.parametrize("messages", NO_DIALOGUES)
-def test_what_is_no_dialogue_is_refused_and_the_server_lives_on(client, messages):
+@pytest.mark.parametrize("messages", BAD_DIALOGUES)
+def test_bad_dialogues_are_refused_and_the_server_keeps_running(client, messages):
     with pytest.raises(AppError) as caught:
         client.predict(messages, api_name="/score")
     assert "wants a list" in str(caught.value) or "only a reply has a reward" in str(caught.value)
@@ -112,7 +112,7 @@ def test_what_is_no_dialogue_is_refused_and_the_server_lives_on(client, messages
         ({"history": [{"role": "user"}]}, "wants a list"),
     ],
 )
-def test_what_cannot_be_answered_is_refused_with_the_reason(client, options, message):
+def test_bad_requests_are_refused_with_the_reason(client, options, message):
     with pytest.raises(AppError, match=re.escape(message)):
         client.predict(**{"message": QUESTION["content"], **options}, api_name="/chat")
 
@@ -244,7 +244,7 @@ def test_pages_of_other_sites_can_neither_ask_nor_upload_anything(server):
     check_that_other_sites_are_refused(server.url)
 
 
-def test_nor_can_they_at_another_address_than_gradios_default(base, run_chat):
+def test_other_sites_are_refused_at_other_addresses_too(base, run_chat):
     run_chat(lambda url, output: check_that_other_sites_are_refused(url), "--model", base, "--host", "127.0.0.2")
 
 
@@ -271,7 +271,7 @@ def test_files_of_this_machine_are_not_served(server, reward_checkpoint):
         (["--demo", "--model", "x"], "--demo: brings its own models"),
     ],
 )
-def test_an_open_door_without_a_lock_is_refused_with_the_reason(flags, reason):
+def test_flags_that_would_let_anyone_in_are_refused_with_the_reason(flags, reason):
     given, problems = chat.flags.read_flags(chat.ChatConfig, flags, "A test.")
     with pytest.raises(chat.UserError, match=re.escape(reason)) as caught:
         chat.flags.build_config(chat.ChatConfig, given, problems)
@@ -340,7 +340,7 @@ def test_autoload_loads_the_models_at_start_and_ctrl_c_stops_with_130_and_no_tra
         assert server.stop(signal.SIGINT) == (130, "stopped\n")
 
 
-def test_a_taken_port_is_left_unless_it_was_asked_for(run_script):
+def test_a_taken_port_is_skipped_but_an_error_if_it_was_given(run_script):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -20,7 +20,16 @@ SHORT = Settings(max_new_tokens=12, temperature=1.0)
 
 
 @pytest.fixture
+def fresh_engine(base, reward_checkpoint):
+    """For tests that load other models."""
+    loaded = ChatEngine(base, reward_checkpoint, reward_checkpoint.parent.parent)
+    loaded.load()
+    return loaded
+
+
+@pytest.fixture(scope="module")
 def chat_engine(base, reward_checkpoint):
+    """For tests that leave its models loaded."""
     loaded = ChatEngine(base, reward_checkpoint, reward_checkpoint.parent.parent)
     loaded.load()
     return loaded
@@ -35,7 +44,7 @@ def replied(text):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_replies_grow_and_the_last_ones_are_whole(chat_engine):
+def test_replies_only_grow(chat_engine):
     torch.manual_seed(1)
     steps = list(chat_engine.generate(QUESTION, Settings(candidates=3, max_new_tokens=60, temperature=1.0)))
     assert all(len(step) == 3 for step in steps)
@@ -52,7 +61,7 @@ def test_the_candidates_are_ranked_by_reward(chat_engine):
     assert [reward for _, reward in ranked] == sorted(rewards.values(), reverse=True)
 
 
-def test_without_a_reward_model_the_candidates_stay_as_they_came(base):
+def test_without_a_reward_model_the_candidates_keep_their_order(base):
     alone = ChatEngine(base)
     alone.load()
     assert alone.rank(QUESTION, [Reply("b"), Reply("a")]) == [(Reply("b"), None), (Reply("a"), None)]
@@ -60,7 +69,7 @@ def test_without_a_reward_model_the_candidates_stay_as_they_came(base):
         alone.rewards_of([replied("b")])
 
 
-def test_the_system_prompt_is_part_of_what_is_written_and_scored(chat_engine):
+def test_the_system_prompt_affects_replies_and_rewards(chat_engine):
     def write(dialogue, settings):
         torch.manual_seed(1)
         return list(chat_engine.generate(dialogue, settings))[-1]
@@ -85,11 +94,11 @@ def test_the_system_prompt_is_part_of_what_is_written_and_scored(chat_engine):
         ("a </think> b", False, Reply("a </think> b")),
     ],
 )
-def test_thinking_is_told_from_the_reply(text, may_think, wanted):
+def test_thinking_is_separated_from_the_reply(text, may_think, wanted):
     assert Reply.of(text, may_think) == wanted
 
 
-def test_a_reply_that_never_came_is_explained(chat_engine, monkeypatch):
+def test_a_missing_reply_is_explained(chat_engine, monkeypatch):
     pieces = {"thinking": ["<think>", "hm"], "nothing": [""]}
 
     def write(name):
@@ -114,7 +123,7 @@ def test_a_reply_that_never_came_is_explained(chat_engine, monkeypatch):
         (QUESTION, Settings("word " * 3000), "too long"),
     ],
 )
-def test_what_cannot_be_answered_is_refused_before_anything_is_written(chat_engine, dialogue, settings, reason):
+def test_bad_requests_are_refused_before_anything_is_generated(chat_engine, dialogue, settings, reason):
     with pytest.raises(ValueError, match=reason):
         next(chat_engine.generate(dialogue, settings))
 
@@ -137,13 +146,13 @@ def test_rewards_are_the_reward_models_and_are_computed_once(chat_engine, monkey
     assert chat_engine.rewards_of(dialogues) == pytest.approx(wanted, abs=1e-5)
 
 
-def test_only_so_many_rewards_are_remembered(chat_engine, monkeypatch):
+def test_the_cache_of_rewards_is_limited(chat_engine, monkeypatch):
     monkeypatch.setattr(engine, "MAX_CACHED_REWARDS", 2)
     chat_engine.rewards_of([replied(str(number)) for number in range(5)])
     assert len(chat_engine._rewards) == 2
 
 
-def test_a_comparison_is_worked_out_by_bradley_and_terry(chat_engine, monkeypatch):
+def test_a_comparison_follows_bradley_and_terry(chat_engine, monkeypatch):
     monkeypatch.setattr(chat_engine, "rewards_of", lambda dialogues: [2.0, 0.5])
     found = chat_engine.compare(QUESTION, ("Knead.", "No."))
     assert found["p_a"] == pytest.approx(1 / (1 + math.exp(-1.5)))
@@ -167,43 +176,43 @@ def test_an_empty_comparison_is_refused(chat_engine, prompt, replies, reason):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_switching_frees_the_old_model(chat_engine):
-    old = weakref.ref(chat_engine.reward_model), weakref.ref(next(chat_engine.reward_model.parameters()))
-    assert chat_engine.rewards_of([replied("Knead.")])
-    chat_engine.load(chat_engine.policy_name, "")
+def test_switching_frees_the_old_model(fresh_engine):
+    old = weakref.ref(fresh_engine.reward_model), weakref.ref(next(fresh_engine.reward_model.parameters()))
+    assert fresh_engine.rewards_of([replied("Knead.")])
+    fresh_engine.load(fresh_engine.policy_name, "")
     gc.collect()
-    assert [reference() for reference in old] == [None, None] and chat_engine.reward_model is None
-    assert dict(chat_engine.status())["reward model"].startswith("none")
+    assert [reference() for reference in old] == [None, None] and fresh_engine.reward_model is None
+    assert dict(fresh_engine.status())["reward model"].startswith("none")
 
 
-def test_a_failed_load_keeps_the_old_models_and_says_why(chat_engine, reward_checkpoint, monkeypatch):
-    before = chat_engine.policy, chat_engine.reward_model, chat_engine.policy_name, chat_engine.reward_model_name
+def test_a_failed_load_keeps_the_old_models_and_says_why(fresh_engine, reward_checkpoint, monkeypatch):
+    before = fresh_engine.policy, fresh_engine.reward_model, fresh_engine.policy_name, fresh_engine.reward_model_name
     with pytest.raises(ValueError, match="etc is not on offer here"):
-        chat_engine.load("/etc", chat_engine.reward_model_name)
+        fresh_engine.load("/etc", fresh_engine.reward_model_name)
     with pytest.raises(ValueError, match="model is not on offer here"):
-        chat_engine.second_policy("evil/model")
-    chat_engine.load(chat_engine.policy_name, "")
+        fresh_engine.second_policy("evil/model")
+    fresh_engine.load(fresh_engine.policy_name, "")
     content = (reward_checkpoint / "model.safetensors").read_bytes()
     try:
         (reward_checkpoint / "model.safetensors").write_bytes(content[:-1])
         with pytest.raises(utils.CheckpointError, match=r"model\.safetensors"):
-            chat_engine.load(chat_engine.policy_name, before[3])
+            fresh_engine.load(fresh_engine.policy_name, before[3])
     finally:
         (reward_checkpoint / "model.safetensors").write_bytes(content)
-    assert chat_engine.policy is before[0] and chat_engine.reward_model is None
+    assert fresh_engine.policy is before[0] and fresh_engine.reward_model is None
 
 
-def test_a_reply_goes_on_with_its_model_while_another_is_loaded(chat_engine, base):
-    writing = chat_engine.generate(QUESTION, Settings(max_new_tokens=200, temperature=1.0, top_p=1.0))
+def test_a_reply_keeps_its_model_while_another_is_loaded(fresh_engine, base):
+    writing = fresh_engine.generate(QUESTION, Settings(max_new_tokens=200, temperature=1.0, top_p=1.0))
     next(writing)
-    old = chat_engine.policy
-    chat_engine.policy_name = "another one"
-    chat_engine.load(base, chat_engine.reward_model_name)
-    assert chat_engine.policy is not old
+    old = fresh_engine.policy
+    fresh_engine.policy_name = "another one"
+    fresh_engine.load(base, fresh_engine.reward_model_name)
+    assert fresh_engine.policy is not old
     assert len(list(writing)) > 1
 
 
-def test_a_checkpoint_that_was_replaced_under_its_name_is_loaded_anew(base, reward_checkpoint, tmp_path):
+def test_a_checkpoint_replaced_under_the_same_name_is_loaded_again(base, reward_checkpoint, tmp_path):
     import shutil
 
     folder = tmp_path / "run" / "step-2"
@@ -220,7 +229,7 @@ def test_a_checkpoint_that_was_replaced_under_its_name_is_loaded_anew(base, rewa
     assert loaded.reward_model is not before
 
 
-def test_two_visitors_who_press_load_at_once_load_one_model(base, monkeypatch):
+def test_two_visitors_who_press_load_at_once_load_the_model_once(base, monkeypatch):
     loading, opened = ChatEngine(base), []
     original = ChatEngine._open_policy
     monkeypatch.setattr(ChatEngine, "_open_policy", lambda self, *rest: opened.append(1) or original(*rest))
@@ -229,10 +238,10 @@ def test_two_visitors_who_press_load_at_once_load_one_model(base, monkeypatch):
     assert len(opened) == 1 and loading.policy is not None
 
 
-def test_a_guest_writes_beside_the_model_on_stage_and_is_opened_once(chat_engine):
-    guest = chat_engine.second_policy(chat_engine.policy_name)
-    assert guest is not chat_engine.policy and chat_engine.second_policy(chat_engine.policy_name) is guest
-    assert list(chat_engine.generate(QUESTION, SHORT, guest))[-1][0].content
+def test_a_second_policy_replies_beside_the_loaded_one_and_is_opened_once(chat_engine):
+    second = chat_engine.second_policy(chat_engine.policy_name)
+    assert second is not chat_engine.policy and chat_engine.second_policy(chat_engine.policy_name) is second
+    assert list(chat_engine.generate(QUESTION, SHORT, second))[-1][0].content
 
 
 def test_the_status_names_models_parameters_precision_and_memory(chat_engine):

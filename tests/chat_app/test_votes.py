@@ -1,4 +1,4 @@
-"""votes.py: votes become rows that training takes, whoever else is writing and whatever the disk does."""
+"""votes.py: votes become rows of training data, even with several writers or a full disk."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def test_each_vote_says_which_reply_was_preferred(tmp_path):
     assert all(row["prompt"] == PROMPT for row in rows)
 
 
-def test_training_takes_the_file_as_it_stands(tmp_path, tokenizer, own_cache):
+def test_training_reads_the_file_as_it_is(tmp_path, tokenizer, own_cache):
     path = tmp_path / "preferences.jsonl"
     for number in range(30):
         vote = list(votes.VOTES)[number % 4]
@@ -51,7 +51,7 @@ def contains(tokens, part):
     return any(tokens[start : start + len(part)] == part for start in range(len(tokens)))
 
 
-def test_training_knows_the_votes_for_neither_side():
+def test_training_knows_the_votes_for_neither_reply():
     assert set(parsing.VOTES_FOR_NEITHER) == set(votes.VOTES) - {"a", "b"}
 
 
@@ -66,7 +66,7 @@ def test_training_knows_the_votes_for_neither_side():
         (PROMPT, "Yes.", "Yes. ", "a", "both replies are the same"),
     ],
 )
-def test_what_nobody_could_train_on_is_refused(prompt, reply_a, reply_b, vote, reason):
+def test_a_vote_without_information_is_refused(prompt, reply_a, reply_b, vote, reason):
     with pytest.raises(ValueError, match=reason):
         votes.row_of(prompt, reply_a, reply_b, vote)
 
@@ -107,7 +107,7 @@ def test_half_a_character_does_not_lose_the_vote(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a limit on file sizes, which this platform lacks")
-def test_a_full_disk_leaves_the_votes_before_as_they_were(tmp_path):
+def test_a_full_disk_leaves_earlier_votes_unchanged(tmp_path):
     import resource
     import signal
 
@@ -133,7 +133,7 @@ def test_a_folder_in_the_files_place_is_named(tmp_path):
     assert str(tmp_path) in str(caught.value)
 
 
-def test_writers_wait_for_one_another_and_say_so_when_it_takes_too_long(tmp_path):
+def test_writers_wait_for_each_other_but_not_forever(tmp_path):
     from common.file_locks import exclusive
 
     lock, order = tmp_path / ".lock", []
