@@ -24,6 +24,7 @@ from typing import Any
 import utils
 from checkpointing.run_folder import step_folder
 from common.progress import ProgressBar
+from modeling import speedups
 from training import launch
 from training.config import TrainConfig, read_config
 from utils import StopRequest, UserError
@@ -112,7 +113,7 @@ def gradients_of_step(
                 world, run.module, micro_batches, len(indices), run.config.center_rewards, stop
             )
             results = world.combine(results, stop)
-            run.model.dense_embedding_gradient()
+            speedups.densify_embedding_gradient(run.model)
             return plans, results[:, 0], results[:, 1:]
         except RuntimeError as error:
             batching.halve_token_budget(run, plans, error)
@@ -249,7 +250,7 @@ def train(run: runs.Run, stop: StopRequest) -> Evaluation | None:
     log = logger.TensorBoardLogger(logs, run.step, run.examples_seen(run.step))
     log.table("config", dataclasses.asdict(config), run.step)
     shown = ProgressBar("step", plan.total_steps, done=run.step, is_shown=run.world.is_main)
-    parameters = list(checkpoint.trained_parameters(model).values())
+    parameters = list(model.trained_parameters().values())
     checkpoint.set_random_state(run.random_state)
     evaluation = None
     try:

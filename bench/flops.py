@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import needed_arithmetic
+from modeling import pretrained, speedups
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -89,18 +90,18 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         write_small_base(config_folder, Path(folder), arguments.hidden)
-        tokenizer = models.load_tokenizer(folder)
-        lora = models.LoraSettings() if arguments.lora else None
-        model = models.RewardModel.create(folder, tokenizer, 0, lora).to(models.pick_device()).train()
+        tokenizer = pretrained.load_tokenizer(folder)
+        lora = pretrained.LoraSettings() if arguments.lora else None
+        model = models.RewardModel.create(folder, tokenizer, 0, lora).to(devices.pick_device()).train()
     devices.keep_heap(model.device)
     pairs, _ = data.load_pairs(dataset, tokenizer, 2048)
     model.autocast_dtype = torch.bfloat16
     if arguments.lora:
-        model.store_frozen_weights(torch.bfloat16)
+        speedups.cast_frozen_weights(model, torch.bfloat16)
     way = model.use_attention(arguments.attention)
     if arguments.compile:
-        model.compile()
-    trained = [parameter for parameter in model.classifier.parameters() if parameter.requires_grad]
+        speedups.compile_layers(model)
+    trained = [parameter for parameter in model.hf_model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     indices = sampler.fixed_sample(len(pairs), arguments.pairs, 0)
     needed = needed_arithmetic.needed_flops(model, pairs.lengths[indices])
@@ -109,7 +110,9 @@ def main() -> None:
 
     def step() -> float:
         started = now(model.device)
-        turns = world.share(packing.plan_step(pairs, indices, 4096, 32, model.costly_width()), is_training=True)
+        turns = world.share(
+            packing.plan_step(pairs, indices, 4096, 32, model.attention_crossover_length()), is_training=True
+        )
         batches = packing.prefetched(turns, lambda turn: (turn, packing.build(pairs, turn.plan, pad_id)))
         on_device = ((turn, batch.to(model.device)) for turn, batch in batches)
         train_rm.accumulate_gradients(world, model, on_device, len(indices), 0.0, utils.StopRequest())

@@ -37,8 +37,8 @@ def needed_flops(model: Any, lengths: np.ndarray) -> int:
     from torch import nn
 
     tokens, pairs = int(lengths.sum()), len(lengths)
-    config = model.classifier.config.get_text_config()
-    total, trained_before = 0, model.classifier.get_input_embeddings().weight.requires_grad
+    config = model.hf_model.config.get_text_config()
+    total, trained_before = 0, model.hf_model.get_input_embeddings().weight.requires_grad
     trained_layers = []
     for layer in model.backbone.layers:
         for name, module in layer.named_modules():

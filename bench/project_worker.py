@@ -18,21 +18,20 @@ import numpy as np
 
 import harness
 import utils
+from modeling import devices, pretrained
 
 
 def device() -> Any:
-    import models
 
-    return models.pick_device()
+    return devices.pick_device()
 
 
 def load_pairs(dataset: str, base: str) -> tuple[Any, Any]:
     """The train and test pairs as the project tokenizes them, with its default --max_length."""
     import data
-    import models
     from training import config as train_config
 
-    return data.load_pairs(dataset, models.load_tokenizer(base), train_config.TrainConfig().max_length)
+    return data.load_pairs(dataset, pretrained.load_tokenizer(base), train_config.TrainConfig().max_length)
 
 
 def pairs_of_steps(num_pairs: int, pairs_per_step: int, steps: int) -> list[np.ndarray]:

@@ -31,6 +31,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from modeling import pretrained
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -70,9 +72,8 @@ def write_pairs(real: Path, folder: Path, count: int) -> None:
 
 def measure(way: str, folder: Path) -> tuple[int, float, float]:
     """Tokenize in one way, in this process; returns (pairs, seconds, CPU seconds)."""
-    import models
 
-    tokenizer = models.load_tokenizer(os.environ["QWEN3_DIR"])
+    tokenizer = pretrained.load_tokenizer(os.environ["QWEN3_DIR"])
     if way == "ours":
         import data
 

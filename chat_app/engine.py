@@ -25,7 +25,7 @@ from chat_app.conversation import with_reply, with_system_prompt
 from checkpointing import resolve
 from common import hub
 from data_pipeline.parsing import Messages
-from modeling import devices, generation
+from modeling import devices
 
 MAX_CANDIDATES = 16
 MAX_CACHED_REWARDS = 4096
@@ -89,10 +89,10 @@ class ChatEngine:
         self.reward_model_name = str(reward_model_folder.resolve()) if reward_model_folder else model_list.NONE
         self.from_flags = self.policy_name, reward_model_folder  # always offered
         self.output_dir, self.debug = output_dir, debug
-        self.policy: generation.PolicyModel | None = None
+        self.policy: models.PolicyModel | None = None
         self.reward_model: models.RewardModel | None = None
         self._rewards: OrderedDict[str, float] = OrderedDict()  # each turn needs the rewards of all earlier ones again
-        self._second_policy: tuple[str, generation.PolicyModel] | None = None
+        self._second_policy: tuple[str, models.PolicyModel] | None = None
         self._stamps = "", ""  # of the two loaded folders' content
         self._loading = threading.Lock()  # two visitors may press Load at once
 
@@ -114,7 +114,7 @@ class ChatEngine:
             )
             for name, offered in zip(names, self.choices(), strict=True):
                 check_offered(name, offered)
-            device = models.pick_device()
+            device = devices.pick_device()
             stamps = model_list.stamp(names[0]), model_list.stamp(names[1])
             policy, reward_model, rewards = self.policy, self.reward_model, self._rewards
             if reward_model is None or (names[1], stamps[1]) != (self.reward_model_name, self._stamps[1]):
@@ -125,13 +125,13 @@ class ChatEngine:
             (self.policy_name, self.reward_model_name), self._stamps = names, stamps
             devices.free(device)
 
-    def second_policy(self, name: str) -> generation.PolicyModel:
+    def second_policy(self, name: str) -> models.PolicyModel:
         """Another policy beside the loaded one; it stays in memory until another one is asked for."""
         with self._loading:
             check_offered(name, self.choices()[0])
             if self._second_policy is None or self._second_policy[0] != name:
                 self._second_policy = None  # frees the old one's memory first
-                self._second_policy = name, self._open_policy(name, models.pick_device())
+                self._second_policy = name, self._open_policy(name, devices.pick_device())
             return self._second_policy[1]
 
     @staticmethod
@@ -141,11 +141,11 @@ class ChatEngine:
         return models.RewardModel.restore(resolve.sound_checkpoint(name)).to(device).eval()
 
     @staticmethod
-    def _open_policy(name: str, device: torch.device) -> generation.PolicyModel:
+    def _open_policy(name: str, device: torch.device) -> models.PolicyModel:
         if hub.looks_like_a_path(name):
-            policy = generation.PolicyModel.restore(resolve.sound_checkpoint(name))
+            policy = models.PolicyModel.restore(resolve.sound_checkpoint(name))
         else:
-            policy = generation.PolicyModel.create(name)
+            policy = models.PolicyModel.create(name)
         # generation needs no fp32 weights; on a CPU bf16 is slower than fp32 for a single row
         return policy.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
 
@@ -173,7 +173,7 @@ class ChatEngine:
 
     # -- Generating --------------------------------------------------------------------------------------------------
 
-    def check(self, dialogue: Messages, settings: Settings, policy: generation.PolicyModel | None = None) -> None:
+    def check(self, dialogue: Messages, settings: Settings, policy: models.PolicyModel | None = None) -> None:
         """Raise ValueError, saying why, if a dialogue cannot be answered."""
         settings.check()
         policy = policy or self.policy
@@ -182,10 +182,10 @@ class ChatEngine:
         if not dialogue or dialogue[-1]["role"] != "user":
             raise ValueError("there is nothing to reply to")
         messages = with_system_prompt(settings.system_prompt, dialogue)
-        check_length(messages, policy.tokenizer, policy.language_model.config, settings.max_new_tokens)
+        check_length(messages, policy.tokenizer, policy.hf_model.config, settings.max_new_tokens)
 
     def generate(
-        self, dialogue: Messages, settings: Settings, policy: generation.PolicyModel | None = None
+        self, dialogue: Messages, settings: Settings, policy: models.PolicyModel | None = None
     ) -> Iterator[list[Reply]]:
         """Generate `settings.candidates` replies in one batch; yields all of them so far, several times a second.
 
@@ -236,7 +236,7 @@ class ChatEngine:
         keys = [json.dumps(dialogue) for dialogue in dialogues]
         missing = {key: dialogue for key, dialogue in zip(keys, dialogues, strict=True) if key not in cache}
         for dialogue in missing.values():
-            check_length(dialogue, model.tokenizer, model.classifier.config)
+            check_length(dialogue, model.tokenizer, model.hf_model.config)
         computed = dict(zip(missing, model.score_dialogues(list(missing.values())), strict=True)) if missing else {}
         rewards = [computed[key] if key in computed else cache[key] for key in keys]
         cache.update(computed)

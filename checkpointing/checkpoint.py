@@ -70,10 +70,6 @@ def set_random_state(states: dict[str, Tensor]) -> None:
         torch.mps.set_rng_state(states["mps"])
 
 
-def trained_parameters(model: RewardModel) -> dict[str, torch.nn.Parameter]:
-    return {name: parameter for name, parameter in model.classifier.named_parameters() if parameter.requires_grad}
-
-
 @dataclass(frozen=True)
 class State:
     """What a checkpoint holds of the model and the optimizer: whole tensors, wherever they came from."""
@@ -146,7 +142,7 @@ def _free_space(folder: Path) -> str:
 def refuse_full_disk(run_folder: Path, model: RewardModel) -> None:
     """Raise before anything is written if a checkpoint of this model will not fit."""
     # AdamW keeps two moments for each parameter that is trained
-    tensors = [*model.names_in_file(model.state()).values(), *2 * list(trained_parameters(model).values())]
+    tensors = [*model.names_in_file(model.state()).values(), *2 * list(model.trained_parameters().values())]
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors) + SMALL_FILES_BYTES
     needed += len(model.tokenizer.backend_tokenizer.to_str().encode())
     free = shutil.disk_usage(run_folder).free
@@ -234,7 +230,7 @@ def set_aside_later_steps(run_folder: Path, step: int) -> Path | None:
 
 def _optimizer_tensors(model: RewardModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {}
-    for name, parameter in trained_parameters(model).items():
+    for name, parameter in model.trained_parameters().items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}/{name}"] = value.contiguous()
     return tensors
@@ -243,7 +239,7 @@ def _optimizer_tensors(model: RewardModel, optimizer: torch.optim.Optimizer) -> 
 def restore_optimizer(folder: Path, model: RewardModel, optimizer: torch.optim.Optimizer, world: World) -> None:
     """Put AdamW's moments back. Raises CheckpointError if they are not those of this model's parameters."""
     tensors = load_file(folder / OPTIMIZER)
-    for name, parameter in trained_parameters(model).items():
+    for name, parameter in model.trained_parameters().items():
         keys = ("step", "exp_avg", "exp_avg_sq")
         state = {key: tensors.pop(f"{key}/{name}", None) for key in keys}
         if any(value is None for value in state.values()) or state["exp_avg"].shape != parameter.shape:

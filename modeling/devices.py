@@ -15,6 +15,13 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
+def pick_device() -> torch.device:
+    """CUDA if there is any, else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
 def peak_gib(device: torch.device) -> float:
     """The most memory held so far: the GPU's by our tensors, or on a CPU the process's resident set.
 

@@ -24,7 +24,7 @@ import models
 import utils
 from data_pipeline import packing
 from data_pipeline.tokenization import shared_prefix
-from modeling import devices
+from modeling import devices, speedups
 from utils import UserError
 
 
@@ -52,10 +52,10 @@ class Scorer:
         max_length = min(max_length, limit or max_length)
         described = [fingerprint_of(model), precision, max_length]
         if model.device.type == "cpu":
-            model.to(models.pick_device())
+            model.to(devices.pick_device())
         devices.keep_heap(model.device)
         if model.peft_model is not None and model.autocast_dtype:
-            model.store_frozen_weights(model.autocast_dtype)
+            speedups.cast_frozen_weights(model, model.autocast_dtype)
         model.use_attention()
         return cls(model, max_length, batch_size, tokens_per_batch, _hash_of(described))
 
@@ -97,7 +97,7 @@ class Scorer:
         left = np.arange(len(dataset))
         device, pad_id = self.model.device, self.model.tokenizer.pad_token_id
         packs = self.model.packs_up_to(int(dataset.longest_sides().max()))
-        costly_width = self.model.costly_width() if packs else None
+        costly_width = self.model.attention_crossover_length() if packs else None
         while len(left):
             plans = packing.plan_step(dataset, left, self.tokens_per_batch, self.batch_size, costly_width)
             built = packing.prefetched(plans, lambda plan: packing.build(dataset, plan, pad_id))
@@ -139,7 +139,7 @@ def smaller_budget(tried: packing.MicroBatchPlan, device: Any, error: RuntimeErr
 def fingerprint_of(model: models.RewardModel) -> str:
     """A hash of a model's weights, tokenizer and chat template."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.classifier.state_dict().items()):
+    for name, tensor in sorted(model.hf_model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     digest.update(model.tokenizer.backend_tokenizer.to_str().encode())

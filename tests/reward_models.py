@@ -39,6 +39,6 @@ def save_constant_model(folder, base, tokenizer):
     """A reward model whose head is zero."""
     model = models.RewardModel.create(base, tokenizer, 0)
     with torch.no_grad():
-        model.classifier.score.weight.zero_()
+        model.hf_model.score.weight.zero_()
     model.save(folder)
     return folder

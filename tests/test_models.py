@@ -11,7 +11,7 @@ import data
 import models
 import train_rm
 from data_pipeline import packing, tokenization
-from modeling import attention
+from modeling import attention, speedups
 from utils import CheckpointError, UserError
 
 HELLO = [{"role": "user", "content": "Can you tell me something about bread?"}]
@@ -53,7 +53,7 @@ def plain_rewards(model, pairs):
     rows = []
     for index in range(len(pairs.lengths)):
         sides = [torch.from_numpy(ids.astype(np.int64))[None] for ids in pairs.sequences(index)]
-        rows.append(torch.cat([model.classifier(input_ids=ids).logits[0] for ids in sides]))
+        rows.append(torch.cat([model.hf_model(input_ids=ids).logits[0] for ids in sides]))
     return torch.stack(rows)
 
 
@@ -79,7 +79,7 @@ def rewards_of(model, batches):
 def gradients(model, rewards):
     model.zero_grad()
     train_rm.bradley_terry_loss(rewards[:, 0], rewards[:, 1], torch.zeros(len(rewards))).mean().backward()
-    return {name: p.grad.clone() for name, p in model.classifier.named_parameters() if p.grad is not None}
+    return {name: p.grad.clone() for name, p in model.hf_model.named_parameters() if p.grad is not None}
 
 
 def make_model(base, tokenizer, lora=False, seed=0):
@@ -87,7 +87,7 @@ def make_model(base, tokenizer, lora=False, seed=0):
     model = models.RewardModel.create(base, tokenizer, seed, settings)
     if lora:  # fresh adapters change nothing (B = 0), and would hide a mistake
         with torch.no_grad():
-            for name, parameter in model.classifier.named_parameters():
+            for name, parameter in model.hf_model.named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(std=0.05)
     return model
@@ -137,8 +137,8 @@ def test_packed_gradients_equal_those_of_separate_sequences(base, tokenizer, lor
     model = make_model(base, tokenizer, lora).train()
     expected = gradients(model, plain_rewards(model, pairs))
     if checkpointing:
-        model.enable_gradient_checkpointing()
-        assert model.classifier.is_activation_checkpointing
+        speedups.enable_gradient_checkpointing(model)
+        assert model.hf_model.is_activation_checkpointing
     got = gradients(model, rewards_of(model, packed_batches(pairs)))
     assert got.keys() == expected.keys() and len(got) > 5
     for name, wanted in expected.items():
@@ -204,8 +204,8 @@ def test_costly_width_of_qwen3_06b_is_3840(base, tokenizer):
         classifier = AutoModelForSequenceClassification.from_config(config)
     model = models.RewardModel.__new__(models.RewardModel)
     torch.nn.Module.__init__(model)
-    model.classifier = classifier
-    assert model.costly_width() == pytest.approx(3840, rel=0.01)
+    model.hf_model = classifier
+    assert model.attention_crossover_length() == pytest.approx(3840, rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_an_adapter_without_a_head_is_refused(base, tokenizer, tmp_path):
 
 
 def test_the_head_is_drawn_from_the_seed(base, tokenizer):
-    heads = [make_model(base, tokenizer, seed=seed).classifier.score.weight for seed in (1, 1, 2)]
+    heads = [make_model(base, tokenizer, seed=seed).hf_model.score.weight for seed in (1, 1, 2)]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     assert heads[0].std().item() == pytest.approx(1 / (128 + 1) ** 0.5, rel=0.3)
 
@@ -303,7 +303,7 @@ def test_frozen_weights_kept_in_bf16_change_neither_rewards_nor_gradients(base, 
         model = make_model(base, tokenizer, lora=True).train()
         model.autocast_dtype = torch.bfloat16
         if keep:
-            model.store_frozen_weights(torch.bfloat16)
+            speedups.cast_frozen_weights(model, torch.bfloat16)
             kept = [p for p in model.backbone.parameters() if p.dtype == torch.bfloat16]
             assert len(kept) > 5 and not any(p.requires_grad for p in kept)
         rewards = rewards_of(model, packed_batches(pairs))
@@ -420,14 +420,14 @@ def test_a_sparse_embedding_gradient_ends_as_the_dense_one(base, tokenizer):
     gradients = []
     for is_sparse in (False, True):
         model = models.RewardModel.create(base, tokenizer, seed=0).train()
-        weight = model.classifier.get_input_embeddings().weight
+        weight = model.hf_model.get_input_embeddings().weight
         if is_sparse:
-            model.use_sparse_embedding_gradients()
+            speedups.use_sparse_embedding_gradients(model)
         for seed in (0, 1):  # two micro-batches, with tokens in common
             ids = torch.randint(5, 60, (3, 20), generator=torch.Generator().manual_seed(seed))
             model.score_rows(ids, torch.ones_like(ids)).sum().backward()
         assert weight.grad.is_sparse == is_sparse
-        model.dense_embedding_gradient()
+        speedups.densify_embedding_gradient(model)
         gradients.append(weight.grad)
     assert not gradients[1].is_sparse and gradients[0].abs().max() > 0
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
@@ -435,6 +435,6 @@ def test_a_sparse_embedding_gradient_ends_as_the_dense_one(base, tokenizer):
 
 def test_a_frozen_embedding_stays_as_it_is(base, tokenizer):
     model = models.RewardModel.create(base, tokenizer, 0, models.LoraSettings())
-    model.use_sparse_embedding_gradients()
-    assert not model.classifier.get_input_embeddings().sparse
-    model.dense_embedding_gradient()
+    speedups.use_sparse_embedding_gradients(model)
+    assert not model.hf_model.get_input_embeddings().sparse
+    speedups.densify_embedding_gradient(model)

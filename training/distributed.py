@@ -153,7 +153,7 @@ class World:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(model.device.type, (self.size,))
-        blocks = set(model.classifier._no_split_modules or ())  # transformers says what belongs together
+        blocks = set(model.hf_model._no_split_modules or ())  # transformers says what belongs together
         for module in list(model.modules()):
             if type(module).__name__ in blocks:
                 fully_shard(module, mesh=mesh)

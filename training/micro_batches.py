@@ -18,7 +18,7 @@ from utils import UserError
 def plans_of(run: Run, dataset: data.PairDataset, indices: Any) -> list[packing.MicroBatchPlan]:
     """How `indices` are cut into micro-batches, the same in every process."""
     budget = distributed.even_budget(int(dataset.packed_lengths[indices].sum()), run.tokens_per_batch, run.world.size)
-    costly_width = run.model.costly_width() if run.model.packs_up_to(run.config.max_length) else None
+    costly_width = run.model.attention_crossover_length() if run.model.packs_up_to(run.config.max_length) else None
     return packing.plan_step(dataset, indices, budget, run.config.batch_size, costly_width)
 
 

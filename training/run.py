@@ -25,7 +25,7 @@ from checkpointing import run_folder as records
 from checkpointing.run_folder import step_folder, step_of
 from common import atomic_files, file_locks
 from data_pipeline import sampler
-from modeling import devices
+from modeling import devices, pretrained, speedups
 from training import distributed, launch, probe
 from training.config import AUTO, NOT_STORED, TrainConfig
 from utils import UserError
@@ -215,7 +215,7 @@ def open_run(
 ) -> Run:
     """Tokenizer, pairs, model and optimizer of a run that has its folder."""
     with world.first_on_each_machine():  # which fills the token cache
-        tokenizer = models.load_tokenizer(str(resumed_from or config.model))
+        tokenizer = pretrained.load_tokenizer(str(resumed_from or config.model))
         train_pairs, test_pairs = data.load_pairs(config.dataset, tokenizer, config.max_length)
     world.refuse_differences(what_must_be_alike(config, train_pairs, test_pairs))
     for use, pairs in (("train", train_pairs), ("test", test_pairs)):
@@ -233,27 +233,27 @@ def open_run(
         model = models.RewardModel.restore(resumed_from, config.model if config.lora else None)
     else:
         targets = tuple(name.strip() for name in config.lora_target_modules.split(","))
-        lora = models.LoraSettings(config.lora_r, config.lora_alpha, config.lora_dropout, targets)
+        lora = pretrained.LoraSettings(config.lora_r, config.lora_alpha, config.lora_dropout, targets)
         model = models.RewardModel.create(config.model, tokenizer, config.seed, lora if config.lora else None)
         torch.manual_seed(config.seed)
     refuse_too_few_positions(model, train_pairs, test_pairs)
     checkpoint.refuse_full_disk(folder, model)
     model.autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
     base_fingerprint = model.base_fingerprint()
-    model.to(models.pick_device() if world.is_alone else world.accelerator.device).train()
+    model.to(devices.pick_device() if world.is_alone else world.accelerator.device).train()
     devices.keep_heap(model.device)
     if config.lora and model.autocast_dtype and not world.is_sharded:
-        model.store_frozen_weights(model.autocast_dtype)  # (FSDP wants one dtype)
+        speedups.cast_frozen_weights(model, model.autocast_dtype)  # (FSDP wants one dtype)
     if world.is_alone:
-        model.use_sparse_embedding_gradients()
+        speedups.use_sparse_embedding_gradients(model)
     model.use_attention(config.attention)
     if config.compile:
-        model.compile()
+        speedups.compile_layers(model)
     if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        speedups.enable_gradient_checkpointing(model)
     module = world.prepare(model, model.packs_up_to(config.max_length))
     # Qwen3's published weights are bf16, but they are trained in fp32: at 1e-5, bf16 rounds most updates to nothing.
-    trained = list(checkpoint.trained_parameters(model).values())
+    trained = list(model.trained_parameters().values())
     fused = model.device.type in ("cuda", "cpu")
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     describe(config, model, trained, plan, world)
@@ -360,7 +360,7 @@ def describe(
     plan: sampler.StepSampler,
     world: distributed.World,
 ) -> None:
-    total = sum(parameter.numel() for parameter in model.classifier.parameters())
+    total = sum(parameter.numel() for parameter in model.hf_model.parameters())
     count = sum(parameter.numel() for parameter in trained)
     print(f"model: {config.model}, {total:,} parameters, {count:,} trained, {config.precision} on {model.device}")
     if not model.packs_up_to(config.max_length):

@@ -21,7 +21,7 @@ def test_visible_positions_are_those_of_the_mask(lengths):
 
 def test_needed_arithmetic_of_one_pair_by_hand(base, tokenizer):
     model = make_model(base, tokenizer)
-    config = model.classifier.config
+    config = model.hf_model.config
     # the demo's model: per layer q and o of 128 · heads · size, k and v of 128 · key heads · size, three of 128 · inner
     heads, key_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     matrices = 2 * 128 * heads + 2 * 128 * key_heads + 3 * 128 * config.intermediate_size
@@ -42,7 +42,7 @@ def test_needed_arithmetic_is_what_torch_counts_less_what_is_hidden(base, tokeni
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         rewards = train_rm.score(model, batch)
         rewards.sum().backward()
-    config = model.classifier.config
+    config = model.hf_model.config
     hidden = 41**2 - needed_arithmetic.visible_positions(pairs.lengths)
     heads = config.num_attention_heads * config.head_dim
     computed_though_hidden = config.num_hidden_layers * 3 * 4 * heads * hidden

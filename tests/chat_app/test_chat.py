@@ -161,7 +161,7 @@ def in_process(base, reward_checkpoint, tmp_path_factory):
 
 def test_a_generation_that_raises_ends_with_a_message_and_the_next_user_is_served(in_process, monkeypatch):
     engine, client = in_process
-    original = engine.policy.language_model.forward
+    original = engine.policy.hf_model.forward
     calls = []
 
     def fail_in_the_middle(*arguments, **options):
@@ -170,7 +170,7 @@ def test_a_generation_that_raises_ends_with_a_message_and_the_next_user_is_serve
             raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
         return original(*arguments, **options)
 
-    monkeypatch.setattr(engine.policy.language_model, "forward", fail_in_the_middle)
+    monkeypatch.setattr(engine.policy.hf_model, "forward", fail_in_the_middle)
     started = time.perf_counter()
     with pytest.raises(AppError, match="out of memory: try a shorter dialogue"):
         client.predict(QUESTION["content"], max_new_tokens=100, api_name="/chat")

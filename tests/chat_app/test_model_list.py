@@ -9,7 +9,6 @@ import models
 import utils
 from chat_app import model_list
 from checkpointing import manifest, resolve
-from modeling import generation
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ def test_settings_that_are_no_object_are_named(tmp_path, content):
 
 
 def test_kinds_are_told_from_the_files_of_a_folder(base, reward_checkpoint, lora_checkpoint, tmp_path):
-    generation.PolicyModel.create(base, models.LoraSettings()).save(tmp_path / "adapter")
+    models.PolicyModel.create(base, models.LoraSettings()).save(tmp_path / "adapter")
     (tmp_path / "empty").mkdir()
     folders = (base, reward_checkpoint, lora_checkpoint, tmp_path / "adapter", tmp_path / "empty")
     kinds = [resolve.kind_of(model_list.Path(folder)) for folder in folders]

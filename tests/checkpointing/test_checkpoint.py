@@ -23,9 +23,9 @@ def save(run, model, optimizer, step, config):
 def saved(base, tokenizer, tmp_path):
     """(run folder, model, optimizer) with step-1 and step-2 on disk."""
     model = models.RewardModel.create(base, tokenizer, seed=0)
-    optimizer = torch.optim.AdamW(model.classifier.parameters(), lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(model.hf_model.parameters(), lr=1e-3, fused=True)
     for step in (1, 2):
-        for parameter in model.classifier.parameters():
+        for parameter in model.hf_model.parameters():
             parameter.grad = torch.full_like(parameter, 0.1 * step)
         optimizer.step()
         save(tmp_path / "run", model, optimizer, step, {"lr": 1e-3})
@@ -37,9 +37,9 @@ def test_everything_comes_back(saved, base):
     folder = manifest.find(str(run))
     assert folder == run / "step-2"
     again = models.RewardModel.restore(folder)
-    other = torch.optim.AdamW(again.classifier.parameters(), lr=1e-3, fused=True)
+    other = torch.optim.AdamW(again.hf_model.parameters(), lr=1e-3, fused=True)
     checkpoint.restore_optimizer(folder, again, other, World())
-    for (name, old), new in zip(model.classifier.named_parameters(), again.classifier.parameters(), strict=True):
+    for (name, old), new in zip(model.hf_model.named_parameters(), again.hf_model.parameters(), strict=True):
         assert torch.equal(old, new), name
         for key in ("step", "exp_avg", "exp_avg_sq"):
             assert torch.equal(optimizer.state[old][key], other.state[new][key]), (name, key)
@@ -107,7 +107,7 @@ def test_a_typo_suggests_the_nearest_folder(saved):
 
 def test_an_optimizer_of_another_model_is_refused(saved, base, tokenizer):
     lora = models.RewardModel.create(base, tokenizer, 0, models.LoraSettings())
-    optimizer = torch.optim.AdamW(checkpoint.trained_parameters(lora).values(), lr=1e-3)
+    optimizer = torch.optim.AdamW(lora.trained_parameters().values(), lr=1e-3)
     with pytest.raises(utils.CheckpointError, match="optimizer"):
         checkpoint.restore_optimizer(saved[0] / "step-2", lora, optimizer, World())
 
@@ -155,8 +155,8 @@ def test_later_steps_are_set_aside_and_not_deleted(saved):
 def test_weights_that_are_not_numbers_are_compared_bit_by_bit_too(saved):
     run, model, _ = saved
     with torch.no_grad():
-        next(model.classifier.parameters())[0, 0] = float("nan")
-    optimizer = torch.optim.AdamW(model.classifier.parameters())
+        next(model.hf_model.parameters())[0, 0] = float("nan")
+    optimizer = torch.optim.AdamW(model.hf_model.parameters())
     folder = save(run, model, optimizer, 3, {"lr": 1e-3})
     assert folder.name == "step-3" and manifest.problem(folder) is None
 

@@ -125,7 +125,7 @@ def adapter(base, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora") / "adapter"
     model = models.RewardModel.create(base, tokenizer, 3, models.LoraSettings(r=4))
     with torch.no_grad():
-        for name, parameter in model.classifier.named_parameters():
+        for name, parameter in model.hf_model.named_parameters():
             if "lora_B" in name:  # zero at first, so that an adapter that is not applied would not be noticed
                 parameter.normal_(std=0.05)
     model.save(folder)
@@ -698,7 +698,7 @@ def test_splits_and_folders_that_are_not_there_are_named(judge, constant_model, 
 def test_a_reward_that_is_no_number_stops(judge, tmp_path, base, tokenizer, small_dataset):
     model = models.RewardModel.create(base, tokenizer, 0)
     with torch.no_grad():
-        model.classifier.score.weight.fill_(3e38)
+        model.hf_model.score.weight.fill_(3e38)
     model.save(tmp_path / "inf")
     with pytest.raises(UserError, match="a reward that is not a finite number"):
         judge(tmp_path / "inf", dataset=small_dataset)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import models
-from modeling import attention
+from modeling import attention, speedups
 from tests.test_models import (
     gradients,
     make_model,
@@ -141,7 +141,7 @@ def test_rewards_and_gradients_are_those_of_separate_sequences(base, tokenizer, 
     expected = gradients(model, expected_rewards)
     assert model.use_attention("pieces") == "pieces"
     if checkpointing:
-        model.enable_gradient_checkpointing()
+        speedups.enable_gradient_checkpointing(model)
     rewards = rewards_of(model, packed_batches(pairs))
     torch.testing.assert_close(rewards, expected_rewards, rtol=1e-6, atol=1e-6)
     got = gradients(model, rewards)
@@ -155,7 +155,7 @@ def test_flex_rewards_are_those_of_sdpa(base, tokenizer):
     model, pairs = make_model(base, tokenizer).eval(), random_pairs(12)
     with torch.no_grad():
         wanted = rewards_of(model, packed_batches(pairs))
-        assert attention.install(model.classifier)
+        assert attention.install(model.hf_model)
         model.attention = "flex"  # a CPU has its forward pass only
         torch.testing.assert_close(rewards_of(model, packed_batches(pairs)), wanted, rtol=1e-5, atol=1e-5)
 
@@ -173,7 +173,7 @@ def test_flex_on_a_cpu_falls_back_with_one_line(base, tokenizer, capsys):
     before = rewards_of(model, packed_batches(pairs))
     assert model.use_attention("flex") == model.attention == "sdpa"
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("attention: sdpa, and not flex: ")
+    assert line.startswith("attention: sdpa instead of flex: ")
     assert torch.equal(rewards_of(model, packed_batches(pairs)), before)
 
 

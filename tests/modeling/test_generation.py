@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+import models
 from modeling import generation, pretrained
 from tests.test_models import tiny_config
 from utils import UserError
@@ -14,30 +15,30 @@ HELLO = [{"role": "user", "content": "Hello!"}]
 
 
 def test_token_logprobs_are_those_of_the_language_model(base):
-    model = generation.PolicyModel.create(base).eval()
+    model = models.PolicyModel.create(base).eval()
     ids = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     with torch.no_grad():
         logprobs = model.token_logprobs(ids, mask)
-        loss = model.language_model(input_ids=ids[:1], labels=ids[:1]).loss
+        loss = model.hf_model(input_ids=ids[:1], labels=ids[:1]).loss
     assert logprobs.shape == (2, 4) and logprobs.dtype == torch.float32
     assert logprobs[0].mean().item() == pytest.approx(-loss.item(), abs=1e-5)
     assert (logprobs[1, 2:] == 0).all() and (logprobs[1, :2] < 0).all()
 
 
 def test_streamed_pieces_are_the_generated_text(base):
-    model = generation.PolicyModel.create(base).eval()
+    model = models.PolicyModel.create(base).eval()
     pieces = list(model.stream(HELLO, max_new_tokens=12, temperature=0))
     prompt = model.tokenizer.apply_chat_template(
         HELLO, add_generation_prompt=True, enable_thinking=False, return_tensors="pt", return_dict=True
     )
-    whole = model.language_model.generate(**prompt, do_sample=False, max_new_tokens=12, pad_token_id=0)
+    whole = model.hf_model.generate(**prompt, do_sample=False, max_new_tokens=12, pad_token_id=0)
     new_ids = whole[0, prompt["input_ids"].shape[1] :]
     assert "".join(pieces) == model.tokenizer.decode(new_ids, skip_special_tokens=True)
 
 
 def test_a_stopped_stream_ends_at_the_next_token(base):
-    model = generation.PolicyModel.create(base).eval()
+    model = models.PolicyModel.create(base).eval()
     stop = threading.Event()
     stream = model.stream(HELLO, max_new_tokens=1000, temperature=1.0, stop=stop)
     next(stream)
@@ -46,26 +47,26 @@ def test_a_stopped_stream_ends_at_the_next_token(base):
 
 
 def test_a_failing_generation_raises_instead_of_hanging(base, monkeypatch):
-    model = generation.PolicyModel.create(base).eval()
+    model = models.PolicyModel.create(base).eval()
 
     def fail(*args, **kwargs):
         raise RuntimeError("out of memory, say")
 
-    monkeypatch.setattr(model.language_model, "generate", fail)
+    monkeypatch.setattr(model.hf_model, "generate", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(model.stream(HELLO))
 
 
 def test_a_policy_with_adapters_comes_back_the_same(base, tmp_path):
-    model = generation.PolicyModel.create(base, pretrained.LoraSettings(), seed=3)
+    model = models.PolicyModel.create(base, pretrained.LoraSettings(), seed=3)
     with torch.no_grad():
-        for name, parameter in model.language_model.named_parameters():
+        for name, parameter in model.hf_model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     model.eval().save(tmp_path)
     ids = torch.tensor([[5, 6, 7, 8]])
-    again = generation.PolicyModel.restore(tmp_path).eval()
-    plain = generation.PolicyModel.create(base).eval()
+    again = models.PolicyModel.restore(tmp_path).eval()
+    plain = models.PolicyModel.create(base).eval()
     with torch.no_grad():
         wanted = model.token_logprobs(ids, torch.ones_like(ids))
         assert torch.equal(again.token_logprobs(ids, torch.ones_like(ids)), wanted)
@@ -76,12 +77,12 @@ def test_a_reward_model_is_no_policy(base, tokenizer, tmp_path):
     config = tiny_config("Llama", intermediate_size=64, num_labels=1, tie_word_embeddings=False)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no language model"):
-        generation.PolicyModel.create(str(tmp_path))
+    with pytest.raises(UserError, match="not a language model"):
+        models.PolicyModel.create(str(tmp_path))
 
 
 def test_candidates_of_one_batch_grow_together_and_nothing_follows_an_end(base):
-    model = generation.PolicyModel.create(base).eval()
+    model = models.PolicyModel.create(base).eval()
     torch.manual_seed(0)
     steps = list(model.stream_candidates(HELLO, 4, max_new_tokens=40, temperature=1.0, top_p=1.0))
     assert all(len(pieces) == 4 for pieces in steps) and len(steps) <= 41
@@ -90,7 +91,7 @@ def test_candidates_of_one_batch_grow_together_and_nothing_follows_an_end(base):
     prompt = model.tokenizer.apply_chat_template(
         HELLO, add_generation_prompt=True, enable_thinking=False, return_tensors="pt", return_dict=True
     )
-    whole = model.language_model.generate(
+    whole = model.hf_model.generate(
         **prompt, do_sample=True, temperature=1.0, top_p=1.0, num_return_sequences=4, max_new_tokens=40, pad_token_id=0
     )
     new_ids = whole[:, prompt["input_ids"].shape[1] :]
@@ -117,6 +118,6 @@ def test_a_character_of_several_tokens_comes_whole_and_half_a_one_at_the_end(bas
 
 
 def test_several_replies_at_temperature_0_are_refused(base):
-    model = generation.PolicyModel.create(base).eval()
+    model = models.PolicyModel.create(base).eval()
     with pytest.raises(ValueError, match="all be the same one"):
         next(model.stream_candidates(HELLO, 2, temperature=0))

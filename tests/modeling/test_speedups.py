@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import models
+from modeling import speedups
 from tests.conftest import ROOT
 from tests.test_models import gradients, make_model, packed_batches, random_pairs, rewards_of
 from utils import UserError
@@ -23,7 +24,7 @@ def anew(tmp_path_factory):
 def compiled(model, backend="aot_eager"):
     """Traced as for inductor, which takes minutes a model here and so is tried once."""
     try:
-        model.compile(backend)
+        speedups.compile_layers(model, backend)
     except UserError as error:
         pytest.skip(f"nothing compiles here: {error}")
     return model
@@ -47,7 +48,7 @@ def test_compiled_rewards_and_gradients_are_the_same(base, tokenizer, tmp_path, 
     wanted = gradients(model, wanted_rewards)
     assert model.use_attention(way) == way
     if checkpointing:
-        model.enable_gradient_checkpointing()
+        speedups.enable_gradient_checkpointing(model)
     compiled(model, backend)
     torch._dynamo.utils.counters.clear()
     rewards = rewards_of(model, packed_batches(pairs))
@@ -77,13 +78,13 @@ def test_compiled_dropout_drops_and_is_repeated_by_the_seed_and_by_checkpointing
     for checkpointing in (False, True):
         model = models.RewardModel.create(base, tokenizer, 0, models.LoraSettings(dropout=0.5)).train()
         with torch.no_grad():
-            for name, parameter in model.classifier.named_parameters():
+            for name, parameter in model.hf_model.named_parameters():
                 if "lora_B" in name:
                     torch.manual_seed(len(name))
                     parameter.normal_(std=0.05)
         model.use_attention("pieces")
         if checkpointing:
-            model.enable_gradient_checkpointing()
+            speedups.enable_gradient_checkpointing(model)
         compiled(model)
         for seed in (1, 1, 2):
             torch.manual_seed(seed)
@@ -97,7 +98,10 @@ def test_compiled_dropout_drops_and_is_repeated_by_the_seed_and_by_checkpointing
 
 
 def test_a_machine_without_a_compiler_is_told_so(base, tmp_path):
-    code = "import models; models.RewardModel.create(BASE, models.load_tokenizer(BASE), 0).compile()"
+    code = (
+        "import models; from modeling import speedups; "
+        "speedups.compile_layers(models.RewardModel.create(BASE, models.load_tokenizer(BASE), 0))"
+    )
     environment = {**os.environ, "CXX": str(tmp_path / "none"), "PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")
     done = subprocess.run(

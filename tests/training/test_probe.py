@@ -28,7 +28,7 @@ def made_up_run(base, tokenizer, demo_folder):
         model=model,
         module=model,
         world=distributed.World(),
-        optimizer=torch.optim.AdamW(model.classifier.parameters()),
+        optimizer=torch.optim.AdamW(model.hf_model.parameters()),
         train_pairs=data.load_pairs(str(demo_folder[1]), tokenizer)[0],
     )
 
@@ -97,7 +97,7 @@ def test_memory_is_watched_while_it_is_held():
 
 
 def test_what_adamw_will_hold_is_left_free(made_up_run, monkeypatch):
-    parameters = list(made_up_run.model.classifier.parameters())
+    parameters = list(made_up_run.model.hf_model.parameters())
     assert probe.bytes_to_come(made_up_run) == sum(8 * parameter.numel() for parameter in parameters)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)

@@ -110,11 +110,11 @@ def one_pair_a_row(pairs, part):
 def step_with(base, tokenizer, pairs, indices, cuts, make_optimizer):
     """The losses of one step over `indices`, cut into micro-batches at `cuts`, and the weights after it."""
     model = models.RewardModel.create(base, tokenizer, seed=0).train()
-    optimizer = make_optimizer(model.classifier.parameters())
+    optimizer = make_optimizer(model.hf_model.parameters())
     parts = np.split(np.array(indices), cuts)
     losses = accumulate(model, pairs, [one_pair_a_row(pairs, part) for part in parts])
     optimizer.step()
-    return losses, model.classifier.state_dict()
+    return losses, model.hf_model.state_dict()
 
 
 # At the default rate Adam moves a weight by 1e-5; plain SGD at this rate moves weights by up to 0.1 and shows more.
@@ -132,7 +132,7 @@ def test_the_cutting_of_a_step_does_not_change_it(base, tokenizer, pairs, cuts, 
     torch.testing.assert_close(losses, whole_losses, rtol=0, atol=1e-6)
     for name, weights in whole.items():
         torch.testing.assert_close(cut[name], weights, rtol=0, atol=1e-6, msg=name)
-    untouched = models.RewardModel.create(base, tokenizer, seed=0).classifier.state_dict()
+    untouched = models.RewardModel.create(base, tokenizer, seed=0).hf_model.state_dict()
     moved = max((whole[name] - weights).abs().max().item() for name, weights in untouched.items())
     assert moved > (5e-6 if optimizer == "adamw" else 5e-3), "the step changed next to nothing"
 
@@ -159,11 +159,11 @@ def test_first_step_equals_trl(base, tokenizer, pairs, tmp_path):
     plans = packing.plan_step(pairs, np.arange(8), 512, 32, 4096)
     assert len(plans) > 1
     losses = accumulate(ours, pairs, plans)
-    torch.optim.SGD(ours.classifier.parameters(), lr=0.1).step()
+    torch.optim.SGD(ours.hf_model.parameters(), lr=0.1).step()
     assert losses.mean().item() == pytest.approx(their_loss, abs=1e-5)
     their_weights = trainer.model.state_dict()
     moved = 0.0
-    for name, weights in ours.classifier.state_dict().items():
+    for name, weights in ours.hf_model.state_dict().items():
         torch.testing.assert_close(weights, their_weights[name].cpu(), rtol=0, atol=1e-5, msg=name)
         moved += (weights - loaded(tmp_path / "start", "model.safetensors")[name]).abs().sum().item()
     assert moved > 1, "the step changed nothing"
@@ -378,7 +378,7 @@ def poison(monkeypatch, steps):
         calls.append(1)
         if len(calls) in steps:
             results[0, 0] = math.nan
-            model.classifier.score.weight.grad.fill_(math.nan)
+            model.hf_model.score.weight.grad.fill_(math.nan)
         return results
 
     monkeypatch.setattr(train_rm, "accumulate_gradients", poisoned)
@@ -693,7 +693,7 @@ def test_the_head_of_any_architecture_comes_from_the_seed(tokenizer, tmp_path):
         backbone.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
         heads = [
-            models.RewardModel.create(str(tmp_path / name), tokenizer, seed).classifier.classifier.weight
+            models.RewardModel.create(str(tmp_path / name), tokenizer, seed).hf_model.hf_model.weight
             for seed in (1, 1, 2)
         ]
         assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2]), name

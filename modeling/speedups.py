@@ -1,0 +1,117 @@
+"""What makes a model faster without changing its results: packed rows where allowed, compiling, cheaper frozen weights.
+
+The functions take a model of models.py: its `hf_model`, `backbone`, `device` and `packed_hidden` are used.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+from torch import nn
+
+from modeling import devices
+from utils import UserError, first_line
+
+FP32_TOLERANCE, BF16_TOLERANCE = 1e-4, 0.05  # of packed against separate rows, relative to the norm
+
+
+def try_packing(model: Any, backward: bool = False) -> tuple[bool, str]:
+    """Whether packed rows give this architecture's own hidden states, and if not, why: tried, not assumed.
+
+    A causal decoder with rotary or learned positions does; encoders, ALiBi, state-space and eager-only models do not,
+    and get one sequence a row. With `backward` the gradient must be computable too.
+    """
+    # [p p p c c r r r] of one prompt with two completions, and the same as two sequences [p p p c c], [p p p r r r]
+    packed = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
+    positions = torch.tensor([[0, 1, 2, 3, 4, 3, 4, 5]])
+    completions = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]])
+    rows = torch.tensor([[5, 6, 7, 8, 9, 5], [5, 6, 7, 10, 11, 12]])
+    row_mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
+    on, was_training = model.device, model.training
+    trained = [parameter for parameter in model.backbone.parameters() if parameter.requires_grad]
+    model.eval()
+    try:
+        with torch.set_grad_enabled(backward):
+            inputs = packed, positions, torch.zeros_like(packed), completions
+            got = model.packed_hidden(*(tensor.to(on) for tensor in inputs))[0, [4, 7]]  # (2, D)
+            if backward:
+                torch.autograd.grad(got.float().sum(), trained, allow_unused=True)
+        with torch.no_grad(), model.autocast():
+            output = model.backbone(input_ids=rows.to(on), attention_mask=row_mask.to(on))
+            wanted = output.last_hidden_state[[0, 1], [4, 5]]  # (2, D)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        return False, f"its forward pass refuses packed rows ({first_line(error)})"
+    finally:
+        model.train(was_training)
+    difference = float((got.detach().float() - wanted.float()).norm() / wanted.float().norm())
+    if difference <= (FP32_TOLERANCE if model.autocast_dtype is None else BF16_TOLERANCE):
+        return True, ""
+    return False, f"packed rows do not give its own hidden states (they differ by {difference:.2g} of their norm)"
+
+
+def compile_layers(model: Any, backend: str = "inductor") -> None:
+    """Compile the parts of each decoder layer, in place: names of weights stay, one layer's code serves all.
+
+    The parts and not the layers, because under gradient checkpointing a layer is compiled whole or not at all, and our
+    attention cannot be. Shapes are `dynamic`, or every width would compile again. Raises UserError where nothing can be
+    compiled: inductor needs a C++ compiler on a CPU, Triton a C compiler on CUDA.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1, backend=backend)(torch.zeros(8, device=model.device))
+    except Exception as error:  # the errors of compilers and of dynamo have no common class
+        raise UserError(
+            "torch.compile does not work here",
+            where=f"{platform.system()}, {model.device}",
+            found=f"{type(error).__name__}: {first_line(error)}",
+            safe="nothing was trained yet, and everything works without compiling",
+            next="leave --compile out, or install a compiler (Debian: apt install g++)",
+        ) from error
+    kinds = model.hf_model._no_split_modules or ()
+    layers = [module for module in model.backbone.modules() if type(module).__name__ in kinds]
+    if not layers:
+        raise UserError("this architecture does not name its layer class, so its layers cannot be compiled")
+    for part in (part for layer in layers for part in layer.children()):
+        # not `part.compile()`: all modules share one `__call__`, and its compiled forms are limited in number
+        part.forward = torch.compile(part.forward, dynamic=True, backend=backend)
+
+
+def enable_gradient_checkpointing(model: Any) -> None:
+    """Keep one activation per layer and recompute the rest in the backward pass: slower by a third, less memory."""
+    if model.hf_model.supports_gradient_checkpointing:
+        model.hf_model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+@torch.no_grad()
+def cast_frozen_weights(model: Any, dtype: torch.dtype) -> None:
+    """Keep the matrices that LoRA leaves alone in autocast's dtype, instead of casting them in every forward.
+
+    Autocast rounds them anyway, so rewards and gradients are the same, for less time and memory; it caches its casts
+    only of weights that need gradients. Afterwards the model cannot compute without autocast.
+    """
+    for module in model.backbone.modules():
+        if isinstance(module, nn.Linear) and not any(p.requires_grad for p in module.parameters(recurse=False)):
+            module.to(dtype)
+
+
+def use_sparse_embedding_gradients(model: Any) -> None:
+    """Have the embedding's gradient list only the tokens that occurred, until `densify_embedding_gradient`.
+
+    A dense one of Qwen3's 151,936 rows would be filled with zeros and summed in every micro-batch, which has a few
+    thousand tokens. DDP and FSDP sum dense gradients only; where `lm_head` is the embedding, its gradient is dense.
+    """
+    embeddings = model.hf_model.get_input_embeddings()
+    if type(embeddings) is nn.Embedding and embeddings.weight.requires_grad and embeddings.max_norm is None:
+        embeddings.sparse = True
+
+
+@torch.no_grad()
+def densify_embedding_gradient(model: Any) -> None:
+    """Turn a sparse gradient of the embedding into the dense one that clipping and AdamW need, at the end of a step."""
+    weight = model.hf_model.get_input_embeddings().weight
+    if weight.grad is not None and weight.grad.is_sparse:
+        if weight.device.type == "cpu":
+            devices.trim_heap_if_scarce()  # the heap still holds the room of freed activations
+        # coalescing sorts, so the order of summation, and with it the last bit, is always the same
+        weight.grad = weight.grad.coalesce().to_dense()
