@@ -199,10 +199,10 @@ class ChatEngine:
         for pieces in policy.stream_candidates(
             with_system_prompt(settings.system_prompt, dialogue),
             int(settings.candidates),
-            int(settings.max_new_tokens),
-            settings.temperature,
-            settings.top_p,
-            settings.thinking,
+            max_new_tokens=int(settings.max_new_tokens),
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            enable_thinking=settings.thinking,
         ):
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
             if any(pieces) and time.monotonic() - last_update > SECONDS_BETWEEN_UPDATES:
