@@ -275,8 +275,8 @@ def look(config: ManageConfig, roots: Roots) -> tuple[list[RunInfo], list[RunInf
             next="python train_rm.py makes one; --output_dir names another place",
         )
     runs, notes = inventory.scan(roots)
-    if held := trash.held(roots):
-        notes.append(held)
+    if in_trash := trash.summary(roots):
+        notes.append(in_trash)
     chosen = inventory.filter_runs(runs, config.state, config.age, config.name)
     return runs, inventory.sort_runs(chosen, config.sort), notes
 
