@@ -102,7 +102,9 @@ def test_a_missing_reply_is_explained(chat_engine, monkeypatch):
     pieces = {"thinking": ["<think>", "hm"], "nothing": [""]}
 
     def write(name):
-        monkeypatch.setattr(chat_engine.policy, "stream_candidates", lambda *rest: iter([[p] for p in pieces[name]]))
+        monkeypatch.setattr(
+            chat_engine.policy, "stream_candidates", lambda *rest, **sampling: iter([[p] for p in pieces[name]])
+        )
         return list(chat_engine.generate(QUESTION, Settings(thinking=True)))
 
     with pytest.raises(ValueError, match="still thinking when it reached max new tokens"):
