@@ -221,7 +221,8 @@ class ChatTab:
             return
         settings = Settings(*values)
         chat = {**chat, "system_prompt": settings.system_prompt}
-        dialogue, footers = conversation.dialogue(chat), self.footers(chat)
+        dialogue = conversation.dialogue(chat)
+        footers = self.footers(chat) or [""] * len(conversation.dialogues_to_score(chat))
         if settings.candidates > 1:
             footers.append(f"writing {settings.candidates} replies at once; the best one will be shown")
         answered = chat

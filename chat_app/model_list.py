@@ -85,9 +85,8 @@ def list_models(output_dir: Path, policy: str, reward_folder: Path | None) -> tu
 def _runs(output_dir: Path) -> list[Path]:
     """The run folders, most recently written first; links are skipped."""
     try:
-        folders = [path for path in output_dir.iterdir() if path.is_dir() and not path.is_symlink()]
-        steps = [(step_folders(folder), folder) for folder in folders if not folder.name.startswith(".")]
-        dated = [(found[-1].stat().st_mtime, folder.name, folder) for found, folder in steps if found]
+        folders = [path for path in output_dir.iterdir() if not path.is_symlink() and not path.name.startswith(".")]
+        dated = [(steps[-1].stat().st_mtime, folder) for folder in folders if (steps := step_folders(folder))]
     except OSError:  # no such folder, or a run was deleted at this moment
         return []
-    return [folder for _, _, folder in sorted(dated, reverse=True)]
+    return [folder for _, folder in sorted(dated, reverse=True)]
