@@ -22,7 +22,7 @@ import utils
 from common import atomic_files
 from data_pipeline.parsing import LEFT_OUT, NOTED
 from data_pipeline.sources import Source, find_sources
-from data_pipeline.tokenization import shared_prefix, tokenized_chunks
+from data_pipeline.tokenization import shared_prefix, split_sequences, tokenized_chunks
 
 CACHE_VERSION = 3  # raise it when parsing, tokenising or the files change
 MOST_LEFT_OUT = 0.10
@@ -85,7 +85,7 @@ class PairDataset:
         for name, is_noted in zip(NOTED, np.load(folder / "notes.npy").T, strict=True):
             self.counts.add(name, *rows[fits & is_noted].tolist())
         self.lengths, self.rows, self._starts = lengths[fits], rows[fits], starts[:-1][fits]
-        self.margins = np.load(folder / "margins.npy")[fits]  # (N,)
+        self.label_margins = np.load(folder / "margins.npy")[fits]  # (N,)
         self.kinds = np.load(folder / "kinds.npy")[fits]  # (N,) index into kind_names
         self.packed_lengths = self.lengths.sum(axis=1)  # (N,) tokens when the prefix is shared
         # What the pairs are, wherever they came from: resuming compares it.
@@ -103,11 +103,9 @@ class PairDataset:
         start = self._starts[index]
         return self._tokens[start : start + self.packed_lengths[index]]
 
-    def sequences(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The pair as two plain sequences of ids: (chosen, rejected)."""
-        prefix, chosen, _ = self.lengths[index]
-        ids = self.tokens(index)
-        return ids[: prefix + chosen], np.concatenate([ids[:prefix], ids[prefix + chosen :]])
+    def sequences(self, index: int) -> list[np.ndarray]:
+        """The pair as two plain sequences of ids: chosen, rejected."""
+        return split_sequences(self.tokens(index), self.lengths[index])
 
     def refuse_if_too_much_is_left_out(self) -> None:
         """Raise UserError if more than a tenth of the rows cannot be used; a vote for neither side is no fault."""

@@ -38,7 +38,7 @@ class PretrainedModel(nn.Module):
         hf_model: the model of transformers; with LoRA, PEFT has changed it in place.
         peft_model: PEFT's wrapper around it, or None.
         autocast_dtype: the dtype of matrix products; weights stay in theirs. None: no autocast.
-        attention: how packed rows attend, one of `attention.WAYS`; see `use_attention`.
+        attention: how packed rows attend, one of `attention.IMPLEMENTATIONS`; see `use_attention`.
     """
 
     def __init__(self, hf_model: nn.Module, tokenizer: Any, peft_model: nn.Module | None = None):
@@ -112,10 +112,10 @@ class PretrainedModel(nn.Module):
     def packed_hidden(
         self, input_ids: Tensor, position_ids: Tensor, example_index: Tensor, completion_index: Tensor
     ) -> Tensor:
-        """Last hidden states (B, T, D) of packed rows. Arguments are (B, T); see `attention.pair_attention_mask`."""
+        """Last hidden states (B, T, D) of packed rows. Arguments are (B, T); see `attention.packed_attention_mask`."""
         with self.autocast():
             packed = attention.PackedMask(example_index, completion_index, self.attention)
-            mask = packed.dense if self.attention == "sdpa" else packed.carrier()
+            mask = packed.dense if self.attention == "sdpa" else packed.placeholder()
             return self.backbone(
                 input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
             ).last_hidden_state
@@ -130,7 +130,7 @@ class PretrainedModel(nn.Module):
         It is tried on two tiny sequences, forward and backward, before it is relied on; if that fails, a line says why
         and sdpa is used. Saved files do not depend on it. Returns what is used.
         """
-        implementation = attention.way_for(self.device) if choice == "auto" else choice
+        implementation = attention.best_implementation(self.device) if choice == "auto" else choice
         self.attention = "sdpa"
         if implementation == "sdpa" or not self.can_pack:
             return self.attention

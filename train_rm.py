@@ -34,6 +34,7 @@ with utils.lazy_imports():  # --help must not wait for torch
     import torch
     from torch import Tensor  # for annotations only
 
+    import data
     from checkpointing import checkpoint
     from data_pipeline import packing, sampler
     from evaluation import evaluator
@@ -65,6 +66,11 @@ def score(model: torch.nn.Module, batch: packing.PackedBatch | packing.SeparateB
     return model(*batch.inputs()).view(-1, 2)
 
 
+def label_margins(pairs: data.PairDataset, plans: list[packing.MicroBatchPlan], device: torch.device) -> Tensor:
+    """The labels' margins (N,) of planned micro-batches, in their order: one transfer to the device per step."""
+    return torch.from_numpy(pairs.label_margins[np.concatenate([plan.indices for plan in plans])]).to(device)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One step
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,22 +80,24 @@ def accumulate_gradients(
     world: distributed.World,
     model: torch.nn.Module,
     micro_batches: Iterable[tuple[distributed.Turn, Any]],
-    pairs_in_step: int,
+    label_margins: Tensor,
     center_rewards: float,
     stop: StopRequest,
 ) -> Tensor:
-    """Forward and backward of a step's micro-batches; each pair's loss and two rewards, (pairs in the step, 3).
+    """Forward and backward of a step's micro-batches; each pair's loss and two rewards, (N, 3).
 
+    `label_margins` (N,) are those of the whole step's pairs, in the order of the micro-batches' plans.
     Each micro-batch's losses are summed and divided by the pairs in the *whole step*, so the gradient does not depend
     on how the step was cut, nor on who computed which part. Pairs of other processes stay 0 in what is returned.
     """
-    results = torch.zeros(pairs_in_step, 3, device=model.device)
+    results = torch.zeros(len(label_margins), 3, device=model.device)
     for turn, batch in micro_batches:
         world.check(stop)
         with world.adding_up(model, turn):
             rewards = score(model, batch)  # (n, 2)
-            losses = bradley_terry_loss(rewards[:, 0], rewards[:, 1], batch.margins, center_rewards)  # (n,)
-            (losses.sum() * turn.weight / pairs_in_step).backward()
+            margins = label_margins[turn.places]  # (n,)
+            losses = bradley_terry_loss(rewards[:, 0], rewards[:, 1], margins, center_rewards)  # (n,)
+            (losses.sum() * turn.weight / len(label_margins)).backward()
         if turn.weight:
             results[turn.places] = torch.column_stack([losses, rewards]).detach()
     return results
@@ -109,9 +117,8 @@ def gradients_of_step(
         micro_batches = batching.built(run, run.train_pairs, world.share(plans, is_training=True))
         world.seed_dropout(run.config.seed, step)
         try:
-            results = accumulate_gradients(
-                world, run.module, micro_batches, len(indices), run.config.center_rewards, stop
-            )
+            margins = label_margins(run.train_pairs, plans, run.model.device)
+            results = accumulate_gradients(world, run.module, micro_batches, margins, run.config.center_rewards, stop)
             results = world.combine(results, stop)
             speedups.densify_embedding_gradient(run.model)
             return plans, results[:, 0], results[:, 1:]
@@ -185,13 +192,14 @@ def score_test_pairs(run: runs.Run, indices: Any, stop: StopRequest) -> tuple[Te
     while True:
         plans = batching.plans_of(run, run.test_pairs, indices)
         order = np.concatenate([plan.indices for plan in plans])
+        margins = label_margins(run.test_pairs, plans, run.model.device)
         results = torch.zeros(len(order), 3, device=run.model.device)
         try:
             for turn, batch in batching.built(run, run.test_pairs, run.world.share(plans, is_training=False)):
                 run.world.check(stop)
                 with torch.no_grad():
                     rewards = score(run.model, batch)
-                    losses = bradley_terry_loss(rewards[:, 0], rewards[:, 1], batch.margins)
+                    losses = bradley_terry_loss(rewards[:, 0], rewards[:, 1], margins[turn.places])
                 if turn.weight:
                     results[turn.places] = torch.column_stack([losses, rewards])
             results = run.world.combine(results, stop)
@@ -358,7 +366,7 @@ def note_skipped_step(run: runs.Run, plans: list[packing.MicroBatchPlan], losses
 
 def speed(plans: list[packing.MicroBatchPlan], seconds: float, device: Any) -> dict[str, float]:
     """How fast one step was, and which share of the tokens it computed was needed."""
-    pairs = sum(plan.pairs for plan in plans)
+    pairs = sum(plan.num_examples for plan in plans)
     needed = sum(plan.needed_tokens for plan in plans)
     computed = sum(plan.computed_tokens for plan in plans)
     return {

@@ -343,6 +343,10 @@ def timestamp() -> str:
     return time.strftime("%Y%m%d_%H%M%S")
 
 
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     """95 % confidence interval of a proportion, as (low, high).
 

@@ -110,12 +110,12 @@ def main() -> None:
 
     def step() -> float:
         started = now(model.device)
-        turns = world.share(
-            packing.plan_step(pairs, indices, 4096, 32, model.attention_crossover_length()), is_training=True
-        )
+        plans = packing.plan_step(pairs, indices, 4096, 32, model.attention_crossover_length())
+        turns = world.share(plans, is_training=True)
         batches = packing.prefetched(turns, lambda turn: (turn, packing.build(pairs, turn.plan, pad_id)))
         on_device = ((turn, batch.to(model.device)) for turn, batch in batches)
-        train_rm.accumulate_gradients(world, model, on_device, len(indices), 0.0, utils.StopRequest())
+        margins = train_rm.label_margins(pairs, plans, model.device)
+        train_rm.accumulate_gradients(world, model, on_device, margins, 0.0, utils.StopRequest())
         torch.nn.utils.clip_grad_norm_(trained, math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -5,7 +5,7 @@
 oneDNN compiles a kernel for each new shape of a bf16 product and keeps a thousand of them. This measures a layer's
 product for many numbers of tokens, and attention's products for many lengths, once and then again: how much longer the
 first time takes, and how much memory remains allocated. This is why the widths of packed rows are multiples of
-`packing.WIDTH_STEP` and why attention's tiles begin and end at multiples of `attention.KEYS`.
+`packing.WIDTH_STEP` and why attention's tiles begin and end at multiples of `attention.KEY_BLOCK`.
 """
 
 from __future__ import annotations

@@ -169,6 +169,15 @@ def _reads_stretches_alone(pre_tokenizer: Any) -> bool:
     return True
 
 
+def split_sequences(ids: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """The k plain sequences of `[prompt | completion 1 | … | completion k]`, given these (1 + k,) lengths.
+
+    [p p c c r] of lengths [2 2 1] -> [p p c c] and [p p r]
+    """
+    prompt, *completions = np.split(ids, np.cumsum(lengths)[:-1])
+    return [np.concatenate([prompt, completion]) for completion in completions]
+
+
 def shared_prefix(chosen: np.ndarray, rejected: np.ndarray) -> int:
     """Tokens that two sequences share from the start, leaving each at least one of its own.
 

@@ -1,12 +1,12 @@
-"""Attention over packed pairs: who may look at whom, and three ways to compute it.
+"""Attention over packed rows: which token may attend to which, and three implementations of it.
 
-    sdpa       transformers' own, with a (B, 1, T, T) mask: works everywhere, computes what is hidden as well
-    pieces     on a CPU: a stretch of a row at a time, with only the keys among which it sees any
-    flex       on CUDA: FlexAttention (arXiv 2412.05496), compiled, which skips hidden blocks of 128 × 128
+    sdpa       transformers' own with a (B, 1, T, T) mask: works everywhere, computes masked positions too
+    pieces     on a CPU: a tile of queries at a time, with only the stretches of keys that the tile can see
+    flex       on CUDA: FlexAttention (arXiv 2412.05496), compiled, which skips masked blocks of 128 × 128
 
-Transformers lets a 4-D mask through to the attention function untouched; ours hangs what it needs on one.
+Transformers hands a 4-D mask to the attention function untouched, so ours gets what it needs as an attribute of one.
 
-Letters: B rows, T tokens per row, H query heads, K key heads, G = H / K, D head size, M queries and L keys of a piece.
+Letters: B rows, T tokens per row, H query heads, K key heads, G = H / K, D head size, M queries and L keys of a tile.
 """
 
 from __future__ import annotations
@@ -20,143 +20,143 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-NAME = "packed_pairs"  # of our attention function among those of transformers
-WAYS = ("sdpa", "pieces", "flex")
-QUERIES = 128  # of a row computed at once: fewer see less that is hidden, more fill the matrix units
-KEYS = 64  # stretches of keys begin and end at multiples of this
-MOST_KEPT = 2048  # keys of a piece whose weights are kept for the backward pass; of longer ones they would fill memory
+from utils import round_up
+
+NAME = "packed_rows"  # of our attention function among those of transformers
+IMPLEMENTATIONS = ("sdpa", "pieces", "flex")
+TILE_QUERIES = 128  # fewer waste less on masked keys, more fill the matrix units
+KEY_BLOCK = 64  # stretches of keys begin and end at multiples of this
+MAX_KEPT_KEYS = 2048  # a tile with more keys saves memory: the backward pass computes its weights again
 
 
-def pair_attention_mask(pair_ids: Tensor, branch_ids: Tensor) -> Tensor:
-    """Who may look at whom when pairs share rows: causal, same pair, and the key in the prefix or in one's own branch.
+def packed_attention_mask(example_index: Tensor, completion_index: Tensor) -> Tensor:
+    """A token sees the earlier tokens of its example's prompt and of its own completion, and itself.
 
     Args:
-        pair_ids: (B, T), which pair a token belongs to; -1 is padding (it sees padding only, so no row is empty).
-        branch_ids: (B, T), 0 for the shared prefix, 1 and 2 for the two tails.
+        example_index: (B, T), which example a token belongs to; -1 is padding (it sees padding, so no row is empty).
+        completion_index: (B, T), 0 in the shared prompt, 1 to k in the completions.
 
     Returns:
         (B, 1, T, T), True where the query (third axis) may attend to the key (fourth axis).
 
-    Example, one row `[p c r]` (prefix, chosen tail, rejected tail): c sees p and c; r sees p and r, never c.
+    Example, one row `[p c r]` (a prompt and two completions): c sees p and c; r sees p and r, never c.
     """
-    same_pair = pair_ids[:, :, None] == pair_ids[:, None, :]
-    key_branch, query_branch = branch_ids[:, None, :], branch_ids[:, :, None]
-    visible = (key_branch == 0) | (key_branch == query_branch)
-    causal = torch.ones(pair_ids.shape[1], pair_ids.shape[1], dtype=torch.bool, device=pair_ids.device).tril()
-    return (same_pair & visible & causal)[:, None]  # (B, 1, T, T)
+    same_example = example_index[:, :, None] == example_index[:, None, :]
+    key, query = completion_index[:, None, :], completion_index[:, :, None]
+    causal = torch.ones(example_index.shape[1:] * 2, dtype=torch.bool, device=example_index.device).tril()
+    return (same_example & ((key == 0) | (key == query)) & causal)[:, None]  # (B, 1, T, T)
 
 
 class PackedMask:
-    """What one micro-batch's attention layers need to know, each form made once, when it is first asked for."""
+    """The mask of one micro-batch in each form that attention layers ask for, made once when first needed."""
 
-    def __init__(self, pair_ids: Tensor, branch_ids: Tensor, way: str):
-        self.pair_ids, self.branch_ids, self.way = pair_ids, branch_ids, way
+    def __init__(self, example_index: Tensor, completion_index: Tensor, implementation: str):
+        self.example_index, self.completion_index = example_index, completion_index
+        self.implementation = implementation
 
-    def carrier(self) -> Tensor:
+    def placeholder(self) -> Tensor:
         """The `attention_mask` to hand to a model whose attention function is ours."""
-        # Empty, so that an architecture that computes with its mask fails (and gets a dense one) rather than errs.
-        mask = torch.empty((len(self.pair_ids), 1, 0, 0), dtype=torch.bool, device=self.pair_ids.device)
+        # Empty, so an architecture that computes with its mask raises an error (and gets a dense one), never errs.
+        mask = torch.empty((len(self.example_index), 1, 0, 0), dtype=torch.bool, device=self.example_index.device)
         mask.packed = self
         return mask
 
     @functools.cached_property
     def dense(self) -> Tensor:
-        return pair_attention_mask(self.pair_ids, self.branch_ids)
+        return packed_attention_mask(self.example_index, self.completion_index)
 
     @functools.cached_property
-    def pieces(self) -> list[Piece]:
-        return pieces_of(self.pair_ids, self.branch_ids)
+    def tiles(self) -> list[Tile]:
+        return make_tiles(self.example_index, self.completion_index)
 
     @functools.cached_property
     def blocks(self) -> Any:
-        """Flex's map of 128 × 128 blocks: empty, full, or to be masked one by one."""
+        """FlexAttention's map of 128 × 128 blocks: empty, full, or partly masked."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        pair_ids, branch_ids = self.pair_ids, self.branch_ids
+        examples, completions = self.example_index, self.completion_index
 
         def is_visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            key_branch = branch_ids[row, key]
-            own_branch = (key_branch == 0) | (key_branch == branch_ids[row, query])
-            return (query >= key) & (pair_ids[row, query] == pair_ids[row, key]) & own_branch
+            is_own = (completions[row, key] == 0) | (completions[row, key] == completions[row, query])
+            return (query >= key) & (examples[row, query] == examples[row, key]) & is_own
 
-        rows, width = pair_ids.shape
-        return create_block_mask(is_visible, rows, None, width, width, device=pair_ids.device)
+        rows, width = examples.shape
+        return create_block_mask(is_visible, rows, None, width, width, device=examples.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In pieces, on a CPU
+# In tiles, on a CPU
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Some queries of one row, and the keys among which all lie that they see."""
+class Tile:
+    """Some queries of one row, and stretches of keys that hold all the keys they see."""
 
     row: int
     queries: slice  # M columns
-    keys: tuple[slice, ...]  # L columns: one stretch, or two with a chosen tail between them left out
-    hidden: Tensor  # (M, L), 0 where the query sees the key, else -inf
+    keys: tuple[slice, ...]  # L columns: one stretch, or two with skipped completions between them
+    mask: Tensor  # (M, L), 0 where the query sees the key, else -inf
 
     @property
     def is_kept(self) -> bool:
-        return self.hidden.shape[1] <= MOST_KEPT
+        return self.mask.shape[1] <= MAX_KEPT_KEYS
 
 
-def pieces_of(pair_ids: Tensor, branch_ids: Tensor) -> list[Piece]:
-    """The pieces of a micro-batch: `QUERIES` columns of a row, with the keys from their first pair's start on.
+def make_tiles(example_index: Tensor, completion_index: Tensor) -> list[Tile]:
+    """The tiles of a micro-batch: `TILE_QUERIES` columns of a row, with the keys from their first example's start on.
 
-    Stretches of keys begin and end at multiples of `KEYS`, so that there are few shapes: oneDNN compiles a kernel for
-    each new one, which takes longer than running it, and keeps hundreds of them. Where all is padding, no piece is.
+    A tile that begins in completion j skips the keys of completions 1 to j - 1. Stretches of keys begin and end at
+    multiples of `KEY_BLOCK`, so there are few shapes: oneDNN compiles a kernel for each new one, which takes longer
+    than running it, and keeps hundreds of them. Tiles of nothing but padding are left out.
     """
-    pieces = []
-    for row, (pairs, branches) in enumerate(zip(pair_ids.cpu().numpy(), branch_ids.cpu().numpy(), strict=True)):
-        columns = np.arange(len(pairs))
-        is_start = np.diff(pairs, prepend=-2) != 0
-        starts = np.maximum.accumulate(np.where(is_start, columns, 0))  # (T,) where each token's pair begins
-        for first in range(0, len(pairs), QUERIES):
-            queries = slice(first, min(first + QUERIES, len(pairs)))
-            if pairs[first] < 0:  # padding is at the end of a row
+    tiles = []
+    rows = zip(example_index.cpu().numpy(), completion_index.cpu().numpy(), strict=True)
+    for row, (examples, completions) in enumerate(rows):  # (T,) each
+        columns = np.arange(len(examples))
+        is_start = np.diff(examples, prepend=-2) != 0
+        starts = np.maximum.accumulate(np.where(is_start, columns, 0))  # (T,) where each token's example begins
+        for first in range(0, len(examples), TILE_QUERIES):
+            if examples[first] < 0:  # padding is at the end of a row
                 break
+            queries = slice(first, min(first + TILE_QUERIES, len(examples)))
             start = int(starts[first])
-            keys: tuple[slice, ...] = (slice(start - start % KEYS, queries.stop),)
-            if starts[queries.stop - 1] == start and branches[first] == 2:
-                prefix, chosen = np.searchsorted(branches[start : queries.stop], (1, 2))
-                hole = slice(_up(start + int(prefix)), (start + int(chosen)) // KEYS * KEYS)
-                if hole.start < hole.stop:
-                    keys = (slice(keys[0].start, hole.start), slice(hole.stop, queries.stop))
+            keys: tuple[slice, ...] = (slice(start - start % KEY_BLOCK, queries.stop),)
+            # the completion indices of an example ascend, 0 in its prompt
+            ends = start + np.searchsorted(completions[start : first + 1], (1, completions[first]))
+            prompt_end, own_start = (int(end) for end in ends)
+            skipped = slice(round_up(prompt_end, KEY_BLOCK), own_start // KEY_BLOCK * KEY_BLOCK)
+            if skipped.start < skipped.stop:
+                keys = (slice(keys[0].start, skipped.start), slice(skipped.stop, queries.stop))
             seen = np.concatenate([columns[stretch] for stretch in keys])  # (L,)
-            visible = (pairs[queries, None] == pairs[seen]) & (columns[queries, None] >= seen)
-            visible &= (branches[seen] == 0) | (branches[queries, None] == branches[seen])
-            hidden = torch.zeros(visible.shape).masked_fill_(torch.from_numpy(~visible), -torch.inf)
-            pieces.append(Piece(row, queries, keys, hidden))
-    return pieces
+            visible = (examples[queries, None] == examples[seen]) & (columns[queries, None] >= seen)
+            visible &= (completions[seen] == 0) | (completions[queries, None] == completions[seen])
+            mask = torch.zeros(visible.shape).masked_fill_(torch.from_numpy(~visible), -torch.inf)
+            tiles.append(Tile(row, queries, keys, mask))
+    return tiles
 
 
-def _up(column: int) -> int:
-    return -(-column // KEYS) * KEYS
+class _TileAttention(torch.autograd.Function):
+    """softmax(q k' · scaling) v over tiles, in the dtype of its arguments except scores and softmax, which are fp32.
 
-
-class _PieceAttention(torch.autograd.Function):
-    """softmax(q k' · scaling) v over pieces, in the dtype of its arguments but for scores and softmax, which are fp32.
-
-    The backward pass computes the weights of long pieces anew.
+    The backward pass computes the weights of tiles with many keys again.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, pieces: list[Piece], scaling: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tiles: list[Tile], scaling: float) -> Tensor:
         rows, heads, width, _ = query.shape
         result = query.new_zeros(rows, width, heads, value.shape[-1]).transpose(1, 2)  # (B, H, T, D)
         kept: list[Tensor] = []
         with torch.autocast("cpu", enabled=False):
             scaled32, key32 = query.float() * scaling, key.float()
-            for piece in pieces:
-                weights = _weights(scaled32, key32, piece).to(value.dtype)  # (K, G·M, L)
-                if piece.is_kept:
+            for tile in tiles:
+                weights = _weights(scaled32, key32, tile).to(value.dtype)  # (K, G·M, L)
+                if tile.is_kept:
                     kept.append(weights)
-                mixed = torch.bmm(weights, _keys(value, piece))  # (K, G·M, D)
-                result[piece.row, :, piece.queries] = mixed.view(heads, -1, mixed.shape[-1])
+                mixed = torch.bmm(weights, _keys(value, tile))  # (K, G·M, D)
+                result[tile.row, :, tile.queries] = mixed.view(heads, -1, mixed.shape[-1])
         ctx.save_for_backward(query, key, value, result, *kept)
-        ctx.pieces, ctx.scaling = pieces, scaling
+        ctx.tiles, ctx.scaling = tiles, scaling
         return result
 
     @staticmethod
@@ -165,52 +165,52 @@ class _PieceAttention(torch.autograd.Function):
         query, key, value, result, *kept = ctx.saved_tensors
         heads, key_heads, still_kept = query.shape[1], key.shape[1], iter(kept)
         grad_query = torch.zeros_like(query)
-        # a key serves several pieces: its gradients are summed in fp32
+        # a key serves several tiles: its gradients are summed in fp32
         grad_key = torch.zeros_like(key, dtype=torch.float32)
         grad_value = torch.zeros_like(value, dtype=torch.float32)
         with torch.autocast("cpu", enabled=False):
             scaled32, key32 = query.float() * ctx.scaling, key.float()
             mean = (grad.float() * result).sum(dim=-1, keepdim=True)  # (B, H, T, 1)
-            for piece in ctx.pieces:
-                weights = next(still_kept) if piece.is_kept else _weights(scaled32, key32, piece).to(value.dtype)
+            for tile in ctx.tiles:
+                weights = next(still_kept) if tile.is_kept else _weights(scaled32, key32, tile).to(value.dtype)
                 # d softmax = weights · (d weights - its weighted mean)
-                grad_weights = torch.bmm(_queries(grad, piece, key_heads), _keys(value, piece).transpose(1, 2))
-                grad_scores = grad_weights.float().sub_(_queries(mean, piece, key_heads)).mul_(weights).to(query.dtype)
-                of_query = torch.bmm(grad_scores, _keys(key, piece))  # (K, G·M, D)
-                grad_query[piece.row, :, piece.queries] = of_query.view(heads, -1, of_query.shape[-1])
-                of_key = torch.bmm(grad_scores.transpose(1, 2), _queries(query, piece, key_heads))  # (K, L, D)
-                of_value = torch.bmm(weights.transpose(1, 2), _queries(grad, piece, key_heads))
-                _add_to_keys(grad_key, piece, of_key)
-                _add_to_keys(grad_value, piece, of_value)
+                grad_weights = torch.bmm(_queries(grad, tile, key_heads), _keys(value, tile).transpose(1, 2))
+                grad_scores = grad_weights.float().sub_(_queries(mean, tile, key_heads)).mul_(weights).to(query.dtype)
+                of_query = torch.bmm(grad_scores, _keys(key, tile))  # (K, G·M, D)
+                grad_query[tile.row, :, tile.queries] = of_query.view(heads, -1, of_query.shape[-1])
+                of_key = torch.bmm(grad_scores.transpose(1, 2), _queries(query, tile, key_heads))  # (K, L, D)
+                of_value = torch.bmm(weights.transpose(1, 2), _queries(grad, tile, key_heads))
+                _add_to_keys(grad_key, tile, of_key)
+                _add_to_keys(grad_value, tile, of_value)
             grad_query.mul_(ctx.scaling)
             grad_key.mul_(ctx.scaling)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
 
 
-def _queries(tensor: Tensor, piece: Piece, key_heads: int) -> Tensor:
-    """(B, H, T, D) -> (K, G·M, D): heads that share keys lie one after another."""
-    return tensor[piece.row, :, piece.queries].reshape(key_heads, -1, tensor.shape[-1])
+def _queries(tensor: Tensor, tile: Tile, key_heads: int) -> Tensor:
+    """(B, H, T, D) -> (K, G·M, D): heads that share keys are adjacent."""
+    return tensor[tile.row, :, tile.queries].reshape(key_heads, -1, tensor.shape[-1])
 
 
-def _keys(tensor: Tensor, piece: Piece) -> Tensor:
+def _keys(tensor: Tensor, tile: Tile) -> Tensor:
     """(B, K, T, D) -> (K, L, D)"""
-    stretches = [tensor[piece.row, :, keys] for keys in piece.keys]
+    stretches = [tensor[tile.row, :, keys] for keys in tile.keys]
     return stretches[0] if len(stretches) == 1 else torch.cat(stretches, dim=1)
 
 
-def _add_to_keys(total: Tensor, piece: Piece, grad: Tensor) -> None:
+def _add_to_keys(total: Tensor, tile: Tile, grad: Tensor) -> None:
     done = 0
-    for keys in piece.keys:
+    for keys in tile.keys:
         length = keys.stop - keys.start
-        total[piece.row, :, keys] += grad[:, done : done + length]
+        total[tile.row, :, keys] += grad[:, done : done + length]
         done += length
 
 
-def _weights(scaled_query: Tensor, key: Tensor, piece: Piece) -> Tensor:
-    """(K, G·M, L) attention weights of a piece; all fp32."""
-    queries = _queries(scaled_query, piece, key.shape[1])
-    scores = torch.bmm(queries, _keys(key, piece).transpose(1, 2))  # (K, G·M, L)
-    scores.view(len(scores), -1, *piece.hidden.shape).add_(piece.hidden)
+def _weights(scaled_query: Tensor, key: Tensor, tile: Tile) -> Tensor:
+    """(K, G·M, L) attention weights of a tile; all fp32."""
+    queries = _queries(scaled_query, tile, key.shape[1])
+    scores = torch.bmm(queries, _keys(key, tile).transpose(1, 2))  # (K, G·M, L)
+    scores.view(len(scores), -1, *tile.mask.shape).add_(tile.mask)
     return torch.softmax(scores, dim=-1)
 
 
@@ -228,7 +228,7 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, blocks: Any, scaling: float) -> Tensor:
-    """(B, H, T, D), skipping blocks in which nothing is visible. On a CPU uncompiled, for tests: forward only."""
+    """(B, H, T, D), skipping blocks that are all masked. On a CPU it runs uncompiled, for tests: forward only."""
     from torch.nn.attention.flex_attention import flex_attention
 
     run = _compiled_flex() if query.is_cuda else flex_attention
@@ -236,7 +236,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor, blocks: Any, scaling: float)
 
 
 @torch.compiler.disable
-def packed_pairs_attention(
+def packed_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -250,32 +250,32 @@ def packed_pairs_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     packed = getattr(attention_mask, "packed", None)
-    # neither way has dropout of attention weights
-    if packed is None or packed.way == "sdpa" or dropout:
+    # neither of our own implementations has dropout of attention weights
+    if packed is None or packed.implementation == "sdpa" or dropout:
         mask = attention_mask if packed is None else packed.dense
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **options)
     if unknown := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
-        raise ValueError(f"attention with {', '.join(unknown)} is not computed here")
-    if torch.is_autocast_enabled(query.device.type):  # as sdpa's arguments are
+        raise ValueError(f"attention with {', '.join(unknown)} is not supported here")
+    if torch.is_autocast_enabled(query.device.type):  # as for sdpa's arguments
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if packed.way == "flex":
+    if packed.implementation == "flex":
         result = flex(query, key, value, packed.blocks, scaling)
     else:
-        result = _PieceAttention.apply(query, key, value, packed.pieces, scaling)
+        result = _TileAttention.apply(query, key, value, packed.tiles, scaling)
     return result.transpose(1, 2).contiguous(), None  # (B, T, H, D)
 
 
 def install(classifier: nn.Module) -> bool:
-    """Have a transformers model call our attention function; False if its architecture does not ask which to call.
+    """Have a transformers model call our attention function; False if its architecture does not let us choose one.
 
-    Saved configurations never name an attention function, so files stay the stock ones.
+    Saved configurations never name an attention function, so files do not change.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, packed_pairs_attention)
+    AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)  # for masks that are not ours
     if classifier.config._attn_implementation != "sdpa" or not classifier._can_set_attn_implementation():
         return classifier.config._attn_implementation == NAME
@@ -283,8 +283,8 @@ def install(classifier: nn.Module) -> bool:
     return True
 
 
-def way_for(device: torch.device) -> str:
-    """What pays on a device. Pieces are small, and more than a few threads would wait for one another."""
+def best_implementation(device: torch.device) -> str:
+    """The fastest on a device. Tiles are small, so more than a few CPU threads would wait for one another."""
     if device.type == "cuda":
         return "flex"
     return "pieces" if device.type == "cpu" and torch.get_num_threads() <= 8 else "sdpa"

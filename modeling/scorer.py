@@ -96,10 +96,10 @@ class Scorer:
         """Yield (indices (N,), rewards (N, 2)) of the pairs of each micro-batch."""
         left = np.arange(len(dataset))
         device, pad_id = self.model.device, self.model.tokenizer.pad_token_id
-        packs = self.model.packs_up_to(int(dataset.longest_sides().max()))
-        costly_width = self.model.attention_crossover_length() if packs else None
+        packs = self.model.packs_up_to(int((dataset.lengths[:, 0] + dataset.lengths[:, 1:].max(axis=1)).max()))
+        crossover_length = self.model.attention_crossover_length() if packs else None
         while len(left):
-            plans = packing.plan_step(dataset, left, self.tokens_per_batch, self.batch_size, costly_width)
+            plans = packing.plan_step(dataset, left, self.tokens_per_batch, self.batch_size, crossover_length)
             built = packing.prefetched(plans, lambda plan: packing.build(dataset, plan, pad_id))
             launched: tuple[np.ndarray, Tensor] | None = None
             done: list[np.ndarray] = []
@@ -127,7 +127,7 @@ def smaller_budget(tried: packing.MicroBatchPlan, device: Any, error: RuntimeErr
     """The token budget after running out of memory; any other error is raised again."""
     if not utils.is_out_of_memory(error):
         raise error
-    if tried.pairs == 1:
+    if tried.num_examples == 1:
         raise UserError(
             f"a single pair of {tried.computed_tokens:,} tokens does not fit the memory of {device}",
             next="a smaller --max_length",
@@ -161,25 +161,17 @@ def check_finite(rewards: Sequence[float]) -> None:
 
 
 class TokenPairs:
-    """Pairs of token sequences in memory, with what packing.py wants of a `data.PairDataset`."""
+    """Pairs of token sequences in memory, with what `packing.Examples` wants."""
 
     def __init__(self, pairs: list[tuple[np.ndarray, np.ndarray]]):
         self._pairs = pairs
         prefixes = [shared_prefix(first, second) for first, second in pairs]
         tails = [(p, len(a) - p, len(b) - p) for p, (a, b) in zip(prefixes, pairs, strict=True)]
         self.lengths = np.array(tails, dtype=np.int32)  # (N, 3)
-        self.packed_lengths = self.lengths.sum(axis=1)  # (N,)
-        self.margins = np.zeros(len(pairs), dtype=np.float32)
 
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def longest_sides(self) -> np.ndarray:
-        return self.lengths[:, 0] + self.lengths[:, 1:].max(axis=1)
-
     def tokens(self, index: int) -> np.ndarray:
         first, second = self._pairs[index]
         return np.concatenate([first, second[self.lengths[index, 0] :]])
-
-    def sequences(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._pairs[index]

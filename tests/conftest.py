@@ -151,6 +151,37 @@ def dataset_of(folder, pairs, margins=None):
     return data.PairDataset(folder, "made up")
 
 
+class Completions:
+    """Prompts with k completions each, of given token ids, as `packing.Examples`: `[[prompt, completion, …], …]`."""
+
+    def __init__(self, examples):
+        self.examples = [[np.array(ids) for ids in example] for example in examples]
+        self.lengths = np.array([[len(ids) for ids in example] for example in self.examples])
+
+    def tokens(self, index):
+        return np.concatenate(self.examples[index])
+
+    def sequences(self, index):
+        prompt, *completions = self.examples[index]
+        return [np.concatenate([prompt, completion]) for completion in completions]
+
+
+def random_completions(count, completions, longest=20, seed=0):
+    """`count` prompts, one of them empty, with this many completions of different lengths, some of one token."""
+    draw = np.random.default_rng([seed, completions])
+    lengths = draw.integers(1, longest, size=(count, 1 + completions))
+    lengths[0, 0], lengths[1, -1] = 0, 1
+    return Completions([[draw.integers(5, 1000, size=length) for length in row] for row in lengths])
+
+
+def micro_batches_of(dataset, indices, tokens_per_batch, batch_size, pad_id, crossover_length):
+    """The tensors of every micro-batch that `packing.plan_step` plans."""
+    from data_pipeline import packing
+
+    plans = packing.plan_step(dataset, indices, tokens_per_batch, batch_size, crossover_length)
+    return [packing.build(dataset, plan, pad_id) for plan in plans]
+
+
 def pytest_configure(config):
     config.addinivalue_line(
         "markers", "survives(fault): the row of the fault table in docs/checkpoints.md that a test stands for"

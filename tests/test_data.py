@@ -18,8 +18,8 @@ import pytest
 
 import data
 import models
-from data_pipeline import packing, parsing, sampler, sources, tokenization
-from tests.conftest import ROOT, dataset_of
+from data_pipeline import parsing, sampler, sources, tokenization
+from tests.conftest import ROOT, dataset_of, micro_batches_of
 from utils import DiskOrNetworkError, UserError
 
 SYSTEM = {"role": "system", "content": "Be short."}
@@ -154,11 +154,9 @@ def test_at_least_95_percent_of_the_computed_real_tokens_are_needed(real_pairs, 
     needed = computed = 0
     taken = []
     for step in range(1, plan.total_steps + 1):
-        for batch in packing.micro_batches_of(
-            train, plan.indices_for(step), 4096, 32, real_tokenizer.pad_token_id, 3840
-        ):
-            needed += batch.needed_tokens
-            computed += batch.computed_tokens
+        for batch in micro_batches_of(train, plan.indices_for(step), 4096, 32, real_tokenizer.pad_token_id, 3840):
+            needed += int((batch.example_index >= 0).sum())
+            computed += batch.input_ids.numel()
             taken += batch.indices.tolist()
     assert sorted(taken) == list(range(len(train)))
     assert needed == train.packed_lengths.sum()
@@ -169,7 +167,7 @@ def test_margins_and_kinds_come_along(load):
     pairs = load(
         [GOOD_ROW, {**GOOD_ROW, "margin": 1.5, "kind": "polite"}, IDENTICAL_ROW, {**GOOD_ROW, "kind": "polite"}]
     )
-    assert pairs.margins.tolist() == [0, 1.5, 0] and pairs.margins.dtype == np.float32
+    assert pairs.label_margins.tolist() == [0, 1.5, 0] and pairs.label_margins.dtype == np.float32
     assert [pairs.kind_names[kind] for kind in pairs.kinds] == ["", "polite", "polite"]
     assert pairs.rows.tolist() == [1, 2, 4]
 

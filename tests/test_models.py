@@ -12,6 +12,7 @@ import models
 import train_rm
 from data_pipeline import packing, tokenization
 from modeling import attention, speedups
+from tests.conftest import micro_batches_of
 from utils import CheckpointError, UserError
 
 HELLO = [{"role": "user", "content": "Can you tell me something about bread?"}]
@@ -33,7 +34,7 @@ class PairsFromIds(data.PairDataset):
             [np.concatenate([c, r[p:]]) for p, (c, r) in zip(prefixes, sequences, strict=True)]
         )
         self._starts = np.concatenate([[0], np.cumsum(self.packed_lengths)])
-        self.margins = np.linspace(0, 1, len(pairs), dtype=np.float32)
+        self.label_margins = np.linspace(0, 1, len(pairs), dtype=np.float32)
         self.kinds, self.kind_names = np.zeros(len(pairs), np.int32), [""]
 
 
@@ -66,7 +67,7 @@ def packed_batches(pairs):
 
 
 def separate_batches(pairs):
-    return list(packing.micro_batches_of(pairs, np.arange(len(pairs.lengths)), 200, 32, 0, None))
+    return micro_batches_of(pairs, np.arange(len(pairs.lengths)), 200, 32, 0, None)
 
 
 def rewards_of(model, batches):
@@ -98,11 +99,11 @@ def make_model(base, tokenizer, lora=False, seed=0):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_pair_mask_is_causal_and_hides_the_other_branch_and_other_pairs():
+def test_pair_mask_is_causal_and_hides_the_other_completion_and_other_pairs():
     # one row: pair 0 = [p c r r], pair 1 = [p c r], then padding
-    pair_ids = torch.tensor([[0, 0, 0, 0, 1, 1, 1, -1]])
-    branch_ids = torch.tensor([[0, 1, 2, 2, 0, 1, 2, 0]])
-    mask = attention.pair_attention_mask(pair_ids, branch_ids)[0, 0].int().tolist()
+    example_index = torch.tensor([[0, 0, 0, 0, 1, 1, 1, -1]])
+    completion_index = torch.tensor([[0, 1, 2, 2, 0, 1, 2, 0]])
+    mask = attention.packed_attention_mask(example_index, completion_index)[0, 0].int().tolist()
     assert mask == [
         [1, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0],
@@ -120,10 +121,10 @@ def test_packed_pairs_score_like_separate_sequences(base, tokenizer, lora):
     model = make_model(base, tokenizer, lora).eval()
     pairs = random_pairs(12)
     batches = packed_batches(pairs)
-    assert any(len(row_pairs.unique()) > 2 for batch in batches for row_pairs in batch.pair_ids), (
+    assert any(len(row_pairs.unique()) > 2 for batch in batches for row_pairs in batch.example_index), (
         "no row holds two pairs"
     )
-    assert any((batch.pair_ids == -1).any() for batch in batches), "nothing is padded"
+    assert any((batch.example_index == -1).any() for batch in batches), "nothing is padded"
     assert pairs.lengths[0, 1] == 1, "the first pair's chosen side should be a prefix of its rejected side"
     with torch.no_grad():
         got, wanted = rewards_of(model, packed_batches(pairs)), plain_rewards(model, pairs)
@@ -192,7 +193,7 @@ def test_a_narrow_sliding_window_is_not_packed(tmp_path, tokenizer):
     assert model.packs_up_to(16) and not model.packs_up_to(17)
 
 
-def test_costly_width_of_qwen3_06b_is_3840(base, tokenizer):
+def test_attention_crossover_length_of_qwen3_06b_is_3840(base, tokenizer):
     # 2 · 15.7 M weights a layer against 4 · width · 16 heads · 128
     from transformers import Qwen3Config
 

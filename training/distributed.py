@@ -41,7 +41,7 @@ class Turn:
 
     @property
     def places(self) -> slice:
-        return slice(self.first, self.first + self.plan.pairs)
+        return slice(self.first, self.first + self.plan.num_examples)
 
 
 def deal(costs: Sequence[float], size: int, in_lockstep: bool = False) -> list[list[int]]:
@@ -194,7 +194,7 @@ class World:
 
     def share(self, plans: Sequence[packing.MicroBatchPlan], *, is_training: bool) -> list[Turn]:
         """This process's micro-batches. Where all must take part in each one, or in the last, none has too few."""
-        firsts = list(itertools.accumulate((plan.pairs for plan in plans), initial=0))
+        firsts = list(itertools.accumulate((plan.num_examples for plan in plans), initial=0))
         if self.is_alone:
             return [Turn(plan, first) for plan, first in zip(plans, firsts, strict=False)]
         shares = deal([plan.cost for plan in plans], self.size, in_lockstep=self.is_sharded)

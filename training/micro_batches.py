@@ -18,8 +18,9 @@ from utils import UserError
 def plans_of(run: Run, dataset: data.PairDataset, indices: Any) -> list[packing.MicroBatchPlan]:
     """How `indices` are cut into micro-batches, the same in every process."""
     budget = distributed.even_budget(int(dataset.packed_lengths[indices].sum()), run.tokens_per_batch, run.world.size)
-    costly_width = run.model.attention_crossover_length() if run.model.packs_up_to(run.config.max_length) else None
-    return packing.plan_step(dataset, indices, budget, run.config.batch_size, costly_width)
+    packs = run.model.packs_up_to(run.config.max_length)
+    crossover_length = run.model.attention_crossover_length() if packs else None
+    return packing.plan_step(dataset, indices, budget, run.config.batch_size, crossover_length)
 
 
 def built(run: Run, dataset: data.PairDataset, turns: Sequence[distributed.Turn]) -> Iterator[tuple[Any, Any]]:
@@ -42,7 +43,7 @@ def halve_token_budget(run: Run, plans: list[packing.MicroBatchPlan], error: Run
     if not utils.is_out_of_memory(error):
         raise error
     used = max(plan.computed_tokens for plan in plans)
-    if all(plan.pairs == 1 for plan in plans):
+    if all(plan.num_examples == 1 for plan in plans):
         raise UserError(
             f"a single pair of {used:,} tokens does not fit the memory of {run.model.device}",
             next="a smaller --max_length, --gradient_checkpointing, or --lora",

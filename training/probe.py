@@ -75,9 +75,10 @@ def peak_of(run: Run, budget: int) -> int:
     devices.free(device)
     by_length = np.argsort(-run.train_pairs.packed_lengths, kind="stable")
     count = 1 + int(np.searchsorted(np.cumsum(run.train_pairs.packed_lengths[by_length]), budget))
-    costly_width = run.model.attention_crossover_length() if run.model.packs_up_to(run.config.max_length) else None
+    packs = run.model.packs_up_to(run.config.max_length)
+    crossover_length = run.model.attention_crossover_length() if packs else None
     indices = by_length[: min(count, run.config.batch_size)]
-    plan = packing.plan_step(run.train_pairs, indices, budget, run.config.batch_size, costly_width)[0]
+    plan = packing.plan_step(run.train_pairs, indices, budget, run.config.batch_size, crossover_length)[0]
     batch = packing.build(run.train_pairs, plan, run.model.tokenizer.pad_token_id).to(device)
     with watched_memory(device) as peak, run.world.adding_up(run.module, distributed.Turn(plan, 0, is_last=True)):
         run.module(*batch.inputs()).sum().backward()

@@ -7,15 +7,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import needed_arithmetic
 import train_rm
-from data_pipeline import packing
 from modeling import attention
+from tests.conftest import micro_batches_of
 from tests.test_models import PairsFromIds, make_model
 
 
 @pytest.mark.parametrize("lengths", [(0, 1, 1), (3, 1, 2), (40, 20, 7)])
 def test_visible_positions_are_those_of_the_mask(lengths):
-    branch_ids = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
-    mask = attention.pair_attention_mask(torch.zeros_like(branch_ids), branch_ids)
+    completion_index = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    mask = attention.packed_attention_mask(torch.zeros_like(completion_index), completion_index)
     assert needed_arithmetic.visible_positions(np.array([lengths, lengths])) == 2 * mask.sum().item()
 
 
@@ -36,8 +36,8 @@ def test_needed_arithmetic_is_what_torch_counts_less_what_is_hidden(base, tokeni
     model = make_model(base, tokenizer, lora).train()
     sides = np.arange(5, 37), np.concatenate([np.arange(5, 25), np.arange(100, 109)])
     pairs = PairsFromIds([sides])
-    (batch,) = packing.micro_batches_of(pairs, np.array([0]), 41, 32, 0, 3840.0)
-    assert batch.needed_tokens == batch.computed_tokens == 41
+    (batch,) = micro_batches_of(pairs, np.array([0]), 41, 32, 0, 3840.0)
+    assert (batch.example_index >= 0).sum() == batch.input_ids.numel() == 41
     # the math kernel's products are all seen by the counter, and are counted as 4 · heads · size · 41² forward
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         rewards = train_rm.score(model, batch)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_pipeline import packing
-from tests.conftest import dataset_of
+from tests.conftest import dataset_of, micro_batches_of, random_completions
 
 
 def random_pairs(count, seed=0, longest=60):
@@ -41,8 +41,8 @@ def random_lengths(seed):
 @pytest.mark.parametrize("batch_size", [1, 3, 32, 1000])
 def test_micro_batches_hold_every_pair_once_within_the_budget(tokens_per_batch, batch_size):
     for seed in range(8):
-        lengths, costly_width = random_lengths(seed), (50.0, 3840.0)[seed // 4]
-        micro_batches = packing.plan_micro_batches(lengths, tokens_per_batch, batch_size, costly_width)
+        lengths, crossover_length = random_lengths(seed), (50.0, 3840.0)[seed // 4]
+        micro_batches = packing.plan_packed_rows(lengths, tokens_per_batch, batch_size, crossover_length)
         taken = [position for rows in micro_batches for row in rows for position in row]
         assert sorted(taken) == list(range(len(lengths)))
         for rows_of_pairs in micro_batches:
@@ -59,12 +59,12 @@ def test_micro_batches_hold_every_pair_once_within_the_budget(tokens_per_batch, 
 def test_the_longest_pair_is_in_the_first_micro_batch():
     for seed in range(12):
         lengths = random_lengths(seed)
-        first = packing.plan_micro_batches(lengths, 2048, 32, 3840.0)[0]
+        first = packing.plan_packed_rows(lengths, 2048, 32, 3840.0)[0]
         assert lengths.max() in [lengths[position] for row in first for position in row]
 
 
 def test_short_pairs_share_rows_without_padding():
-    micro_batches = packing.plan_micro_batches(np.array([300, 100, 100, 100]), 640, 32, 3840.0)
+    micro_batches = packing.plan_packed_rows(np.array([300, 100, 100, 100]), 640, 32, 3840.0)
     assert [[sorted(row) for row in rows_of_pairs] for rows_of_pairs in micro_batches] == [[[0], [1, 2, 3]]]
 
 
@@ -80,7 +80,7 @@ def test_steps_of_other_pairs_come_in_few_shapes():
     shapes, needed, computed = set(), 0, 0
     for seed in range(20):
         lengths = np.minimum(np.random.default_rng(seed).lognormal(5.5, 0.7, size=128).astype(int) + 20, 4000)
-        for rows in packing.plan_micro_batches(lengths, 4096, 32, 3840.0):
+        for rows in packing.plan_packed_rows(lengths, 4096, 32, 3840.0):
             row_lengths = [int(lengths[row].sum()) for row in rows]
             shapes.add(len(rows) * packing.packed_width(row_lengths, 4096))
             needed += sum(row_lengths)
@@ -93,7 +93,7 @@ def test_steps_of_other_pairs_come_in_few_shapes():
 def test_separate_rows_hold_every_pair_once_within_the_budget(tokens_per_batch, batch_size):
     for seed in range(8):
         longest_sides = random_lengths(seed)
-        micro_batches = packing.plan_separate_rows(longest_sides, tokens_per_batch, batch_size)
+        micro_batches = packing.plan_separate_rows(longest_sides, tokens_per_batch, batch_size, completions=2)
         taken = [position for rows in micro_batches for (position,) in rows]
         assert sorted(taken) == list(range(len(longest_sides)))
         assert longest_sides[taken].tolist() == sorted(longest_sides.tolist(), reverse=True)
@@ -113,14 +113,21 @@ def test_one_pair_is_packed_as_the_docstring_says(tmp_path):
     batch = packing.pack(pairs, np.array([0]), [[0]], pad_id=9, width=5)
     assert batch.input_ids.tolist() == [[11, 12, 21, 22, 31]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2]]
-    assert batch.branch_ids.tolist() == [[0, 0, 1, 1, 2]]
-    assert batch.pair_ids.tolist() == [[0, 0, 0, 0, 0]]
-    assert batch.ends.tolist() == [[3, 4]]
-    assert batch.margins.tolist() == [0.25] and batch.indices.tolist() == [0]
-    assert (batch.needed_tokens, batch.computed_tokens) == (5, 5)
-    assert {t.dtype for t in (batch.input_ids, batch.position_ids, batch.pair_ids, batch.branch_ids, batch.ends)} == {
-        torch.int64
-    }
+    assert batch.completion_index.tolist() == [[0, 0, 1, 1, 2]]
+    assert batch.example_index.tolist() == [[0, 0, 0, 0, 0]]
+    assert batch.last_token_positions.tolist() == [[3, 4]]
+    assert pairs.label_margins[batch.indices].tolist() == [0.25] and batch.indices.tolist() == [0]
+    assert (batch.example_index >= 0).sum() == batch.input_ids.numel() == 5
+    assert {
+        t.dtype
+        for t in (
+            batch.input_ids,
+            batch.position_ids,
+            batch.example_index,
+            batch.completion_index,
+            batch.last_token_positions,
+        )
+    } == {torch.int64}
 
 
 def test_rows_of_several_pairs_are_packed_side_by_side_and_padded(tmp_path):
@@ -130,19 +137,23 @@ def test_rows_of_several_pairs_are_packed_side_by_side_and_padded(tmp_path):
     batch = packing.pack(pairs, np.array([1, 0, 2]), [[2, 1], [0]], pad_id=9, width=6)
     assert batch.input_ids.tolist() == [[4, 5, 6, 1, 2, 3], [11, 12, 21, 22, 31, 9]]
     assert batch.position_ids.tolist() == [[0, 0, 1, 0, 1, 1], [0, 1, 2, 3, 2, 0]]
-    assert batch.branch_ids.tolist() == [[1, 2, 2, 0, 1, 2], [0, 0, 1, 1, 2, 0]]
-    assert batch.pair_ids.tolist() == [[0, 0, 0, 1, 1, 1], [2, 2, 2, 2, 2, -1]]
-    assert batch.ends.tolist() == [[0, 2], [4, 5], [9, 10]]
-    assert batch.indices.tolist() == [2, 0, 1] and batch.margins.tolist() == [2, 0, 1]
-    assert (batch.needed_tokens, batch.computed_tokens) == (11, 12)
+    assert batch.completion_index.tolist() == [[1, 2, 2, 0, 1, 2], [0, 0, 1, 1, 2, 0]]
+    assert batch.example_index.tolist() == [[0, 0, 0, 1, 1, 1], [2, 2, 2, 2, 2, -1]]
+    assert batch.last_token_positions.tolist() == [[0, 2], [4, 5], [9, 10]]
+    assert batch.indices.tolist() == [2, 0, 1] and pairs.label_margins[batch.indices].tolist() == [2, 0, 1]
+    assert ((batch.example_index >= 0).sum(), batch.input_ids.numel()) == (11, 12)
 
 
 def unpacked(batch, number):
-    """The two sequences of a pair of a batch, from its branches alone, and the flat places of their last tokens."""
-    flat = {name: getattr(batch, name).flatten() for name in ("input_ids", "position_ids", "pair_ids", "branch_ids")}
+    """The sequences of an example of a batch, from its indices alone, and the flat positions of their last tokens."""
+    flat = {
+        name: getattr(batch, name).flatten()
+        for name in ("input_ids", "position_ids", "example_index", "completion_index")
+    }
     sides, ends = [], []
-    for branch in (1, 2):
-        is_side = (flat["pair_ids"] == number) & ((flat["branch_ids"] == 0) | (flat["branch_ids"] == branch))
+    for completion in range(1, batch.last_token_positions.shape[1] + 1):
+        is_own = (flat["completion_index"] == 0) | (flat["completion_index"] == completion)
+        is_side = (flat["example_index"] == number) & is_own
         assert flat["position_ids"][is_side].tolist() == list(range(int(is_side.sum())))
         sides.append(flat["input_ids"][is_side].tolist())
         ends.append(int(is_side.nonzero()[-1]))
@@ -153,20 +164,43 @@ def test_both_sequences_of_every_pair_can_be_rebuilt_from_packed_rows(tmp_path):
     made = random_pairs(60)
     pairs = dataset_of(tmp_path / "made", made)
     indices = np.random.default_rng(1).permutation(60)[:50]
-    batches = list(packing.micro_batches_of(pairs, indices, 500, 12, pad_id=0, costly_width=3840.0))
-    assert len(batches) > 3 and any((batch.pair_ids == -1).any() for batch in batches)
+    batches = list(micro_batches_of(pairs, indices, 500, 12, pad_id=0, crossover_length=3840.0))
+    assert len(batches) > 3 and any((batch.example_index == -1).any() for batch in batches)
     seen = []
     for batch in batches:
         for number, index in enumerate(batch.indices.tolist()):
             sides, ends = unpacked(batch, number)
             assert sides == [made[index][0].tolist(), made[index][1].tolist()]
-            assert ends == batch.ends[number].tolist()
-            assert batch.input_ids.flatten()[batch.ends[number]].tolist() == [made[index][0][-1], made[index][1][-1]]
-        assert batch.margins.tolist() == batch.indices.tolist()
-        assert batch.needed_tokens == (batch.pair_ids >= 0).sum()
-        assert (batch.input_ids[batch.pair_ids < 0] == 0).all()
+            assert ends == batch.last_token_positions[number].tolist()
+            assert batch.input_ids.flatten()[batch.last_token_positions[number]].tolist() == [
+                made[index][0][-1],
+                made[index][1][-1],
+            ]
+        assert pairs.lengths[batch.indices].sum() == (batch.example_index >= 0).sum()
+        assert (batch.input_ids[batch.example_index < 0] == 0).all()
         seen += batch.indices.tolist()
     assert sorted(seen) == sorted(indices.tolist())
+
+
+@pytest.mark.parametrize("completions", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("crossover_length", [3840.0, None])
+def test_any_number_of_completions_stays_whole_and_within_the_budget(completions, crossover_length):
+    dataset, indices = random_completions(40, completions), np.random.default_rng(1).permutation(40)[:33]
+    plans = packing.plan_step(dataset, indices, 600, 6, crossover_length)
+    assert len(plans) > 2 and sorted(np.concatenate([plan.indices for plan in plans])) == sorted(indices)
+    for plan in plans:
+        batch = packing.build(dataset, plan, pad_id=3)
+        assert plan.indices.tolist() == batch.indices.tolist() and plan.computed_tokens == batch.input_ids.numel()
+        assert plan.needed_tokens == dataset.lengths[plan.indices].sum()
+        assert plan.num_examples <= 6 and (plan.computed_tokens <= 600 or plan.num_examples == 1)
+        wanted = [[sequence.tolist() for sequence in dataset.sequences(index)] for index in batch.indices]
+        if plan.is_packed:
+            for number, sequences in enumerate(wanted):
+                assert unpacked(batch, number) == (sequences, batch.last_token_positions[number].tolist())
+        else:
+            rows = zip(batch.input_ids.tolist(), batch.attention_mask.sum(dim=1).tolist(), strict=True)
+            assert [ids[:length] for ids, length in rows] == [ids for sequences in wanted for ids in sequences]
+            assert (batch.input_ids[batch.attention_mask == 0] == 3).all()
 
 
 def test_separate_rows_are_the_plain_sequences_padded_on_the_right(tmp_path):
@@ -174,33 +208,32 @@ def test_separate_rows_are_the_plain_sequences_padded_on_the_right(tmp_path):
     pairs = dataset_of(tmp_path / "made", made)
     indices = np.arange(19, -1, -1)
     seen = []
-    for batch in packing.micro_batches_of(pairs, indices, 500, 6, pad_id=3, costly_width=None):
+    for batch in micro_batches_of(pairs, indices, 500, 6, pad_id=3, crossover_length=None):
         sides = [side.tolist() for index in batch.indices for side in made[index]]
         width = max(map(len, sides))
         assert batch.input_ids.tolist() == [side + [3] * (width - len(side)) for side in sides]
         assert batch.attention_mask.tolist() == [[1] * len(side) + [0] * (width - len(side)) for side in sides]
-        assert batch.margins.tolist() == batch.indices.tolist()
-        assert batch.computed_tokens <= 500 and len(batch.indices) <= 6
+        assert batch.input_ids.numel() <= 500 and len(batch.indices) <= 6
         seen += batch.indices.tolist()
     assert sorted(seen) == list(range(20))
 
 
-@pytest.mark.parametrize("costly_width", [3840.0, None])
-def test_an_evaluation_planned_in_parts_takes_every_pair_once(tmp_path, monkeypatch, costly_width):
-    monkeypatch.setattr(packing, "PAIRS_PLANNED_AT_ONCE", 7)
+@pytest.mark.parametrize("crossover_length", [3840.0, None])
+def test_an_evaluation_planned_in_parts_takes_every_pair_once(tmp_path, monkeypatch, crossover_length):
+    monkeypatch.setattr(packing, "EXAMPLES_PLANNED_AT_ONCE", 7)
     pairs = dataset_of(tmp_path / "made", random_pairs(30))
-    batches = list(packing.micro_batches_of(pairs, np.arange(30), 1000, 32, 0, costly_width))
+    batches = list(micro_batches_of(pairs, np.arange(30), 1000, 32, 0, crossover_length))
     assert sorted(np.concatenate([batch.indices for batch in batches]).tolist()) == list(range(30))
     assert max(len(batch.indices) for batch in batches) <= 7
 
 
-@pytest.mark.parametrize("costly_width", [3840.0, None])
-def test_moving_a_batch_keeps_everything_else(tmp_path, costly_width):
+@pytest.mark.parametrize("crossover_length", [3840.0, None])
+def test_moving_a_batch_keeps_everything_else(tmp_path, crossover_length):
     pairs = dataset_of(tmp_path / "made", random_pairs(3))
-    (batch,) = packing.micro_batches_of(pairs, np.arange(3), 10_000, 32, 0, costly_width)
+    (batch,) = micro_batches_of(pairs, np.arange(3), 10_000, 32, 0, crossover_length)
     moved = batch.to(torch.device("meta"))
-    assert type(moved) is type(batch) and moved.input_ids.is_meta and moved.margins.is_meta
-    assert moved.indices is batch.indices and moved.needed_tokens == batch.needed_tokens
+    assert type(moved) is type(batch) and moved.input_ids.is_meta
+    assert moved.indices is batch.indices
     assert not batch.input_ids.is_meta
 
 
@@ -209,29 +242,29 @@ def test_moving_a_batch_keeps_everything_else(tmp_path, costly_width):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("costly_width", [3840.0, None])
-def test_a_plan_says_of_its_batch_what_the_built_batch_is(tmp_path, costly_width):
+@pytest.mark.parametrize("crossover_length", [3840.0, None])
+def test_a_plan_says_of_its_batch_what_the_built_batch_is(tmp_path, crossover_length):
     pairs = dataset_of(tmp_path / "made", random_pairs(60))
     indices = np.random.default_rng(1).permutation(60)[:50]
-    plans = packing.plan_step(pairs, indices, 500, 12, costly_width)
-    assert len(plans) > 3 and sum(plan.pairs for plan in plans) == 50
+    plans = packing.plan_step(pairs, indices, 500, 12, crossover_length)
+    assert len(plans) > 3 and sum(plan.num_examples for plan in plans) == 50
     for plan in plans:
         batch = packing.build(pairs, plan, pad_id=0)
         assert plan.indices.tolist() == batch.indices.tolist()
-        assert (plan.pairs, plan.needed_tokens) == (len(batch.margins), batch.needed_tokens)
-        assert plan.computed_tokens == batch.computed_tokens
-        assert [place for row in plan.rows for place in row] == list(range(plan.pairs))
+        assert (plan.num_examples, plan.needed_tokens) == (len(batch.indices), pairs.lengths[batch.indices].sum())
+        assert plan.computed_tokens == batch.input_ids.numel()
+        assert [place for row in plan.rows for place in row] == list(range(plan.num_examples))
         height, width = batch.input_ids.shape
-        price = 1 + width / max(costly_width or 0, packing.LEAST_COSTLY_WIDTH)
-        assert plan.cost == pytest.approx(height * width * price + packing.MICRO_BATCH_START)
+        price = 1 + width / max(crossover_length or 0, packing.MIN_CROSSOVER_LENGTH)
+        assert plan.cost == pytest.approx(height * width * price + packing.MICRO_BATCH_OVERHEAD)
 
 
-@pytest.mark.parametrize("costly_width", [3840.0, None])
-def test_planning_then_building_gives_the_micro_batches_themselves(tmp_path, costly_width):
+@pytest.mark.parametrize("crossover_length", [3840.0, None])
+def test_planning_then_building_gives_the_micro_batches_themselves(tmp_path, crossover_length):
     pairs = dataset_of(tmp_path / "made", random_pairs(40))
     indices = np.random.default_rng(1).permutation(40)
-    plans = packing.plan_step(pairs, indices, 400, 12, costly_width)
-    batches = list(packing.micro_batches_of(pairs, indices, 400, 12, 7, costly_width))
+    plans = packing.plan_step(pairs, indices, 400, 12, crossover_length)
+    batches = list(micro_batches_of(pairs, indices, 400, 12, 7, crossover_length))
     for plan, batch in zip(plans, batches, strict=True):
         built = packing.build(pairs, plan, 7)
         assert type(built) is type(batch)
@@ -308,7 +341,7 @@ def test_pinned_batches_keep_everything(tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("pinned memory is CUDA's")
     pairs = dataset_of(tmp_path / "made", random_pairs(3))
-    (batch,) = packing.micro_batches_of(pairs, np.arange(3), 10_000, 32, 0, 3840.0)
+    (batch,) = micro_batches_of(pairs, np.arange(3), 10_000, 32, 0, 3840.0)
     pinned = batch.pinned()
     assert pinned.input_ids.is_pinned() and torch.equal(pinned.input_ids, batch.input_ids)
     assert pinned.indices is batch.indices

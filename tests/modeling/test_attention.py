@@ -8,7 +8,9 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import models
+from data_pipeline import packing
 from modeling import attention, speedups
+from tests.conftest import random_completions
 from tests.test_models import (
     gradients,
     make_model,
@@ -20,18 +22,20 @@ from tests.test_models import (
 )
 
 
-@pytest.fixture(params=[(4, 2, 0), (16, 4, 12), (attention.QUERIES, attention.KEYS, attention.MOST_KEPT)], ids=str)
-def piece(request, monkeypatch):
-    """Pieces so small that pairs are cut, in the middle of a tail and at its end, and the real size."""
-    for name, value in zip(("QUERIES", "KEYS", "MOST_KEPT"), request.param, strict=True):
+@pytest.fixture(
+    params=[(4, 2, 0), (16, 4, 12), (attention.TILE_QUERIES, attention.KEY_BLOCK, attention.MAX_KEPT_KEYS)], ids=str
+)
+def tile_size(request, monkeypatch):
+    """Tiles so small that pairs are cut, in the middle of a completion and at its end, and the real size."""
+    for name, value in zip(("TILE_QUERIES", "KEY_BLOCK", "MAX_KEPT_KEYS"), request.param, strict=True):
         monkeypatch.setattr(attention, name, value)
     return request.param
 
 
 def random_ids(seed, rows=3, width=90):
-    """(pair_ids, branch_ids) of rows of pairs, some without a prefix, and padding at the end."""
+    """(example_index, completion_index) of rows of pairs, some without a prefix, and padding at the end."""
     draw = np.random.default_rng(seed)
-    pair_ids, branch_ids = (torch.full((rows, width), value) for value in (-1, 0))
+    example_index, completion_index = (torch.full((rows, width), value) for value in (-1, 0))
     number = 0
     for row in range(rows):
         column = 0
@@ -39,65 +43,65 @@ def random_ids(seed, rows=3, width=90):
             lengths = [int(draw.integers(0, 20)), int(draw.integers(1, 20)), int(draw.integers(1, 20))]
             if column + sum(lengths) > width:
                 break
-            pair_ids[row, column : column + sum(lengths)] = number
-            branch_ids[row, column : column + sum(lengths)] = torch.repeat_interleave(
+            example_index[row, column : column + sum(lengths)] = number
+            completion_index[row, column : column + sum(lengths)] = torch.repeat_interleave(
                 torch.arange(3), torch.tensor(lengths)
             )
             column += sum(lengths)
             number += 1
-    assert (pair_ids == -1).any()
-    return pair_ids, branch_ids
+    assert (example_index == -1).any()
+    return example_index, completion_index
 
 
-def visible_in(pieces, rows, width):
-    """The (B, T, T) mask that a list of pieces amounts to; a query in two pieces would fail."""
+def visible_in(tiles, rows, width):
+    """The (B, T, T) mask that a list of tiles amounts to; a query in two tiles would fail."""
     mask, seen = torch.zeros(rows, width, width, dtype=torch.bool), torch.zeros(rows, width, dtype=torch.bool)
-    for piece in pieces:
-        assert not seen[piece.row, piece.queries].any()
-        seen[piece.row, piece.queries] = True
-        columns = torch.cat([torch.arange(keys.start, keys.stop) for keys in piece.keys])
-        queries = torch.arange(piece.queries.start, piece.queries.stop)
-        assert not mask[piece.row, queries].any() and len(columns.unique()) == len(columns)
-        mask[piece.row, queries[:, None], columns] = piece.hidden == 0
+    for tile in tiles:
+        assert not seen[tile.row, tile.queries].any()
+        seen[tile.row, tile.queries] = True
+        columns = torch.cat([torch.arange(keys.start, keys.stop) for keys in tile.keys])
+        queries = torch.arange(tile.queries.start, tile.queries.stop)
+        assert not mask[tile.row, queries].any() and len(columns.unique()) == len(columns)
+        mask[tile.row, queries[:, None], columns] = tile.mask == 0
     return mask
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_pieces_show_each_token_what_the_mask_shows_it(piece, seed):
-    pair_ids, branch_ids = random_ids(seed)
-    wanted = attention.pair_attention_mask(pair_ids, branch_ids)[:, 0]
-    got = visible_in(attention.pieces_of(pair_ids, branch_ids), *pair_ids.shape)
-    is_padding = pair_ids == -1
+def test_tiles_show_each_token_what_the_mask_shows_it(tile_size, seed):
+    example_index, completion_index = random_ids(seed)
+    wanted = attention.packed_attention_mask(example_index, completion_index)[:, 0]
+    got = visible_in(attention.make_tiles(example_index, completion_index), *example_index.shape)
+    is_padding = example_index == -1
     assert torch.equal(got[~is_padding], wanted[~is_padding])
     assert not (got & is_padding[:, :, None]).any(dim=1)[~is_padding].any(), "padding sees what is none"
 
 
 def test_long_pairs_are_computed_without_most_of_what_is_hidden():
     # prefix 100, tails of 1,000 each: under the dense mask 2,100² products, needed 100·101/2 + 2·(1,000·100 + 500,500)
-    pair_ids = torch.zeros(1, 2100, dtype=torch.long)
-    branch_ids = torch.repeat_interleave(torch.arange(3), torch.tensor([100, 1000, 1000]))[None]
-    pieces = attention.pieces_of(pair_ids, branch_ids)
-    computed = sum((p.queries.stop - p.queries.start) * sum(k.stop - k.start for k in p.keys) for p in pieces)
-    needed = attention.pair_attention_mask(pair_ids, branch_ids).sum().item()
+    example_index = torch.zeros(1, 2100, dtype=torch.long)
+    completion_index = torch.repeat_interleave(torch.arange(3), torch.tensor([100, 1000, 1000]))[None]
+    tiles = attention.make_tiles(example_index, completion_index)
+    computed = sum((p.queries.stop - p.queries.start) * sum(k.stop - k.start for k in p.keys) for p in tiles)
+    needed = attention.packed_attention_mask(example_index, completion_index).sum().item()
     assert needed == 5050 + 2 * 600_500
     assert needed < computed < 1.25 * needed and computed < 0.35 * 2100**2
 
 
 @pytest.mark.parametrize("heads, key_heads", [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_piecewise_attention_and_its_gradients_are_those_of_sdpa(piece, heads, key_heads, dtype):
+def test_tiled_attention_and_its_gradients_are_those_of_sdpa(tile_size, heads, key_heads, dtype):
     torch.manual_seed(0)
-    pair_ids, branch_ids = random_ids(1)
-    rows, width = pair_ids.shape
+    example_index, completion_index = random_ids(1)
+    rows, width = example_index.shape
     inputs = [torch.randn(rows, width, count, 8).transpose(1, 2) for count in (heads, key_heads, key_heads)]
-    counts = (pair_ids >= 0)[:, None, :, None]
+    counts = (example_index >= 0)[:, None, :, None]
     weight = torch.randn(rows, heads, width, 8) * counts  # padding's results are nobody's
     exact = [tensor.clone().requires_grad_() for tensor in inputs]
-    mask = attention.pair_attention_mask(pair_ids, branch_ids)
+    mask = attention.packed_attention_mask(example_index, completion_index)
     wanted = torch.nn.functional.scaled_dot_product_attention(*exact, attn_mask=mask, scale=0.3, enable_gqa=True)
     wanted_grads = torch.autograd.grad((wanted * weight).sum(), exact)
     rough = [tensor.to(dtype).requires_grad_() for tensor in inputs]
-    got = attention._PieceAttention.apply(*rough, attention.pieces_of(pair_ids, branch_ids), 0.3)
+    got = attention._TileAttention.apply(*rough, attention.make_tiles(example_index, completion_index), 0.3)
     assert got.dtype == dtype and got.isfinite().all()
     tolerance = 2e-6 if dtype == torch.float32 else 0.02
     got_grads = torch.autograd.grad((got * weight).sum(), rough)
@@ -112,9 +116,9 @@ def test_bf16_rounds_no_scores(heads=4, key_heads=2, width=512, size=128):
     shapes = [(1, count, width, size) for count in (heads, key_heads, key_heads, heads)]
     query, key, value, grad = (torch.randn(shape, generator=draw).bfloat16() for shape in shapes)
     query *= 4  # trained models are sure of where they look
-    pair_ids, branch_ids = torch.zeros(1, width, dtype=torch.long), torch.zeros(1, width, dtype=torch.long)
-    branch_ids[:, width // 2 :], branch_ids[:, 3 * width // 4 :] = 1, 2
-    mask = attention.PackedMask(pair_ids, branch_ids, "pieces")
+    example_index, completion_index = torch.zeros(1, width, dtype=torch.long), torch.zeros(1, width, dtype=torch.long)
+    completion_index[:, width // 2 :], completion_index[:, 3 * width // 4 :] = 1, 2
+    mask = attention.PackedMask(example_index, completion_index, "pieces")
 
     def results(dtype, attend):
         inputs = [tensor.to(dtype).requires_grad_() for tensor in (query.clone(), key.clone(), value.clone())]
@@ -125,16 +129,16 @@ def test_bf16_rounds_no_scores(heads=4, key_heads=2, width=512, size=128):
         key, value = (tensor.repeat_interleave(heads // key_heads, dim=1) for tensor in (key, value))
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask.dense)
 
-    def in_pieces(query, key, value):
-        return attention._PieceAttention.apply(query, key, value, mask.pieces, size**-0.5)
+    def in_tiles(query, key, value):
+        return attention._TileAttention.apply(query, key, value, mask.tiles, size**-0.5)
 
-    for got, wanted in zip(results(torch.bfloat16, in_pieces), results(torch.float64, exact), strict=True):
+    for got, wanted in zip(results(torch.bfloat16, in_tiles), results(torch.float64, exact), strict=True):
         assert (got.double() - wanted).norm() < 0.008 * wanted.norm()
 
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_rewards_and_gradients_are_those_of_separate_sequences(base, tokenizer, lora, checkpointing, piece):
+def test_rewards_and_gradients_are_those_of_separate_sequences(base, tokenizer, lora, checkpointing, tile_size):
     pairs = random_pairs(12)
     model = make_model(base, tokenizer, lora).train()
     expected_rewards = plain_rewards(model, pairs)
@@ -150,6 +154,53 @@ def test_rewards_and_gradients_are_those_of_separate_sequences(base, tokenizer, 
         assert (got[name] - wanted).norm() <= 1e-5 * wanted.norm() + 1e-9, name
 
 
+@pytest.fixture(scope="module")
+def small_model(base, tokenizer):
+    """A model to be scored, with nothing drawn at random while it is."""
+    return make_model(base, tokenizer).eval()
+
+
+@pytest.mark.parametrize("completions", range(1, 17))
+@pytest.mark.parametrize("implementation", ["sdpa", "pieces"])
+def test_any_number_of_completions_has_the_rewards_and_gradients_of_separate_sequences(
+    small_model, monkeypatch, completions, implementation
+):
+    for name, value in (("TILE_QUERIES", 16), ("KEY_BLOCK", 4), ("MAX_KEPT_KEYS", 40)):
+        monkeypatch.setattr(attention, name, value)
+    examples = random_completions(5, completions, longest=12)
+    weights = torch.randn(5, completions, generator=torch.Generator().manual_seed(0))
+
+    def rewards_and_gradients(rewards):
+        small_model.zero_grad()
+        (rewards * weights).sum().backward()
+        found = {name: p.grad.clone() for name, p in small_model.hf_model.named_parameters() if p.grad is not None}
+        return rewards.detach(), found
+
+    alone = [torch.from_numpy(sequence)[None] for index in range(5) for sequence in examples.sequences(index)]
+    plain = torch.cat([small_model.hf_model(input_ids=ids).logits[0] for ids in alone])
+    wanted, wanted_gradients = rewards_and_gradients(plain.view(5, completions))
+
+    rows = [[1, 0, 4], [3, 2]]
+    width = max(int(examples.lengths[row].sum()) for row in rows) + 3
+    batch = packing.pack(examples, np.arange(5), rows, pad_id=0, width=width)
+    assert small_model.use_attention(implementation) == implementation
+    packed = small_model(*batch.inputs())[torch.from_numpy(np.argsort(batch.indices))]
+    got, got_gradients = rewards_and_gradients(packed)
+
+    assert (got - wanted).norm() <= 1e-6 * wanted.norm()
+    assert got_gradients.keys() == wanted_gradients.keys() and len(got_gradients) > 5
+    for name, gradient in wanted_gradients.items():
+        assert (got_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+
+
+def test_a_tile_skips_the_completions_before_its_own():
+    # prompt 128, 8 completions of 256 each: a tile sees the prompt and its own completion's earlier keys
+    example_index = torch.zeros(1, 128 + 8 * 256, dtype=torch.long)
+    completion_index = torch.repeat_interleave(torch.arange(9), torch.tensor([128] + [256] * 8))[None]
+    tiles = attention.make_tiles(example_index, completion_index)
+    assert [tile.mask.shape[1] for tile in tiles] == [128] + [256, 384] * 8
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_rewards_are_those_of_sdpa(base, tokenizer):
     model, pairs = make_model(base, tokenizer).eval(), random_pairs(12)
@@ -162,9 +213,9 @@ def test_flex_rewards_are_those_of_sdpa(base, tokenizer):
 
 def test_flex_skips_blocks_in_which_nothing_is_visible():
     # two pairs of 256 tokens in a row: of 4 × 4 blocks, 3 of each pair's 2 × 2
-    pair_ids = torch.repeat_interleave(torch.arange(2), 256)[None]
-    branch_ids = torch.repeat_interleave(torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([100, 100, 56] * 2))[None]
-    blocks = attention.PackedMask(pair_ids, branch_ids, "flex").blocks
+    example_index = torch.repeat_interleave(torch.arange(2), 256)[None]
+    completion_index = torch.repeat_interleave(torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([100, 100, 56] * 2))[None]
+    blocks = attention.PackedMask(example_index, completion_index, "flex").blocks
     assert blocks.to_dense()[0, 0].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
 
 
@@ -182,7 +233,10 @@ def test_auto_is_pieces_on_a_few_cpu_threads(base, tokenizer, monkeypatch, capsy
     assert model.use_attention("auto") == "pieces"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     assert model.use_attention() == "sdpa"
-    assert attention.way_for(torch.device("cuda")) == "flex" and attention.way_for(torch.device("mps")) == "sdpa"
+    assert (
+        attention.best_implementation(torch.device("cuda")) == "flex"
+        and attention.best_implementation(torch.device("mps")) == "sdpa"
+    )
     assert capsys.readouterr().out == ""
 
 
@@ -195,7 +249,7 @@ ARCHITECTURES = {
 
 
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
-def test_other_architectures_attend_in_pieces_or_say_why_not(name, tmp_path, tokenizer):
+def test_other_architectures_attend_in_tiles_or_say_why_not(name, tmp_path, tokenizer):
     options, used = ARCHITECTURES[name]
     torch.manual_seed(0)
     config = tiny_config(name, num_labels=1, pad_token_id=tokenizer.pad_token_id, **options)

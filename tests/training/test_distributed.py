@@ -91,7 +91,7 @@ def test_the_budget_cuts_a_step_into_as_many_parts_as_all_can_share(total, budge
 
 
 def plan_of(cost):
-    return packing.MicroBatchPlan([0, 1], [[0, 1]], True, 10, 10, cost)
+    return packing.MicroBatchPlan([0, 1], [[0, 1]], True, 10, 10, 10, cost)
 
 
 @pytest.mark.parametrize("is_sharded, turns", [(False, [1, 1, 1, 2]), (True, [2, 2, 2, 2])])

@@ -96,15 +96,16 @@ def accumulate(model, pairs, plans):
     world = distributed.World()
     turns = world.share(plans, is_training=True)
     batches = [(turn, packing.build(pairs, turn.plan, model.tokenizer.pad_token_id)) for turn in turns]
-    pairs_in_step = sum(plan.pairs for plan in plans)
-    return train_rm.accumulate_gradients(world, model, batches, pairs_in_step, 0.0, utils.StopRequest())[:, 0]
+    margins = train_rm.label_margins(pairs, plans, model.device)
+    return train_rm.accumulate_gradients(world, model, batches, margins, 0.0, utils.StopRequest())[:, 0]
 
 
 def one_pair_a_row(pairs, part):
     lengths = pairs.packed_lengths[part]
     rows = [[position] for position in range(len(part))]
     width = int(lengths.max())
-    return packing.MicroBatchPlan(part, rows, True, width, int(lengths.sum()), cost=float(len(part) * width))
+    computed = len(part) * width
+    return packing.MicroBatchPlan(part, rows, True, width, int(lengths.sum()), computed, cost=float(computed))
 
 
 def step_with(base, tokenizer, pairs, indices, cuts, make_optimizer):
@@ -430,7 +431,7 @@ def test_out_of_memory_halves_the_budget_and_gives_the_same_gradient(
     original = train_rm.score
 
     def little_memory(model, batch):
-        if batch.computed_tokens > 400:
+        if batch.input_ids.numel() > 400:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
         return original(model, batch)
 
@@ -458,7 +459,7 @@ def test_running_out_of_memory_in_an_evaluation_cuts_the_batches_and_gives_the_s
     original = train_rm.score
 
     def little_memory(model, batch):
-        if batch.computed_tokens > 300 and not model.training:
+        if batch.input_ids.numel() > 300 and not model.training:
             raise RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)")
         return original(model, batch)
 
