@@ -70,4 +70,4 @@ def skeleton(base: str) -> Any:
 
     with torch.device("meta"):
         classifier = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(base))
-    return SimpleNamespace(classifier=classifier, backbone=classifier.model)
+    return SimpleNamespace(hf_model=classifier, backbone=classifier.model)
