@@ -55,8 +55,8 @@ def build_models_tab(engine: ChatEngine, page: gr.Blocks, tab: gr.Tab, status: g
     def refresh() -> list[gr.Dropdown]:
         loaded = engine.policy_name, engine.reward_model_name
         return [
-            gr.Dropdown([(choice.label, choice.name) for choice in offered], value=name)
-            for offered, name in zip(engine.choices(), loaded, strict=True)
+            gr.Dropdown([(label, name) for name, label in offered.items()], value=chosen)
+            for offered, chosen in zip(engine.choices(), loaded, strict=True)
         ]
 
     def load_chosen(policy_name: str, reward_model_name: str | None) -> list[Any]:

@@ -230,10 +230,10 @@ class ChatTab:
             for replies in self.engine.generate(dialogue, settings):
                 if request.session_hash not in self.waiting:
                     return
-                answered = conversation.answer(chat, [(reply.content, reply.thinking) for reply in replies])
+                answered = conversation.answer(chat, replies)
                 yield self.show(answered, footers, is_busy=True)
             ranked = self.engine.rank(dialogue, replies, settings.system_prompt)
-            answered = conversation.answer(chat, [(reply.content, reply.thinking) for reply, _ in ranked])
+            answered = conversation.answer(chat, [reply for reply, _ in ranked])
         except Exception as error:  # without a last update the page would wait forever
             answered = conversation.note(answered, self.engine.explain(error))
         yield self.show_all(answered)

@@ -101,7 +101,7 @@ class CompareTab:
 
     def list_policies(self, chosen: str) -> gr.Dropdown:
         policies, _ = self.engine.choices()
-        return gr.Dropdown([SAME_POLICY, *((choice.label, choice.name) for choice in policies)], value=chosen)
+        return gr.Dropdown([SAME_POLICY, *((label, name) for name, label in policies.items())], value=chosen)
 
     def write_both(
         self, copied: CopiedPrompt | None, prompt: str, policy_b: str, *settings: Any

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -63,8 +63,7 @@ class Settings:
             raise ValueError("several replies at temperature 0 would all be the same: raise the temperature")
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """A generated reply, and the thinking before it."""
 
     content: str
@@ -98,8 +97,8 @@ class ChatEngine:
 
     # -- Loading -----------------------------------------------------------------------------------------------------
 
-    def choices(self) -> tuple[list[model_list.Choice], list[model_list.Choice]]:
-        """(policies, reward models) that can be loaded."""
+    def choices(self) -> tuple[dict[str, str], dict[str, str]]:
+        """(policies, reward models) that can be loaded, each as {name: label}."""
         return model_list.list_models(self.output_dir, *self.from_flags)
 
     def load(self, policy_name: str | None = None, reward_model_name: str | None = None) -> None:
@@ -153,7 +152,7 @@ class ChatEngine:
         """What is loaded, as (name, value) pairs; without a policy, what to do."""
         if self.policy is None:
             return [("policy", f"{self.policy_name}, not loaded yet: press Load")]
-        policies, reward_models = ({choice.name: choice.label for choice in offered} for offered in self.choices())
+        policies, reward_models = self.choices()
         policy = f"{policies.get(self.policy_name, self.policy_name)} · {_described(self.policy)}"
         reward_model = "none: choose one under Models, or start with --reward_model"
         if self.reward_model is not None:
@@ -263,8 +262,8 @@ class ChatEngine:
         return result
 
 
-def check_offered(name: str, offered: list[model_list.Choice]) -> None:
-    if name not in [choice.name for choice in offered]:
+def check_offered(name: str, offered: dict[str, str]) -> None:
+    if name not in offered:
         raise ValueError(f"{Path(name).name} is not on offer here (any more): choose from the list")
 
 

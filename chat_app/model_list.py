@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import utils
@@ -13,14 +12,6 @@ from utils import UserError
 
 DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
 NONE = ""  # the name that stands for no reward model
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A model on offer: its label on the page, and its folder or hub id."""
-
-    label: str
-    name: str
 
 
 def choose_models(model: str, reward_model: str | None) -> tuple[str, Path | None]:
@@ -53,10 +44,11 @@ def stamp(name: str) -> str:
     return ""
 
 
-def list_models(output_dir: Path, policy: str, reward_folder: Path | None) -> tuple[list[Choice], list[Choice]]:
+def list_models(output_dir: Path, policy: str, reward_folder: Path | None) -> tuple[dict[str, str], dict[str, str]]:
     """(policies, reward models) on offer: those of the flags, the default, and each run's complete checkpoints.
 
-    Unreadable checkpoints are skipped; a checkpoint is verified when it is loaded.
+    Both map names (folders or hub ids) to labels for the page. Unreadable checkpoints are skipped; a checkpoint is
+    verified when it is loaded.
     """
     policies = {policy: utils.seen_from_here(policy), DEFAULT_MODEL: f"{DEFAULT_MODEL} (default)"}
     reward_models = {NONE: "none"}
@@ -79,7 +71,7 @@ def list_models(output_dir: Path, policy: str, reward_folder: Path | None) -> tu
                     policies.setdefault(base, f"{utils.seen_from_here(base)} (base of {run.name})")
     if reward_folder:
         reward_models.setdefault(str(reward_folder.resolve()), f"{reward_folder.parent.name} / {reward_folder.name}")
-    return tuple([Choice(label, name) for name, label in found.items()] for found in (policies, reward_models))
+    return policies, reward_models
 
 
 def _runs(output_dir: Path) -> list[Path]:

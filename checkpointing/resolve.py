@@ -84,14 +84,14 @@ def sound_checkpoint(name: str) -> Path:
 
 
 def base_model_of(folder: Path) -> str:
-    """The model that a reward checkpoint was trained from: the one that talks."""
+    """The base model that a reward checkpoint was trained from."""
     known = base_models_named_by(folder)
     if not known:
         raise UserError(
-            "nothing says which base model this reward checkpoint came from, so nobody could talk",
+            "nothing says which base model this reward checkpoint was trained from",
             where=folder.absolute(),
             found="no train_config.json with a 'model' in it",
-            next=f"python chat.py --model TALKER --reward_model {folder}",
+            next=f"python chat.py --model POLICY --reward_model {folder}",
         )
     # a relative path holds only where the training was started; an adapter's is absolute
     base = next((name for name in known if Path(name).exists()), known[0])

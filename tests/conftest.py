@@ -108,6 +108,16 @@ def reward_checkpoint(run_folder):
 
 
 @pytest.fixture(scope="session")
+def lora_checkpoint(base, tokenizer, tmp_path_factory):
+    """A reward adapter without a train_config.json."""
+    import models
+
+    folder = tmp_path_factory.mktemp("lora") / "adapter"
+    models.RewardModel.create(base, tokenizer, 0, models.LoraSettings()).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def real_data():
     folder = os.environ.get("HH_RLHF_DIR")
     if not folder:
