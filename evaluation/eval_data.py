@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common import hub
-from data_pipeline import parsing, sources
+from data_pipeline import parsing, sampler, sources
 from data_pipeline.parsing import Messages, Pair
 from data_pipeline.sources import Source
 from evaluation import reward_bench
@@ -72,6 +72,7 @@ class Data:
     parts: tuple[Part, ...]
     subset_column: str | None = None
     chosen_rows: frozenset[tuple[int, int]] | None = None  # (part, number)
+    num_rows: int | None = None  # how many rows `read` yields, if they were counted
     notes: tuple[str, ...] = ()  # what the user should know about how the files were chosen
 
     def fingerprint(self) -> list[Any]:
@@ -229,20 +230,17 @@ def _on_hub(dataset: str, split: str) -> list[Source]:
 
 
 def sample(data: Data, size: int) -> Data:
-    """`size` rows spread over all of them, the same every time; all of them if there are no more."""
-    from data_pipeline import sampler
-
-    places = [(part, number) for part, number in _places(data)]
+    """`size` rows spread over all of them, the same every time; all of them if there are no more or size is 0."""
+    places = list(_places(data))
     if not size or size >= len(places):
-        return data
-    return replace(data, chosen_rows=frozenset(places[i] for i in sampler.fixed_sample(len(places), size, seed=0)))
+        return replace(data, num_rows=len(places))
+    chosen = sampler.fixed_sample(len(places), size, seed=0)
+    return replace(data, chosen_rows=frozenset(places[index] for index in chosen), num_rows=size)
 
 
 def _places(data: Data) -> Iterator[tuple[int, int]]:
     for part_number, part in enumerate(data.parts):
         for number, row in sources.read_rows(part.source):
-            is_dict = (
-                isinstance(row, dict) and row.get("chosen") is not None
-            )  # anything else is reported when it is read
-            if not is_dict or part.source.includes(row):
+            # a row without a chosen reply is counted here, and reported when it is read
+            if not isinstance(row, dict) or row.get("chosen") is None or part.source.includes(row):
                 yield part_number, number

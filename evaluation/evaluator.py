@@ -231,7 +231,8 @@ def report_run(run_folder: Path, dataset: str, rows: Iterable[int]) -> None:
     folders = dict.fromkeys([*newest, *([best] if best else [])])
     try:
         data = eval_data.find(dataset, "test", None)
-        data = dataclasses.replace(data, chosen_rows=frozenset((0, int(row)) for row in rows), notes=())
+        chosen = frozenset((0, int(row)) for row in rows)
+        data = dataclasses.replace(data, chosen_rows=chosen, num_rows=len(chosen), notes=())
         for folder in folders:
             settings = training_settings(folder)
             own = {name: settings[name] for name in ("max_length", "batch_size", "precision") if name in settings}

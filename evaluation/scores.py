@@ -13,7 +13,6 @@ import json
 import math
 import sqlite3
 import sys
-import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 import utils
+from common.progress import ProgressBar
 from data import Counts
 from data_pipeline.parsing import LEFT_OUT
 from data_pipeline.tokenization import TokenizedGroup, tokenize_groups
@@ -31,7 +31,7 @@ from evaluation.eval_data import Comparison, Data, Row
 from modeling.scorer import Scorer
 
 ROWS_AT_A_TIME = 2048
-SAY_EVERY_SECONDS = 10
+SILENT_SECONDS = 10  # before progress is shown
 
 # ---------------------------------------------------------------------------------------------------------------------
 # On disk
@@ -150,42 +150,31 @@ def score_dataset(
     log, columns = ScoreLog(folder, key), RowColumns()
     if log.found:
         print(f"{name}: going on after {log.found:,} rows that were scored before", file=sys.stderr, flush=True)
-    started = last_said = time.monotonic()
-
-    def note(row: Row) -> None:
-        nonlocal last_said
-        columns.add(row)
-        now = time.monotonic()
-        if now - last_said > SAY_EVERY_SECONDS:
-            last_said = now
-            print(f"{name}: {row.position + 1:,} rows read", file=sys.stderr, flush=True)
-
+    bar = ProgressBar(name, data.num_rows, done=log.found, unit="rows", first_after=SILENT_SECONDS, stream=sys.stderr)
     try:
-        score_rows(scorer, data.read(), log, note, check_stop)
+        score_rows(scorer, data.read(), log, columns, bar, check_stop)
     except BaseException:
         with contextlib.suppress(sqlite3.Error):  # the error that matters is already on its way
             if kept := len(log):
                 utils.say_if_heard(f"{name}: the scores of {kept:,} rows are kept; the same command goes on from there")
             log.close()
         raise
-    seconds = time.monotonic() - started
-    scored = len(log) - log.found
-    if seconds > SAY_EVERY_SECONDS:
-        print(f"{name}: {scored:,} rows in {utils.format_duration(seconds)}, {scored / seconds:,.1f} rows/s",
-              file=sys.stderr, flush=True)  # fmt: skip
+    finally:
+        bar.close()
     return build_table(log, columns, scorer.fingerprint), log
 
 
 def score_rows(
-    scorer: Scorer, rows: Iterator[Row], log: ScoreLog, note: Callable[[Row], None], check_stop: Callable[[], None]
-) -> None:
-    """Score every row that the log does not hold yet; `note` is told of each row, in order, by the reading thread."""
+    scorer: Scorer, rows: Iterator[Row], log: ScoreLog, columns: RowColumns, bar: ProgressBar,
+    check_stop: Callable[[], None],
+) -> None:  # fmt: skip
+    """Score every row that the log does not hold yet. A second thread reads and tokenizes the next rows meanwhile."""
 
     def next_chunk() -> list[tuple[int, TokenizedGroup | str]]:
         """(position, tokens or the reason for skipping) of the next unknown rows; [] at the end."""
         chunk: list[Row] = []
         for row in rows:
-            note(row)
+            columns.add(row)
             if row.position not in log:
                 chunk.append(row)
             if len(chunk) == ROWS_AT_A_TIME:
@@ -198,14 +187,18 @@ def score_rows(
         ]
 
     with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(next_chunk)
+        ahead, done = reader.submit(next_chunk), log.found
         while chunk := ahead.result():
             ahead = reader.submit(next_chunk)
-            log.skip((position, found) for position, found in chunk if isinstance(found, str))
+            skipped = [(position, found) for position, found in chunk if isinstance(found, str)]
             jobs = [(position, found) for position, found in chunk if not isinstance(found, str)]
+            log.skip(skipped)
+            done += len(skipped)
             for batch in scorer.rewards([found.ids for _, found in jobs], check_stop):
                 scored = [(*jobs[number], rewards) for number, rewards in batch]
                 log.add((position, rewards, found.reply_lengths) for position, found, rewards in scored)
+                done += len(batch)
+                bar.update(done)
 
 
 def _checked(content: Comparison, found: TokenizedGroup | str) -> TokenizedGroup | str:
