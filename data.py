@@ -20,12 +20,12 @@ import numpy as np
 
 import utils
 from common import atomic_files
-from data_pipeline.parsing import LEFT_OUT, NOTED
+from data_pipeline.parsing import SKIP_REASONS, WARNINGS
 from data_pipeline.sources import Source, find_sources
 from data_pipeline.tokenization import shared_prefix, split_sequences, tokenized_chunks
 
 CACHE_VERSION = 3  # raise it when parsing, tokenising or the files change
-MOST_LEFT_OUT = 0.10
+MAX_SKIPPED = 0.10
 DEAD_AFTER_SECONDS = 24 * 3600
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,19 +48,19 @@ class Counts:
             first += rows[: 5 - len(first)]
 
     @property
-    def left_out(self) -> int:
-        return sum(self.count[key] for key in LEFT_OUT)
+    def skipped(self) -> int:
+        return sum(self.count[key] for key in SKIP_REASONS)
 
     def lines(self) -> list[str]:
         """A line for each sort of row that is not plainly kept."""
         lines = []
-        for texts, verb in ((LEFT_OUT, "left out"), (NOTED, "kept")):
+        for texts, verb in ((SKIP_REASONS, "skipped"), (WARNINGS, "kept")):
             for key, text in texts.items():
                 if self.count[key]:
                     rows = ", ".join(str(row) for row in self.first_rows[key])
                     more = ", …" if self.count[key] > len(self.first_rows[key]) else ""
                     plural = "row" if self.count[key] == 1 else "rows"
-                    lines.append(f"  {verb} {self.count[key]:,} {text} ({plural} {rows}{more})")
+                    lines.append(f"  {verb} {self.count[key]:,}: {text} ({plural} {rows}{more})")
         return lines
 
 
@@ -82,7 +82,7 @@ class PairDataset:
         )
         fits = _longest_sides(lengths) <= (max_length or np.iinfo(np.int32).max)
         self.counts.add("too_long", *rows[~fits].tolist())
-        for name, is_noted in zip(NOTED, np.load(folder / "notes.npy").T, strict=True):
+        for name, is_noted in zip(WARNINGS, np.load(folder / "notes.npy").T, strict=True):
             self.counts.add(name, *rows[fits & is_noted].tolist())
         self.lengths, self.rows, self._starts = lengths[fits], rows[fits], starts[:-1][fits]
         self.label_margins = np.load(folder / "margins.npy")[fits]  # (N,)
@@ -107,13 +107,13 @@ class PairDataset:
         """The pair as two plain sequences of ids: chosen, rejected."""
         return split_sequences(self.tokens(index), self.lengths[index])
 
-    def refuse_if_too_much_is_left_out(self) -> None:
+    def check_skipped(self) -> None:
         """Raise UserError if more than a tenth of the rows cannot be used; a vote for neither side is no fault."""
-        unusable = self.counts.left_out - self.counts.count["no_preference"]
-        if unusable > MOST_LEFT_OUT * self.counts.rows:
+        unusable = self.counts.skipped - self.counts.count["no_preference"]
+        if unusable > MAX_SKIPPED * self.counts.rows:
             share = unusable / self.counts.rows
             raise utils.UserError(
-                f"{share:.0%} of the rows would be left out",
+                f"{share:.0%} of the rows would be skipped",
                 where=self.name,
                 found="\n".join(["", *self.counts.lines()]).replace("\n", "\n  "),
                 next="mend the data, raise --max_length, or accept it with --bad_rows skip",
@@ -201,7 +201,7 @@ def _tokenise(source: Source, tokenizer: Any, folder: Path) -> None:
     ):
         for chunk, ids in chunks:
             counts.rows += chunk.row_count
-            for key, row in chunk.left_out:
+            for key, row in chunk.skipped:
                 counts.add(key, row)
             packed = []
             for (row, pair), chosen, rejected in zip(chunk.pairs, ids[::2], ids[1::2], strict=True):
@@ -212,9 +212,9 @@ def _tokenise(source: Source, tokenizer: Any, folder: Path) -> None:
                 packed += [chosen, rejected[prefix:]]
                 lengths.append((prefix, len(chosen) - prefix, len(rejected) - prefix))
                 rows.append(row)
-                margins.append(pair.margin)
+                margins.append(pair.label_margin)
                 kinds.append(kind_numbers.setdefault(pair.kind, len(kind_numbers)))
-                notes.append([name in pair.notes for name in NOTED])
+                notes.append([name in pair.warnings for name in WARNINGS])
             if packed:
                 np.concatenate(packed).tofile(tokens_file)
             if time.monotonic() - last_shown > 5:
@@ -227,7 +227,7 @@ def _tokenise(source: Source, tokenizer: Any, folder: Path) -> None:
     np.save(folder / "rows.npy", np.array(rows, dtype=np.int64))
     np.save(folder / "margins.npy", np.array(margins, dtype=np.float32))
     np.save(folder / "kinds.npy", np.array(kinds, dtype=np.int32))
-    np.save(folder / "notes.npy", np.array(notes, dtype=bool).reshape(-1, len(NOTED)))
+    np.save(folder / "notes.npy", np.array(notes, dtype=bool).reshape(-1, len(WARNINGS)))
     utils.write_json(
         folder / "report.json",
         {"rows": counts.rows, "count": counts.count, "first_rows": counts.first_rows, "kinds": list(kind_numbers),

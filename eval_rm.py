@@ -51,7 +51,7 @@ class EvalConfig:
     score: str | None = flag(None, "no report: read prompts and replies from this JSONL file, or - for standard input, and write them with their rewards to standard output", group="output")
     best_of: bool = flag(False, "with --score: of each row's replies pick the one with the highest reward", group="output")
 
-    max_length: int | None = flag(None, "longest sequence in tokens; longer ones are left out and counted (default: the checkpoint's, else 2048)", minimum=8, below=2**31, group="speed and memory")
+    max_length: int | None = flag(None, "longest sequence in tokens; longer ones are skipped and counted (default: the checkpoint's, else 2048)", minimum=8, below=2**31, group="speed and memory")
     batch_size: int = flag(64, "pairs per batch at most", minimum=1, below=10**6, group="speed and memory")
     tokens_per_batch: int = flag(8192, "token budget of one forward; changes speed and memory only", minimum=1, below=2**31, group="speed and memory")
     precision: str = flag("bf16", "arithmetic, as in training; fp32 gives transformers' own rewards to 1e-5", choices=("bf16", "fp32"), group="speed and memory")
@@ -177,7 +177,7 @@ def score_lines(config: EvalConfig) -> None:
     skipped = f", {counts.total():,} skipped" if counts else ""
     print(f"{scored:,} rows scored{skipped}", file=sys.stderr)
     for reason, count in sorted(counts.items()):
-        print(f"  {count:,} {parsing.LEFT_OUT[reason]}", file=sys.stderr)
+        print(f"  {count:,} {parsing.SKIP_REASONS[reason]}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""From rows to pairs of dialogues: checking, parsing, and why a row is left out.
+"""From rows to pairs of dialogues: checking, parsing, and why a row is skipped.
 
 A *row* is what the file holds; a *pair* is two message lists, chosen and rejected. What is wrong with a row's form (a
 missing column, a wrong type) stops with file, line and reason. What is wrong with its content (no reply, two equal
-sides) leaves that row out, counted, under one of `LEFT_OUT`.
+sides) skips that row and counts it under one of `SKIP_REASONS`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from utils import UserError, nearest
 
 Messages = list[dict[str, str]]
 
-# Why a row is left out. Every row is either kept or counted under exactly one of these.
-LEFT_OUT = {
+# Why a row is skipped. Every row is either kept or counted under exactly one of these.
+SKIP_REASONS = {
     "no_dialogue": "no dialogue (the text does not start with a turn)",
     "no_reply": "no reply (the last turn is empty)",
     "wrong_last_speaker": "last turn not the assistant's",
@@ -30,9 +30,9 @@ LEFT_OUT = {
 }
 VOTES_FOR_NEITHER = ("tie", "both_bad")  # the column `vote`, which chat.py writes
 # What is unusual about a row that is kept.
-NOTED = {
-    "merged": "with turns of the same speaker in a row, merged into one",
-    "prompts_differ": "whose two sides answer different prompts",
+WARNINGS = {
+    "merged": "turns of the same speaker in a row, merged into one",
+    "prompts_differ": "the two sides answer different prompts",
 }
 
 
@@ -42,9 +42,9 @@ class Pair:
 
     chosen: Messages
     rejected: Messages
-    margin: float = 0.0
+    label_margin: float = 0.0
     kind: str = ""
-    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 # A turn starts where the text does or after an empty line, and nowhere else: "Human:" in a sentence is a word.
@@ -54,7 +54,7 @@ _ROLE = {"Human": "user", "Assistant": "assistant"}
 
 
 def read_pairs(source: Source) -> Iterator[tuple[int, Pair | str]]:
-    """Yield (row number, pair), or (row number, a key of `LEFT_OUT`) for a row whose content is no preference."""
+    """Yield (row number, pair), or (row number, a key of `SKIP_REASONS`) for a row whose content is no preference."""
     for number, row in read_rows(source):
         check_columns(source, number, row)
         pair = parse_pair(row, lambda problem, number=number: _refuse(source, number, problem))
@@ -80,7 +80,7 @@ def check_columns(source: Source, number: int, row: Any) -> None:
 
 
 def parse_pair(row: dict[str, Any], refuse: Any) -> Pair | str:
-    """A row as a pair, or the key of `LEFT_OUT` it belongs under.
+    """A row as a pair, or the key of `SKIP_REASONS` it belongs under.
 
     Three forms, told apart by the columns and their types: HH-RLHF's transcripts; message lists; a `prompt` (text,
     transcript or messages) beside replies (text or messages). Policies: turns of one speaker in a row are merged
@@ -99,19 +99,19 @@ def parse_pair(row: dict[str, Any], refuse: Any) -> Pair | str:
         sides.append(joined)
     chosen, rejected = sides
     for messages in sides:
-        if fault := fault_of(messages):
+        if fault := skip_reason(messages):
             return fault
     if row.get("vote") in VOTES_FOR_NEITHER:
         return "no_preference"
     if chosen == rejected:
         return "identical"
     kind = str(row.get("kind") or "").encode("utf-8", "replace").decode()
-    notes = ("merged",) * merged + ("prompts_differ",) * (chosen[:-1] != rejected[:-1])
-    return Pair(chosen, rejected, _margin(row.get("margin"), refuse), kind, notes)
+    warnings = ("merged",) * merged + ("prompts_differ",) * (chosen[:-1] != rejected[:-1])
+    return Pair(chosen, rejected, _label_margin(row.get("margin"), refuse), kind, warnings)
 
 
-def fault_of(messages: Messages) -> str | None:
-    """The key of `LEFT_OUT` under which a dialogue belongs; None if it ends in a reply that can be scored."""
+def skip_reason(messages: Messages) -> str | None:
+    """The key of `SKIP_REASONS` under which a dialogue belongs; None if it ends in a reply that can be scored."""
     if any(_is_no_text(message["content"]) for message in messages):
         return "no_text"
     if messages[-1]["role"] != "assistant":
@@ -199,7 +199,7 @@ def merge_same_speaker(messages: Messages) -> Messages:
     return joined
 
 
-def _margin(value: Any, refuse: Any) -> float:
+def _label_margin(value: Any, refuse: Any) -> float:
     if value is None:
         return 0.0
     # beyond 1e30 a margin would be infinite in fp32; nan compares False

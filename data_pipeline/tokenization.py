@@ -23,7 +23,7 @@ class Chunk:
     """Some rows of a source: the pairs among them, with their dialogues as the chat template writes them."""
 
     row_count: int
-    left_out: list[tuple[str, int]] = field(default_factory=list)  # (key of LEFT_OUT, row)
+    skipped: list[tuple[str, int]] = field(default_factory=list)  # (key of SKIP_REASONS, row)
     pairs: list[tuple[int, Pair]] = field(default_factory=list)  # (row, pair)
     texts: list[str] = field(default_factory=list)  # two a pair: chosen, rejected
 
@@ -41,12 +41,12 @@ def _rendered(source: Source, tokenizer: Any) -> Iterator[Chunk]:
         chunk = Chunk(len(some))
         for row, pair in some:
             if isinstance(pair, str):
-                chunk.left_out.append((pair, row))
+                chunk.skipped.append((pair, row))
                 continue
             # one call per pair: a call for many is no faster, and one refused dialogue would take the others along
             texts = render([pair.chosen, pair.rejected], tokenizer)
             if texts is None:
-                chunk.left_out.append(("template", row))
+                chunk.skipped.append(("template", row))
                 continue
             chunk.texts += texts
             chunk.pairs.append((row, pair))
@@ -197,7 +197,7 @@ class TokenizedGroup:
 
 
 def tokenize_groups(groups: Sequence[list[Messages]], tokenizer: Any, max_length: int) -> list[TokenizedGroup | str]:
-    """Render and tokenize groups of dialogues; for a group that cannot be scored, the key of `LEFT_OUT` instead."""
+    """Render and tokenize groups of dialogues; for a group that cannot be scored, the key of `SKIP_REASONS` instead."""
     results: list[TokenizedGroup | str] = ["template"] * len(groups)  # until its ids are there
     texts: list[str] = []  # in twos, as `encode_pairs` wants them
     replies: list[str] = []

@@ -14,7 +14,7 @@ import numpy as np
 
 import utils
 from common import atomic_files
-from data import MOST_LEFT_OUT
+from data import MAX_SKIPPED
 from evaluation import metrics, reward_bench
 from evaluation.eval_data import Comparison, Data, Row
 from evaluation.scores import ScoreLog, ScoreTable
@@ -41,7 +41,7 @@ def measure(table: ScoreTable) -> dict[str, Any]:
         "wrong": headline.n - headline.right - headline.ties,
         "guessing": table.guessing,
         "rows": {
-            "read": table.counts.rows, "left_out": table.counts.left_out, "why": dict(table.counts.count),
+            "read": table.counts.rows, "left_out": table.counts.skipped, "why": dict(table.counts.count),
             "in_words": [line.strip() for line in table.counts.lines()],
         },
         "mean_margin": float(reward_margin.mean()),
@@ -82,7 +82,7 @@ def findings(content: dict[str, Any]) -> list[str]:
     if content["ties"] == n:
         return ["Every pair is a tie: the model gives all replies the same reward, and has learned nothing."]
     rows = content["rows"]
-    if rows["left_out"] > MOST_LEFT_OUT * rows["read"]:
+    if rows["left_out"] > MAX_SKIPPED * rows["read"]:
         found.append(f"{rows['left_out'] / rows['read']:.0%} of the rows were skipped: this report covers the others.")
     if content["ties"] > 0.01 * n:
         found.append(f"{content['ties'] / n:.1%} of the pairs are ties: the model gives both replies the same reward.")

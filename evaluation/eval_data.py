@@ -57,7 +57,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the data: what it compares, or the key of `parsing.LEFT_OUT` that says why it is skipped."""
+    """One row of the data: what it compares, or the key of `parsing.SKIP_REASONS` that says why it is skipped."""
 
     position: int  # counted from 0 over all rows that are read
     part: int

@@ -36,7 +36,7 @@ WANTS = "wants messages, or a prompt with reply or replies"
 
 @dataclass(frozen=True)
 class Line:
-    """A row as it came, and its dialogues to score, or the key of LEFT_OUT that says why there are none."""
+    """A row as it came, and its dialogues to score, or the key of SKIP_REASONS that says why there are none."""
 
     row: dict[str, Any]
     dialogues: list[Messages] | str
@@ -100,7 +100,7 @@ def parse(row: Any, place: str) -> Line:
 
 
 def _line(row: dict[str, Any], dialogues: list[Messages], has_replies: bool) -> Line:
-    faults = [fault for dialogue in dialogues if (fault := parsing.fault_of(dialogue))]
+    faults = [fault for dialogue in dialogues if (fault := parsing.skip_reason(dialogue))]
     return Line(row, faults[0] if faults else dialogues, has_replies)
 
 
@@ -138,7 +138,7 @@ def _answer(line: Line, rewards: list[float] | None, found: Any, best_of: bool) 
     if rewards is None:
         nothing = {"rewards": None} if line.has_replies else {"reward": None}
         nothing |= {"best": None, "reply": None, "reward": None} if is_choice else {}
-        return {**line.row, **nothing, "left_out": parsing.LEFT_OUT[found]}
+        return {**line.row, **nothing, "left_out": parsing.SKIP_REASONS[found]}
     if not line.has_replies:
         return {**line.row, "reward": rewards[0]}
     best = max(range(len(rewards)), key=rewards.__getitem__)  # the first of equals

@@ -24,7 +24,7 @@ import numpy as np
 import utils
 from common.progress import ProgressBar
 from data import Counts
-from data_pipeline.parsing import LEFT_OUT
+from data_pipeline.parsing import SKIP_REASONS
 from data_pipeline.tokenization import TokenizedGroup, tokenize_groups
 from evaluation import reward_bench
 from evaluation.eval_data import Comparison, Data, Row
@@ -37,7 +37,7 @@ SILENT_SECONDS = 10  # before progress is shown
 # On disk
 # ---------------------------------------------------------------------------------------------------------------------
 
-# rewards and reply lengths, the chosen replies first; or why the row is skipped, a key of LEFT_OUT
+# rewards and reply lengths, the chosen replies first; or why the row is skipped, a key of SKIP_REASONS
 Scores = tuple[list[float], list[int]] | str
 SCHEMA = """
 CREATE TABLE evaluation (key TEXT);
@@ -77,7 +77,7 @@ class ScoreLog:
         (state,) = self._database.execute("PRAGMA quick_check(1)").fetchone()
         keys = self._database.execute("SELECT key FROM evaluation").fetchall()
         reasons = self._database.execute("SELECT DISTINCT skipped FROM scores WHERE skipped NOT NULL").fetchall()
-        if state != "ok" or keys != [(key,)] or not {reason for (reason,) in reasons} <= LEFT_OUT.keys():
+        if state != "ok" or keys != [(key,)] or not {reason for (reason,) in reasons} <= SKIP_REASONS.keys():
             raise ValueError(state)
 
     @contextlib.contextmanager
@@ -113,7 +113,7 @@ class ScoreLog:
         )
 
     def skip(self, rows: Iterable[tuple[int, str]]) -> None:
-        """Keep (position, a key of LEFT_OUT) of rows that cannot be scored."""
+        """Keep (position, a key of SKIP_REASONS) of rows that cannot be scored."""
         self._insert((position, None, None, reason) for position, reason in rows)
 
     def _insert(self, rows: Iterable[tuple]) -> None:

@@ -1,4 +1,4 @@
-"""data.py: tokens equal to the chat template's, the cache, what is left out."""
+"""data.py: tokens equal to the chat template's, the cache, what is skipped."""
 
 import gzip
 import itertools
@@ -107,7 +107,7 @@ def tokenised(monkeypatch):
 
 def test_every_form_of_row_has_exactly_the_chat_templates_tokens(load, tokenizer):
     pairs = load([row for row, _, _ in FORMS])
-    assert pairs.rows.tolist() == list(range(1, len(FORMS) + 1)) and pairs.counts.left_out == 0
+    assert pairs.rows.tolist() == list(range(1, len(FORMS) + 1)) and pairs.counts.skipped == 0
     for index, (row, chosen, rejected) in enumerate(FORMS):
         sides = [side.tolist() for side in pairs.sequences(index)]
         assert sides == [ids_of(tokenizer, chosen), ids_of(tokenizer, rejected)], row
@@ -139,12 +139,12 @@ def test_real_tokens_are_exactly_the_chat_templates(real_pairs, real_data, real_
         assert_tokens_are_the_templates(pairs, source, real_tokenizer)
 
 
-def test_every_real_row_is_kept_or_left_out_for_a_reason(real_pairs):
+def test_every_real_row_is_kept_or_skipped_for_a_reason(real_pairs):
     train, test = real_pairs
     for pairs in real_pairs:
-        assert len(pairs) + pairs.counts.left_out == pairs.counts.rows
+        assert len(pairs) + pairs.counts.skipped == pairs.counts.rows
     assert (train.counts.rows, len(train), test.counts.rows, len(test)) == (1200, 1199, 300, 300)
-    assert {key: train.counts.count[key] for key in parsing.LEFT_OUT if train.counts.count[key]} == {"no_reply": 1}
+    assert {key: train.counts.count[key] for key in parsing.SKIP_REASONS if train.counts.count[key]} == {"no_reply": 1}
     assert train.counts.first_rows["no_reply"] == [270]
 
 
@@ -216,8 +216,9 @@ def plain_files(source, tokenizer, folder):
     lengths = [(prefix, len(chosen) - prefix, len(tail)) for _, _, chosen, tail, prefix in kept]
     np.save(folder / "lengths.npy", np.array(lengths, np.int32))
     np.save(folder / "rows.npy", np.array([row for row, *_ in kept]))
-    np.save(folder / "margins.npy", np.array([pair.margin for _, pair, *_ in kept], np.float32))
-    np.save(folder / "notes.npy", np.array([[name in pair.notes for name in parsing.NOTED] for _, pair, *_ in kept]))
+    np.save(folder / "margins.npy", np.array([pair.label_margin for _, pair, *_ in kept], np.float32))
+    warnings = [[name in pair.warnings for name in parsing.WARNINGS] for _, pair, *_ in kept]
+    np.save(folder / "notes.npy", np.array(warnings))
     return counts
 
 
@@ -325,12 +326,12 @@ def test_progress_is_shown_in_plain_lines_however_wide_the_terminal(load, monkey
 
 def test_half_a_surrogate_pair_in_a_text_does_not_stop_the_run(load):
     pairs = load([GOOD_ROW, {"chosen": transcript("Yes \ud83d."), "rejected": transcript("No.")}])
-    assert len(pairs) + pairs.counts.left_out == 2
+    assert len(pairs) + pairs.counts.skipped == 2
 
 
 def test_no_usable_row_makes_an_empty_dataset(load):
     pairs = load([IDENTICAL_ROW])
-    assert len(pairs) == 0 and (pairs.counts.rows, pairs.counts.left_out) == (1, 1)
+    assert len(pairs) == 0 and (pairs.counts.rows, pairs.counts.skipped) == (1, 1)
 
 
 def test_sides_of_which_one_starts_with_the_other_come_back_whole(tmp_path):
@@ -532,17 +533,17 @@ def test_votes_for_neither_side_are_counted_and_no_reason_to_stop(load):
     votes = [{**GOOD_ROW, "vote": vote} for vote in ("a", "tie", "both_bad", "tie")]
     pairs = load(votes)
     assert len(pairs) == 1 and pairs.counts.count == {"no_preference": 3}
-    pairs.refuse_if_too_much_is_left_out()
+    pairs.check_skipped()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is left out
+# What is skipped
 # ---------------------------------------------------------------------------------------------------------------------
 
 REPLIES = ["Yes.", "Yes, yes.", "Yes, yes, yes.", *(("Yes. " * count).strip() for count in (10, 20, 40))]
 
 
-def test_a_pair_of_exactly_max_length_is_kept_and_a_longer_one_left_out(load, tokenizer):
+def test_a_pair_of_exactly_max_length_is_kept_and_a_longer_one_skipped(load, tokenizer):
     # the longer side is once the chosen, once the rejected one
     content = [{"chosen": transcript(text), "rejected": transcript("No.")} for text in REPLIES]
     content += [{"chosen": transcript("No."), "rejected": transcript(text)} for text in REPLIES]
@@ -552,7 +553,7 @@ def test_a_pair_of_exactly_max_length_is_kept_and_a_longer_one_left_out(load, to
         fitting = [row for row, length in enumerate(longest, start=1) if length <= max_length]
         too_long = [row for row, length in enumerate(longest, start=1) if length > max_length]
         assert pairs.rows.tolist() == fitting
-        assert pairs.counts.count["too_long"] == pairs.counts.left_out == len(too_long)
+        assert pairs.counts.count["too_long"] == pairs.counts.skipped == len(too_long)
         assert pairs.counts.first_rows.get("too_long", []) == too_long[:5]
 
 
@@ -586,13 +587,13 @@ def test_every_reason_is_counted_with_its_rows(load, base):
         "template": {"chosen": [SYSTEM, QUESTION, YES], "rejected": [SYSTEM, QUESTION, NO]},
         "too_long": {"chosen": transcript("Yes. " * 50), "rejected": transcript("No.")},
     }
-    assert reasons.keys() == parsing.LEFT_OUT.keys()
+    assert reasons.keys() == parsing.SKIP_REASONS.keys()
     pairs = load([GOOD_ROW, *reasons.values(), GOOD_ROW], max_length=60, tokenizer=picky)
     assert pairs.counts.count == Counter(dict.fromkeys(reasons, 1))
     assert pairs.counts.first_rows == {key: [row] for row, key in enumerate(reasons, start=2)}
-    assert (pairs.counts.rows, pairs.counts.left_out, pairs.rows.tolist()) == (10, 8, [1, 10])
+    assert (pairs.counts.rows, pairs.counts.skipped, pairs.rows.tolist()) == (10, 8, [1, 10])
     lines = pairs.counts.lines()
-    assert len(lines) == 8 and "  left out 1 refused by the model's chat template (row 8)" in lines
+    assert len(lines) == 8 and "  skipped 1: refused by the model's chat template (row 8)" in lines
 
 
 def test_a_template_that_is_broken_is_not_blamed_on_the_rows(load, base):
@@ -606,23 +607,23 @@ def test_noted_rows_are_counted_and_kept(load):
     merged = {"chosen": transcript("Yes.\n\nAssistant: Sure."), "rejected": transcript("No.")}
     differ = {"chosen": transcript("Yes."), "rejected": "\n\nHuman: B?\n\nAssistant: No."}
     pairs = load([GOOD_ROW, merged, differ, merged])
-    assert len(pairs) == 4 and pairs.counts.left_out == 0
+    assert len(pairs) == 4 and pairs.counts.skipped == 0
     assert pairs.counts.first_rows == {"merged": [2, 4], "prompts_differ": [3]}
     assert pairs.counts.lines() == [
-        "  kept 2 with turns of the same speaker in a row, merged into one (rows 2, 4)",
-        "  kept 1 whose two sides answer different prompts (row 3)",
+        "  kept 2: turns of the same speaker in a row, merged into one (rows 2, 4)",
+        "  kept 1: the two sides answer different prompts (row 3)",
     ]
 
 
 def test_a_row_that_is_too_long_is_not_also_counted_as_kept(load):
     merged = {"chosen": transcript("Yes. " * 50 + "\n\nAssistant: Sure."), "rejected": transcript("No.")}
     pairs = load([GOOD_ROW, merged], max_length=60)
-    assert pairs.counts.lines() == ["  left out 1 too long (row 2)"]
+    assert pairs.counts.lines() == ["  skipped 1: too long (row 2)"]
 
 
 def test_only_the_first_five_rows_of_a_reason_are_listed(load):
     pairs = load([GOOD_ROW, *[IDENTICAL_ROW] * 7])
-    assert pairs.counts.lines() == ["  left out 7 chosen and rejected are the same (rows 2, 3, 4, 5, 6, …)"]
+    assert pairs.counts.lines() == ["  skipped 7: chosen and rejected are the same (rows 2, 3, 4, 5, 6, …)"]
 
 
 def test_different_texts_with_equal_tokens_are_identical(load, base):
@@ -635,28 +636,28 @@ def test_different_texts_with_equal_tokens_are_identical(load, base):
 
 
 @pytest.mark.parametrize("bad, total", [(1, 10), (2, 20), (3, 30), (7, 70)])
-def test_exactly_a_tenth_may_be_left_out_and_one_row_more_may_not(load, bad, total):
+def test_exactly_a_tenth_may_be_skipped_and_one_row_more_may_not(load, bad, total):
     good = [{**GOOD_ROW, "id": number} for number in range(total - bad)]
-    load([*good, *[IDENTICAL_ROW] * bad]).refuse_if_too_much_is_left_out()
+    load([*good, *[IDENTICAL_ROW] * bad]).check_skipped()
     pairs = load([*good[1:], *[IDENTICAL_ROW] * (bad + 1)])
     assert pairs.counts.rows == total
-    with pytest.raises(UserError, match=r"% of the rows would be left out(.|\n)*are the same(.|\n)*--bad_rows skip"):
-        pairs.refuse_if_too_much_is_left_out()
+    with pytest.raises(UserError, match=r"% of the rows would be skipped(.|\n)*are the same(.|\n)*--bad_rows skip"):
+        pairs.check_skipped()
 
 
-def test_pairs_that_are_too_long_count_as_left_out(load):
+def test_pairs_that_are_too_long_count_as_skipped(load):
     longer = {"chosen": transcript("Yes. " * 50), "rejected": transcript("No.")}
-    load([GOOD_ROW, longer]).refuse_if_too_much_is_left_out()
+    load([GOOD_ROW, longer]).check_skipped()
     pairs = load([GOOD_ROW, longer], max_length=60)
     with pytest.raises(UserError, match=r"^error: 50% of the rows(.|\n)*too long \(row 2\)") as caught:
-        pairs.refuse_if_too_much_is_left_out()
+        pairs.check_skipped()
     assert pairs.name in str(caught.value)
 
 
 def test_one_row_above_a_tenth_of_a_thousand_is_refused():
     pairs = data.PairDataset.__new__(data.PairDataset)
     pairs.name, pairs.counts = "made up", data.Counts(1000, Counter(identical=100), {"identical": [1]})
-    pairs.refuse_if_too_much_is_left_out()
+    pairs.check_skipped()
     pairs.counts.add("identical", 7)
-    with pytest.raises(UserError, match="left out 101 "):
-        pairs.refuse_if_too_much_is_left_out()
+    with pytest.raises(UserError, match="skipped 101: "):
+        pairs.check_skipped()

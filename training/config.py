@@ -30,8 +30,8 @@ class TrainConfig:
     # fmt: off
     model: str = flag("Qwen/Qwen3-0.6B", "base model: hub id or local folder", group="model and data")
     dataset: str = flag("Anthropic/hh-rlhf", "hub id, local .jsonl/.jsonl.gz/.json/.parquet file, or a folder with train.* and test.*", group="model and data")
-    max_length: int = flag(2048, "longest sequence in tokens; longer pairs are left out, in training and evaluation alike, and counted", minimum=8, below=2**31, group="model and data")
-    bad_rows: str = flag("stop", "what to do when more than 10 % of the rows would be left out", choices=("stop", "skip"), group="model and data")
+    max_length: int = flag(2048, "longest sequence in tokens; longer pairs are skipped and counted, in training and evaluation alike", minimum=8, below=2**31, group="model and data")
+    bad_rows: str = flag("stop", "what to do when more than 10 % of the rows would be skipped", choices=("stop", "skip"), group="model and data")
 
     epochs: int = flag(1, "times through the training pairs", minimum=1, below=10**6, group="optimization")
     batch_size: int = flag(32, "pairs per micro-batch at most", minimum=1, below=10**6, group="optimization")

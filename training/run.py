@@ -220,7 +220,7 @@ def open_run(
     world.refuse_differences(what_must_be_alike(config, train_pairs, test_pairs))
     for use, pairs in (("train", train_pairs), ("test", test_pairs)):
         if config.bad_rows == "stop":
-            pairs.refuse_if_too_much_is_left_out()
+            pairs.check_skipped()
         kept = f"{use}: {len(pairs):,} of {pairs.counts.rows:,} rows kept of {pairs.name}"
         print("\n".join([kept, *pairs.counts.lines()]))
     if len(test_pairs) == 0:

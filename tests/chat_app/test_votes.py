@@ -39,7 +39,7 @@ def test_training_reads_the_file_as_it_is(tmp_path, tokenizer, own_cache):
         votes.append(path, votes.row_of(prompt, "Yes.", "No.", vote))
     train, test = data.load_pairs(str(path), tokenizer)
     for pairs in (train, test):
-        pairs.refuse_if_too_much_is_left_out()
+        pairs.check_skipped()
     assert len(train) + len(test) == 16  # 15 or 16 of the 30 are for one side
     assert train.counts.count["no_preference"] + test.counts.count["no_preference"] == 14
     yes, no = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Yes.", "No."))

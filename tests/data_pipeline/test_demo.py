@@ -52,7 +52,7 @@ def test_every_pair_is_a_preference_in_hh_form(pairs):
 
     for pair in pairs:
         parsed = parse_pair(pair, ValueError)
-        assert isinstance(parsed, Pair) and parsed.notes == () and parsed.kind == pair["kind"]
+        assert isinstance(parsed, Pair) and parsed.warnings == () and parsed.kind == pair["kind"]
 
 
 def test_writing_twice_gives_the_same_bytes_and_keeps_what_is_there(demo_folder, tmp_path):

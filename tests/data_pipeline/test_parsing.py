@@ -100,10 +100,10 @@ def test_a_prompt_repeated_in_the_reply_transcripts_is_not_prompted_twice():
 def test_the_margin_and_kind_columns_are_read():
     assert parse(**GOOD_ROW, margin=2, kind="polite") == Pair([QUESTION, YES], [QUESTION, NO], 2.0, "polite")
     assert parse(**GOOD_ROW, margin=None, kind=None) == Pair([QUESTION, YES], [QUESTION, NO], 0.0, "")
-    assert parse(**GOOD_ROW, margin=-0.5).margin == -0.5
+    assert parse(**GOOD_ROW, margin=-0.5).label_margin == -0.5
 
 
-LEFT_OUT_ROWS = [
+SKIPPED_ROWS = [
     ("no_dialogue", {"chosen": "just a text", "rejected": f"{PROMPT} No."}),
     ("no_dialogue", {"chosen": f"{PROMPT} Yes.", "rejected": f"A heading.{PROMPT} No."}),
     ("no_dialogue", {"chosen": "", "rejected": f"{PROMPT} No."}),
@@ -119,17 +119,17 @@ LEFT_OUT_ROWS = [
 ]
 
 
-@pytest.mark.parametrize("key, row", LEFT_OUT_ROWS)
-def test_a_row_without_a_preference_is_left_out_under_its_reason(key, row):
-    assert key in parsing.LEFT_OUT
+@pytest.mark.parametrize("key, row", SKIPPED_ROWS)
+def test_a_row_without_a_preference_is_skipped_under_its_reason(key, row):
+    assert key in parsing.SKIP_REASONS
     assert parse(**row) == key
 
 
-def test_left_out_rows_keep_their_row_numbers(write_rows):
-    path = write_rows([GOOD_ROW, *(row for _, row in LEFT_OUT_ROWS), GOOD_ROW])
+def test_skipped_rows_keep_their_row_numbers(write_rows):
+    path = write_rows([GOOD_ROW, *(row for _, row in SKIPPED_ROWS), GOOD_ROW])
     read = read_all(path)
-    assert [number for number, _ in read] == list(range(1, len(LEFT_OUT_ROWS) + 3))
-    assert [pair for _, pair in read[1:-1]] == [key for key, _ in LEFT_OUT_ROWS]
+    assert [number for number, _ in read] == list(range(1, len(SKIPPED_ROWS) + 3))
+    assert [pair for _, pair in read[1:-1]] == [key for key, _ in SKIPPED_ROWS]
     assert read[-1] == (len(read), Pair([QUESTION, YES], [QUESTION, NO]))
 
 
@@ -141,7 +141,7 @@ def test_turns_of_one_speaker_in_a_row_are_merged_and_noted():
     prompt = {"role": "user", "content": "Hello!\n\nIs it?"}
     assert pair.chosen == [prompt, {"role": "assistant", "content": "Yes.\n\nIt is."}]
     assert pair.rejected == [prompt, {"role": "assistant", "content": "No."}]
-    assert pair.notes == ("merged",)
+    assert pair.warnings == ("merged",)
 
 
 def test_merging_adds_no_empty_line_for_an_empty_turn():
@@ -149,13 +149,13 @@ def test_merging_adds_no_empty_line_for_an_empty_turn():
         chosen="\n\nHuman: Is it?\n\nHuman:\n\nAssistant: Yes.", rejected="\n\nHuman: Is it?\n\nAssistant: No."
     )
     assert pair.chosen[0] == pair.rejected[0] == {"role": "user", "content": "Is it?"}
-    assert pair.notes == ("merged",)
+    assert pair.warnings == ("merged",)
 
 
 def test_sides_with_different_prompts_are_kept_and_noted():
     pair = parse(chosen="\n\nHuman: A?\n\nAssistant: Yes.", rejected="\n\nHuman: B?\n\nAssistant: No.")
     assert (pair.chosen[0]["content"], pair.rejected[0]["content"]) == ("A?", "B?")
-    assert pair.notes == ("prompts_differ",)
+    assert pair.warnings == ("prompts_differ",)
 
 
 def test_noted_rows_come_with_their_row_numbers(write_rows):
@@ -163,10 +163,10 @@ def test_noted_rows_come_with_their_row_numbers(write_rows):
     differ = {"chosen": f"{PROMPT} Yes.", "rejected": "\n\nHuman: B?\n\nAssistant: No."}
     both = {"chosen": merged["chosen"], "rejected": differ["rejected"]}
     read = read_all(write_rows([GOOD_ROW, merged, GOOD_ROW, differ, both]))
-    assert {number: pair.notes for number, pair in read} == {
+    assert {number: pair.warnings for number, pair in read} == {
         1: (), 2: ("merged",), 3: (), 4: ("prompts_differ",), 5: ("merged", "prompts_differ"),
     }  # fmt: skip
-    assert {note for _, pair in read for note in pair.notes} == set(parsing.NOTED)
+    assert {warning for _, pair in read for warning in pair.warnings} == set(parsing.WARNINGS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_rows_of_one_prompt_are_on_one_side_of_the_split(write_rows, form):
     assert not prompts(train) & prompts(test)
 
 
-def test_left_out_rows_are_in_exactly_one_part_too(write_rows):
+def test_skipped_rows_are_in_exactly_one_part_too(write_rows):
     content = [{**numbered_row(number), "rejected": numbered_row(number)["chosen"]} for number in range(200)]
     path = write_rows(content)
     keys = [key for source in sources.find_sources(str(path)) for _, key in parsing.read_pairs(source)]

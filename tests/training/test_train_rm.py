@@ -801,7 +801,7 @@ def test_real_pairs_are_counted_and_evaluated_to_the_end(run_script, small_qwen3
         "--run_name", "real", timeout=600,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "1,199 of 1,200 rows kept" in result.stdout and "left out 1 no reply" in result.stdout
+    assert "1,199 of 1,200 rows kept" in result.stdout and "skipped 1: no reply" in result.stdout
     assert "300 of 300 rows kept" in result.stdout and "300 pairs" in result.stdout.split("done:")[1]
     assert scalars(tmp_path / "logs/rm/real")[0]["train/useful_tokens"][0][1] >= 0.95
 
