@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 
 from checkpointing import manifest
+from tests.script_server import ScriptServer
 
 # A shell that starts tests in the background has them ignore Ctrl-C, and `nohup` a closed terminal; the scripts would
 # too, as they should, but tests send them these signals.
@@ -72,19 +72,20 @@ def write_rows(tmp_path):
     return write
 
 
+@pytest.fixture(scope="session")
+def script_server(own_cache):
+    """Starts scripts as processes that need not import torch first."""
+    server = ScriptServer()
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def run_script(tmp_path):
+def run_script(script_server, tmp_path):
     """Run a script of the project in a folder of its own; returns the finished process with text output."""
 
     def run(script, *arguments, env=None, timeout=300):
-        return subprocess.run(
-            [sys.executable, str(ROOT / script), *map(str, arguments)],
-            cwd=tmp_path,
-            env={**os.environ, **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        return script_server.run([script, *arguments], tmp_path, env, timeout)
 
     return run
 

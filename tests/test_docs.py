@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +15,6 @@ from chat import DEMO_RUN
 from tests import pages
 from tests.chat_server import free_port
 from tests.pages import CONFIGS, PAGES, ROOT
-from tests.script_server import ScriptServer
 
 README, *DOCS = PAGES
 SMALL = ["--max_steps", "1", "--eval_num_batches", "1"]
@@ -155,21 +155,20 @@ def test_writing_the_pages_changes_nothing_now():
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory, base, small_dataset):
+def reader(tmp_path_factory, base, small_dataset, script_server):
     """A reader of the pages, in a folder with files of their own and the two runs that the pages speak of."""
-    reader = Reader(tmp_path_factory.mktemp("reader"), base, small_dataset)
+    reader = Reader(tmp_path_factory.mktemp("reader"), base, small_dataset, script_server)
     reader.train(["--run_name", "first"])
     reader.train(["--run_name", "adapter", "--lora"])
-    yield reader
-    reader.server.close()
+    return reader
 
 
 class Reader:
     """Runs commands of the pages in one folder, on the small model and for one step."""
 
-    def __init__(self, folder, base, dataset):
+    def __init__(self, folder, base, dataset, server):
         self.folder, self.model, self.dataset = folder, ["--model", base], ["--dataset", dataset]
-        self.server = ScriptServer()
+        self.server = server
         shutil.copy(f"{dataset}/train.jsonl", folder / "pairs.jsonl")
         replies = {"prompt": "What should I know about bread?", "replies": ["A hot oven gives a crisp crust.", "No."]}
         (folder / "replies.jsonl").write_text(json.dumps(replies) + "\n")
@@ -266,7 +265,7 @@ def test_chat_commands_and_the_api_example_run_as_written(reader):
             code = example.replace("127.0.0.1:7860", f"127.0.0.1:{port}")
             output = reader.run("-c", wait_for(port) + code)
         finally:
-            server.stop()
+            server.send_signal(signal.SIGTERM)
         assert server.wait().returncode == 143
         reward, probability = map(float, output.split()[-2:])
         assert abs(reward) < 100 and 0 <= probability <= 1
@@ -289,7 +288,7 @@ def test_tensorboard_serves_the_logs(reader):
     deadline = time.monotonic() + 120
     while "http://" not in server.read("stderr") and time.monotonic() < deadline:
         time.sleep(0.1)
-    server.stop()
+    server.send_signal(signal.SIGTERM)
     assert re.search(r"TensorBoard [\d.]+ at http://\S+", server.wait().stderr)
 
 
