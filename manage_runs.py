@@ -1,9 +1,9 @@
 """See every run, keep the good ones, delete the rest without fear.
 
-python manage_runs.py                                    the list; on a terminal then what to do with it
+python manage_runs.py                                    the list; on a terminal, then a menu
 python manage_runs.py --show RUN                         one run in detail
 python manage_runs.py --delete RUN OTHER/step-500        into the trash; --undo brings it back, --empty_trash frees
-python manage_runs.py --prune keep=best,last --dry_run   what would go
+python manage_runs.py --prune keep=best,last --dry_run   what would be deleted
 """
 
 from __future__ import annotations
@@ -16,60 +16,57 @@ import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import utils
 from checkpointing.run_folder import step_of
 from common import flags
 from common.flags import flag
-from run_manager import deletion_plan, inventory, trash
+from run_manager import inventory, trash
 from run_manager.deletion_plan import Plan
 from run_manager.inventory import Roots, RunInfo
 from utils import UserError, printable
 
-if TYPE_CHECKING:
+with utils.lazy_imports():
     from run_manager import display, questions
-else:  # loaded when first used, so that --help answers at once
-    questions, display = map(utils.lazy_import, ("run_manager.questions", "run_manager.display"))
 
 ACTIONS = ("list", "json", "show", "delete", "prune", "shrink", "delete_superseded", "undo", "empty_trash")
 CHANGING = ("delete", "prune", "shrink", "delete_superseded", "undo", "empty_trash")
 FILTERS = ("name", "state", "older_than")
 EXACT_WORD = "delete"
-BACK = "python manage_runs.py --undo"
+UNDO = "python manage_runs.py --undo"
 
 
 @dataclass(frozen=True)
 class ManageConfig:
-    """Every setting of the list and what it deletes."""
+    """Settings for listing and deleting runs."""
 
     # fmt: off
-    output_dir: str = flag("./checkpoints/rm", "where the runs' checkpoints lie", group="where")
-    log_dir: str = flag("./logs/rm", "where their TensorBoard logs lie", group="where")
+    output_dir: str = flag("./checkpoints/rm", "folder of the runs' checkpoints", group="where")
+    log_dir: str = flag("./logs/rm", "folder of the runs' TensorBoard logs", group="where")
 
-    list: bool = flag(False, "the list and no questions", group="look")
-    json: bool = flag(False, "the list as JSON, one object a run", group="look")
-    show: str | None = flag(None, "this run in detail", is_name_on_disk=True, group="look")
-    against: str | None = flag(None, "with --show: its settings against this run's instead of the defaults", is_name_on_disk=True, group="look")
-    sort: str = flag("started", "order of the list, growing", choices=inventory.SORT_KEYS, group="look")
-    name: str | None = flag(None, "only runs whose name is like this: lr-*", is_name_on_disk=True, group="look")
+    list: bool = flag(False, "only the list, no menu", group="look")
+    json: bool = flag(False, "the list as JSON, one object per run", group="look")
+    show: str | None = flag(None, "one run in detail", is_name_on_disk=True, group="look")
+    against: str | None = flag(None, "with --show: compare its settings with this run's instead of the defaults", is_name_on_disk=True, group="look")
+    sort: str = flag("started", "what the list is sorted by, ascending", choices=inventory.SORT_KEYS, group="look")
+    name: str | None = flag(None, "only runs whose name matches a pattern: lr-*", is_name_on_disk=True, group="look")
     state: str | None = flag(None, "only runs in this state", choices=inventory.STATES, group="look")
-    older_than: str | None = flag(None, "only runs begun longer ago than this, with --empty_trash deleted: 90s, 30m, 12h, 7d, 2w", group="look")
+    older_than: str | None = flag(None, "only runs that were started longer ago than this, or with --empty_trash deleted: 90s, 30m, 12h, 7d, 2w", group="look")
 
-    delete: tuple[str, ...] = flag((), "these runs (RUN) or single steps (RUN/step-500)", is_name_on_disk=True, group="delete")
-    prune: str | None = flag(None, "of each listed run all steps but these: keep=best,last or keep=best,3 (the newest 3)", group="delete")
-    shrink: bool = flag(False, "the optimizer state of each listed finished run: what stays is the model", group="delete")
-    delete_superseded: bool = flag(False, "of each listed run what resuming set aside and killed saves left", group="delete")
-    undo: bool = flag(False, "bring the last deletion back", group="delete")
-    empty_trash: bool = flag(False, "really delete what lies in the trash", group="delete")
-    dry_run: bool = flag(False, "only show what would go", group="delete")
+    delete: tuple[str, ...] = flag((), "delete runs (RUN) or single steps (RUN/step-500)", is_name_on_disk=True, group="delete")
+    prune: str | None = flag(None, "delete all steps of each listed run but these: keep=best,last or keep=best,3 (the newest 3)", group="delete")
+    shrink: bool = flag(False, "delete the optimizer state of each listed finished run; the models stay", group="delete")
+    delete_superseded: bool = flag(False, "delete what resuming set aside and what killed saves left, in each listed run", group="delete")
+    undo: bool = flag(False, "undo the last deletion", group="delete")
+    empty_trash: bool = flag(False, "delete for good what is in the trash", group="delete")
+    dry_run: bool = flag(False, "only show what would be deleted", group="delete")
     yes: bool = flag(False, "do not ask", group="delete")
 
     debug: bool = flag(False, "show the traceback of an error", group="other")
     # fmt: on
 
     def problems(self) -> list[str]:
-        """What no single field can tell is wrong."""
+        """Combinations of flags that make no sense, and values that cannot be parsed."""
         found = []
         asked = [name for name in ACTIONS if getattr(self, name)]
         if len(asked) > 1:
@@ -96,6 +93,14 @@ class ManageConfig:
     def age(self) -> timedelta | None:
         return None if self.older_than is None else inventory.parse_age(self.older_than)
 
+    def command(self, *words: str) -> str:
+        """A command line for the same folders and filters."""
+        names = [
+            name for name in ("output_dir", "log_dir", *FILTERS) if getattr(self, name) != getattr(ManageConfig(), name)
+        ]
+        same = [word for name in names for word in (f"--{name}", printable(str(getattr(self, name))))]
+        return shlex.join(["python", "manage_runs.py", *words, *same])
+
 
 def parse_keep(text: str) -> list[str]:
     """'keep=best,last' -> ['best', 'last']; ValueError says what is wanted."""
@@ -106,98 +111,86 @@ def parse_keep(text: str) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Deleting: what goes, a question, what went
+# Deleting: show what goes, ask, do it, report
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def carry_out(plan: Plan, roots: Roots, config: ManageConfig, again: str) -> None:
-    """Show a plan, ask unless --yes, do it and say what became of it. `again` is the command that repeats it."""
-    show_plan(plan, roots)
+def carry_out(plan: Plan, config: ManageConfig, *words: str) -> None:
+    """Show a plan, ask unless --yes, do it and report. `words` are the flags that make the same plan again."""
+    again = config.command(*words)
+    for item in plan.items:
+        where = "checkpoints" if item.root == plan.roots.output else "logs"
+        print(f"  {item.name}  {utils.format_bytes(item.bytes)} of {where}")
+    show_left(plan.refused)
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if not plan.items:
         print("nothing to delete")
         return
-    if config.dry_run:
-        print("a dry run: nothing was touched")
-        return
-    if not config.yes and not is_confirmed(plan, again):
-        print("nothing was deleted")
+    print(f"{count_things(plan.items)} to delete, {utils.format_bytes(plan.bytes)}", flush=True)
+    runs = {item.way[0] for item in plan.items}
+    several = (
+        f"This deletes from {len(runs)} runs. Type {EXACT_WORD} to move it to the trash:" if len(runs) > 1 else None
+    )
+    if not is_confirmed(config, again, several):
         return
     try:
-        outcome = trash.delete(plan, roots)
-    except BaseException:  # Ctrl-C, say: what the disk shows is what was done
-        tell_half_done(plan, again)
+        outcome = trash.delete(plan)
+    except BaseException:  # Ctrl-C, for example: what is on disk tells what was done
+        left = [item.name for item in plan.items if os.path.lexists(item.path)]
+        gone = [item.name for item in plan.items if not os.path.lexists(item.path)]
+        print(f"interrupted; in the trash: {', '.join(gone) or 'nothing'}; left: {', '.join(left) or 'nothing'}\n"
+              f"  the rest: {again}\n  back: {UNDO}", file=sys.stderr)  # fmt: skip
         raise
-    freed = utils.format_bytes(sum(item.bytes for item in outcome.done))
     if outcome.done:
-        print(f"in the trash: {counted(len(outcome.done))}, {freed} "
-              "(--undo brings them back, --empty_trash frees the room)")  # fmt: skip
-    report_left("could not be deleted", outcome, roots, again)
+        print(f"in the trash: {count_things(outcome.done)}, {utils.format_bytes(outcome.bytes)} "
+              "(--undo brings them back, --empty_trash frees the space)")  # fmt: skip
+    report_left("could not be deleted", outcome, plan.roots, again)
 
 
-def counted(things: int) -> str:
-    return "1 thing" if things == 1 else f"{things:,} things"
+def count_things(items: list[trash.Item]) -> str:
+    return "1 thing" if len(items) == 1 else f"{len(items):,} things"
 
 
-def refuse_partial(plan: Plan, roots: Roots) -> None:
-    """What was asked for by name goes as a whole or not at all."""
-    if plan.refused:
-        raise UserError(
-            "not all of this can be deleted",
-            where=roots.output,
-            found="; ".join(f"{name}: {why}" for name, why in plan.refused),
-            safe="nothing was touched",
-            next="the same without that" if plan.items else "python manage_runs.py --list",
-        )
-
-
-def show_plan(plan: Plan, roots: Roots) -> None:
-    for item in plan.items:
-        where = "checkpoints" if item.root == roots.output else "logs"
-        print(f"  {item.name}  {utils.format_bytes(item.bytes)} of {where}")
-    for name, why in plan.refused:
+def show_left(left: list[tuple[str, str]]) -> None:
+    for name, why in left:
         print(f"  left: {name}: {why}")
-    for warning in plan.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    if plan.items:
-        print(f"{counted(len(plan.items))} to delete, {utils.format_bytes(plan.bytes)}", flush=True)
 
 
-def is_confirmed(plan: Plan, again: str) -> bool:
-    """Ask once: yes or no for one run, an exact word for more."""
+def is_confirmed(config: ManageConfig, again: str, exact_word_question: str | None) -> bool:
+    """Ask unless --yes, and say so if nothing is to be done: a plain yes, or the exact word if a question for it is given."""
+    if config.dry_run:
+        print("dry run: nothing was changed")
+        return False
+    if config.yes:
+        return True
     if not questions.has_terminal():
         raise UserError(
             "there is no terminal to ask on",
-            safe="nothing was touched",
-            next=f"{again} --yes, or --dry_run to see what would go",
+            safe="nothing was changed",
+            next=f"{again} --yes, or --dry_run to see what would be deleted",
         )
-    runs = {item.way[0] for item in plan.items}
-    if len(runs) == 1:
-        return questions.yes_or_no("Move this to the trash?")
-    return questions.exact_word(EXACT_WORD, f"This is of {len(runs)} runs. Type {EXACT_WORD} to move it to the trash:")
+    if exact_word_question is None:
+        is_yes = questions.yes_or_no("Move this to the trash?")
+    else:
+        is_yes = questions.exact_word(EXACT_WORD, exact_word_question)
+    if not is_yes:
+        print("nothing was deleted")
+    return is_yes
 
 
 def report_left(what: str, outcome: trash.Outcome, roots: Roots, again: str) -> None:
-    """Raise, naming exactly what is left and why, if not all went as planned."""
+    """Raise if something is left, naming all of it and why."""
     if not outcome.left:
         return
     kind = utils.DiskOrNetworkError if outcome.is_disk else UserError
-    gone = ", ".join(item.name for item in outcome.done) or "nothing"
     raise kind(
         f"{len(outcome.left)} of {len(outcome.left) + len(outcome.done)} {what}",
         where=roots.output,
         found="left: " + "; ".join(f"{name}: {why}" for name, why in outcome.left),
-        safe=f"done: {gone}",
-        next=f"see to the cause, then {again}",
+        safe=f"done: {', '.join(item.name for item in outcome.done) or 'nothing'}",
+        next=f"remove the cause, then {again}",
     )
-
-
-def tell_half_done(plan: Plan, again: str) -> None:
-    left = [item.name for item in plan.items if os.path.lexists(item.path)]
-    gone = [item.name for item in plan.items if not os.path.lexists(item.path)]
-    print(
-        f"cut off; in the trash: {', '.join(gone) or 'nothing'}; left: {', '.join(left) or 'nothing'}", file=sys.stderr
-    )
-    print(f"  the rest: {again}\n  back: {BACK}", file=sys.stderr)
 
 
 def undo(roots: Roots, config: ManageConfig) -> None:
@@ -205,43 +198,35 @@ def undo(roots: Roots, config: ManageConfig) -> None:
     for item in outcome.done:
         print(f"  {item.name}  {utils.format_bytes(item.bytes)}")
     when = f"{entry[:4]}-{entry[4:6]}-{entry[6:8]} {entry[9:11]}:{entry[11:13]}"
-    print(f"{'would come back' if config.dry_run else 'back'}: {counted(len(outcome.done))} deleted on {when}")
-    report_left("could not be brought back", outcome, roots, command(config, "--undo"))
+    print(f"{'would come back' if config.dry_run else 'back'}: {count_things(outcome.done)} deleted on {when}")
+    report_left("could not be brought back", outcome, roots, config.command("--undo"))
 
 
 def empty_trash(roots: Roots, config: ManageConfig) -> None:
-    """Show what the trash holds, ask, and free it."""
+    """Show what the trash holds, ask, and delete it for good."""
+    again = config.command("--empty_trash")
     planned = trash.empty(roots, config.age, is_dry=True)
     for item in planned.done:
         print(f"  {item.name}  {utils.format_bytes(item.bytes)} in {printable(str(item.root))}")
-    for name, why in planned.left:
-        print(f"  left: {name}: {why}")
+    show_left(planned.left)
     if not planned.done:
         print("nothing to free")
-        return report_left("could not be freed", planned, roots, command(config, "--empty_trash"))
-    print(f"{utils.format_bytes(sum(item.bytes for item in planned.done))} to free for good", flush=True)
-    if config.dry_run:
-        print("a dry run: nothing was touched")
+        return report_left("could not be freed", planned, roots, again)
+    print(f"{utils.format_bytes(planned.bytes)} to free for good", flush=True)
+    if not is_confirmed(config, again, f"This cannot be undone. Type {EXACT_WORD} to free the space:"):
         return
-    again = command(config, "--empty_trash")
-    if not config.yes:
-        if not questions.has_terminal():
-            raise UserError("there is no terminal to ask on", safe="nothing was touched", next=f"{again} --yes")
-        if not questions.exact_word(EXACT_WORD, f"There is no way back. Type {EXACT_WORD} to free it:"):
-            print("nothing was deleted")
-            return
     try:
         outcome = trash.empty(roots, config.age)
     except BaseException:
         left = [item.name for item in trash.empty(roots, None, is_dry=True).done]
-        print(f"cut off; still in the trash: {', '.join(left) or 'nothing'}; the rest: {again}", file=sys.stderr)
+        print(f"interrupted; still in the trash: {', '.join(left) or 'nothing'}; the rest: {again}", file=sys.stderr)
         raise
-    print(f"freed: {utils.format_bytes(sum(item.bytes for item in outcome.done))}")
+    print(f"freed: {utils.format_bytes(outcome.bytes)}")
     report_left("could not be freed", outcome, roots, again)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What was asked for
+# Doing what was asked for
 # ---------------------------------------------------------------------------------------------------------------------
 
 MENU = {
@@ -257,16 +242,8 @@ MENU = {
 }
 
 
-def command(config: ManageConfig, *words: str) -> str:
-    """A command line that looks at the same folders and runs."""
-    default = ManageConfig()
-    same = [name for name in ("output_dir", "log_dir", *FILTERS) if getattr(config, name) != getattr(default, name)]
-    same_words = [word for name in same for word in (f"--{name}", printable(str(getattr(config, name))))]
-    return shlex.join(["python", "manage_runs.py", *words, *same_words])
-
-
 def look(config: ManageConfig, roots: Roots) -> tuple[list[RunInfo], list[RunInfo], list[str]]:
-    """All runs, those that pass the filters in the order asked for, and notes on what else lies there."""
+    """All runs; those that pass the filters, sorted; and notes about what else is in the roots."""
     if not roots.output.is_dir() and not roots.logs.is_dir():
         raise UserError(
             "there are no runs yet",
@@ -281,60 +258,74 @@ def look(config: ManageConfig, roots: Roots) -> tuple[list[RunInfo], list[RunInf
     return runs, inventory.sort_runs(chosen, config.sort), notes
 
 
-def plan_names(names: tuple[str, ...], runs: list[RunInfo], roots: Roots) -> Plan:
-    """What `--delete` names: RUN or RUN/step-N, by their exact names in the list."""
-    whole, plan = [], Plan()
+def add_names(plan: Plan, names: tuple[str, ...]) -> None:
+    """Plan to delete RUN or RUN/step-N, by their exact names in the list."""
+    whole = []
     for name in names:
         run_name, _, step_name = name.rpartition("/")
-        if any(run.name == name for run in runs) or step_of(Path(step_name)) is None:
-            whole.append(inventory.find_run(name, runs))
+        if any(run.name == name for run in plan.runs) or step_of(Path(step_name)) is None:
+            whole.append(inventory.find_run(name, plan.runs))
             continue
-        run = inventory.find_run(run_name, runs)
+        run = inventory.find_run(run_name, plan.runs)
         step = next((step for step in run.steps if step.folder.name == step_name), None)
         if step is None:
             steps = ", ".join(step.folder.name for step in run.steps) or "no steps"
-            raise UserError(f"{printable(run_name)} has no {step_name}", found=steps, safe="nothing was touched")
-        deletion_plan.plan_steps(run, [step], runs, roots, plan)
-    return deletion_plan.plan_runs(whole, runs, roots, plan)
+            raise UserError(f"{printable(run_name)} has no {step_name}", found=steps, safe="nothing was changed")
+        plan.add_steps(run, [step])
+    plan.add_runs(whole)
+
+
+def delete_named(plan: Plan, names: list[str], config: ManageConfig) -> None:
+    """Delete what was asked for by name: all of it or nothing."""
+    if plan.refused:
+        raise UserError(
+            "not all of this can be deleted",
+            where=plan.roots.output,
+            found="; ".join(f"{name}: {why}" for name, why in plan.refused),
+            safe="nothing was changed",
+            next="the same without that" if plan.items else "python manage_runs.py --list",
+        )
+    carry_out(plan, config, "--delete", *map(printable, names))
 
 
 def act(action: str, runs: list[RunInfo], chosen: list[RunInfo], roots: Roots, config: ManageConfig) -> None:
-    """One of the deletions that need no names."""
+    """Carry out an action that needs no names."""
+    plan = Plan(roots, runs)
     if action == "prune":
         keep = config.prune or "keep=best,last"
-        plan, words = deletion_plan.plan_prune(chosen, parse_keep(keep), runs, roots), ("--prune", keep)
+        plan.add_pruned(chosen, parse_keep(keep))
+        carry_out(plan, config, "--prune", keep)
     elif action == "shrink":
-        plan, words = deletion_plan.plan_shrink(chosen, roots), ("--shrink",)
+        plan.add_optimizers(chosen)
+        carry_out(plan, config, "--shrink")
     elif action == "delete_superseded":
-        plan, words = deletion_plan.plan_leftovers(chosen, roots), ("--delete_superseded",)
+        plan.add_leftovers(chosen)
+        carry_out(plan, config, "--delete_superseded")
     elif action == "undo":
-        return undo(roots, config)
+        undo(roots, config)
     else:
-        return empty_trash(roots, config)
-    carry_out(plan, roots, config, command(config, *words))
+        empty_trash(roots, config)
 
 
 def act_on_picked(action: str, runs: list[RunInfo], chosen: list[RunInfo], roots: Roots, config: ManageConfig) -> None:
-    """What the menu offers beyond `act`: the user picks runs or steps of one first."""
+    """Let the user pick runs, or steps of one run, and show or delete them."""
+    plan = Plan(roots, runs)
     titles = [f"{printable(run.name)}  {run.state}" for run in chosen]
     if action == "delete":
         picked = [chosen[place] for place in questions.pick("Runs to delete", titles)]
-        plan = deletion_plan.plan_runs(picked, runs, roots)
-        names = [run.name for run in picked]
-    else:
-        run = chosen[questions.pick_one("Which run?", titles)]
-        if action == "show":
-            return display.show_run(run, runs, roots, None)
-        described = [f"{step.folder.name}  {utils.format_bytes(step.bytes)}" for step in run.steps]
-        steps = [run.steps[place] for place in questions.pick("Steps to delete", described)] if described else []
-        plan = deletion_plan.plan_steps(run, steps, runs, roots)
-        names = [f"{run.name}/{step.folder.name}" for step in steps]
-    refuse_partial(plan, roots)
-    carry_out(plan, roots, config, command(config, "--delete", *map(printable, names)))
+        plan.add_runs(picked)
+        return delete_named(plan, [run.name for run in picked], config)
+    run = chosen[questions.pick_one("Which run?", titles)]
+    if action == "show":
+        return display.show_run(run, runs, roots, None)
+    described = [f"{step.folder.name}  {utils.format_bytes(step.bytes)}" for step in run.steps]
+    steps = [run.steps[place] for place in questions.pick("Steps to delete", described)] if described else []
+    plan.add_steps(run, steps)
+    delete_named(plan, [f"{run.name}/{step.folder.name}" for step in steps], config)
 
 
-def talk(config: ManageConfig, roots: Roots) -> None:
-    """The list, then what to do with it, again and again until the user leaves."""
+def run_menu(config: ManageConfig, roots: Roots) -> None:
+    """Show the list and ask what to do, until the user leaves."""
     while True:
         runs, chosen, notes = look(config, roots)
         display.show_runs(chosen, notes)
@@ -344,7 +335,7 @@ def talk(config: ManageConfig, roots: Roots) -> None:
         try:
             needs_picking = action in ("show", "delete", "delete steps")
             (act_on_picked if needs_picking else act)(action, runs, chosen, roots, config)
-        except UserError as error:  # a deletion that was refused is no reason to leave
+        except UserError as error:  # a refused deletion is no reason to leave the menu
             print(error, file=sys.stderr)
 
 
@@ -359,12 +350,12 @@ def main(argv: list[str]) -> None:
 
 
 def manage(config: ManageConfig, roots: Roots) -> None:
-    """Do what the flags ask for; without any, talk on a terminal and list elsewhere."""
+    """Do what the flags ask for; without any, show the menu on a terminal and the list elsewhere."""
     action = next((name for name in ACTIONS if getattr(config, name)), None)
     if action in ("undo", "empty_trash"):
         return act(action, [], [], roots, config)
     if action is None and questions.has_terminal():
-        return talk(config, roots)
+        return run_menu(config, roots)
     runs, chosen, notes = look(config, roots)
     if action == "json":
         print(json.dumps([display.as_object(run) for run in chosen], indent=2))
@@ -372,9 +363,9 @@ def manage(config: ManageConfig, roots: Roots) -> None:
         other = inventory.find_run(config.against, runs) if config.against else None
         display.show_run(inventory.find_run(config.show, runs), runs, roots, other)
     elif action == "delete":
-        plan = plan_names(config.delete, runs, roots)
-        refuse_partial(plan, roots)
-        carry_out(plan, roots, config, command(config, "--delete", *map(printable, config.delete)))
+        plan = Plan(roots, runs)
+        add_names(plan, config.delete)
+        delete_named(plan, list(config.delete), config)
     elif action in CHANGING:
         act(action, runs, chosen, roots, config)
     else:

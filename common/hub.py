@@ -1,5 +1,5 @@
-"""Ask the Hugging Face hub one quick question before anything is downloaded, so that a typo or a dead line is said in
-seconds and not after a minute of retries."""
+"""Ask the Hugging Face hub one quick question before any download, so that a typo or a broken connection is reported
+within seconds instead of after a minute of retries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path, PureWindowsPath
 
 from utils import DiskOrNetworkError, UserError, nearest
 
-ANSWER_WITHIN_SECONDS = 3  # it is asked twice if it stays silent
+ANSWER_WITHIN_SECONDS = 3  # without an answer, huggingface_hub tries a second time
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 WANTED = {
     "--model": "a local path or a hub id, such as Qwen/Qwen3-0.6B",
@@ -19,21 +19,22 @@ WANTED = {
 
 
 def looks_like_a_path(name: str) -> bool:
-    """Whether somebody who typed `name` meant a file or folder: hub ids have at most one slash and never start so."""
-    starts_or_ends_so = name.startswith((".", "/", "~", "\\")) or name.endswith(DATA_SUFFIXES)
-    starts_or_ends_so |= bool(PureWindowsPath(name).drive)
-    return starts_or_ends_so or "\\" in name or name.count("/") > 1 or Path(name).exists()
+    """Whether a user who typed `name` meant a file or folder. Hub ids have at most one slash and start with a letter or
+    digit."""
+    if name.startswith((".", "/", "~")) or name.endswith(DATA_SUFFIXES) or PureWindowsPath(name).drive:
+        return True
+    return "\\" in name or name.count("/") > 1 or Path(name).exists()
 
 
 def check_path_exists(name: str, flag: str) -> None:
-    """Raise a UserError with the nearest names if `name` is a path and nothing is there; asks no hub."""
+    """Raise UserError, with the nearest name, if `name` is a path and nothing is there. Does not ask the hub."""
     path = Path(name).expanduser()
     if not looks_like_a_path(name) or path.exists():
         return
     parent = path.parent
     siblings = [sibling.name for sibling in parent.iterdir()] if parent.is_dir() else []
     raise UserError(
-        f"{flag} names something that is not there{nearest(path.name, siblings)}",
+        f"{flag} names something that does not exist{nearest(path.name, siblings)}",
         where=path.absolute(),
         found=f"{parent} holds {', '.join(sorted(siblings)[:8]) or 'nothing'}" if parent.is_dir() else "no such folder",
         next=f"{flag} wants {WANTED[flag]}",
@@ -43,8 +44,8 @@ def check_path_exists(name: str, flag: str) -> None:
 def only_local_copy(repo_id: str, repo_type: str, flag: str, instead: str) -> bool:
     """Whether `repo_id` must be opened from the local cache because the hub cannot be reached.
 
-    Raises UserError if the hub says there is no such repository or it is closed, DiskOrNetworkError if the hub cannot
-    be reached in time and no local copy exists. `instead` says what to type then.
+    Raises UserError if the hub has no such repository or it is gated, DiskOrNetworkError if the hub cannot be reached
+    in time and there is no local copy. `instead` says what to type then.
     """
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
@@ -60,7 +61,7 @@ def only_local_copy(repo_id: str, repo_type: str, flag: str, instead: str) -> bo
         raise DiskOrNetworkError(
             f"HF_HUB_OFFLINE is set, and there is no local copy of {repo_id}",
             where=Path(repo_id).absolute(),
-            found="nothing there either",
+            found="no such folder either",
             next=instead,
         )
     try:

@@ -1,7 +1,7 @@
-"""How runs are shown: one table, plain lines, one run in detail, JSON.
+"""How runs are shown: a table, plain lines, one run in detail, JSON.
 
-A terminal that is wide enough gets a table; narrow terminals, pipes and very long lists get plain lines, each complete.
-No name is ever shortened, and none reaches the terminal with signs that it would obey.
+A terminal that is wide enough gets a table; narrow terminals, pipes and very long lists get plain lines. No name is
+ever shortened, and control characters in names never reach the terminal.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import utils
 from checkpointing import run_folder
@@ -21,15 +21,7 @@ from run_manager import inventory
 from run_manager.inventory import Accuracy, Roots, RunInfo
 from utils import printable
 
-if TYPE_CHECKING:
-    import plotext
-    from tensorboard.backend.event_processing import event_accumulator
-else:  # loaded when first used: `--list | grep` needs none of them
-    plotext, event_accumulator = map(
-        utils.lazy_import, ("plotext", "tensorboard.backend.event_processing.event_accumulator")
-    )
-
-MOST_TABLE_ROWS = 200  # rich takes a second for a thousand
+MAX_TABLE_ROWS = 200  # rich takes a second for a thousand
 STATE_STYLES = {
     run_folder.RUNNING: "cyan",
     run_folder.FINISHED: "green",
@@ -38,7 +30,8 @@ STATE_STYLES = {
 }
 HEADS = ["#", "name", "started", "state", "base model", "training", "steps", "best accuracy", "last accuracy",
          "checkpoints", "size", "logs"]  # fmt: skip
-RIGHT = {"#", "steps", "checkpoints", "size", "logs"}
+RIGHT_ALIGNED = {"#", "steps", "checkpoints", "size", "logs", "on disk"}
+PLACES = ("run_name", "output_dir", "log_dir")  # settings that differ between any two runs
 
 # ---------------------------------------------------------------------------------------------------------------------
 # All runs
@@ -46,7 +39,7 @@ RIGHT = {"#", "steps", "checkpoints", "size", "logs"}
 
 
 def cells_of(number: int, run: RunInfo) -> list[str]:
-    """A run's row, one text a column of HEADS."""
+    """A run's row: one text for each of HEADS."""
     last, best = run.last_and_best()
     done, planned = run.steps_done, run.planned_steps
     steps = "-" if done is None else f"{done:,} of {'?' if planned is None else f'{planned:,}'}"
@@ -80,9 +73,9 @@ def accuracy_text(found: Accuracy | None) -> str:
 
 
 def show_runs(runs: list[RunInfo], notes: list[str]) -> None:
-    """The list, on standard output."""
+    """Print the list."""
     rows = [cells_of(number, run) for number, run in enumerate(runs, 1)]
-    if not (sys.stdout.isatty() and len(rows) <= MOST_TABLE_ROWS and show_table(rows)):
+    if not (sys.stdout.isatty() and len(rows) <= MAX_TABLE_ROWS and show_table(rows)):
         print("\n".join(plain_lines(HEADS, rows)))
     checkpoints, logs = (sum(getattr(run, name) for run in runs) for name in ("checkpoint_bytes", "log_bytes"))
     count = "1 run" if len(runs) == 1 else f"{len(runs):,} runs"
@@ -92,7 +85,7 @@ def show_runs(runs: list[RunInfo], notes: list[str]) -> None:
 
 
 def show_table(rows: list[list[str]]) -> bool:
-    """A table on the terminal; False if it is too narrow for whole names."""
+    """Print a table; False if the terminal is too narrow for whole names."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -101,7 +94,7 @@ def show_table(rows: list[list[str]]) -> bool:
     console = Console(highlight=False, soft_wrap=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for head in ("#", "name", "started", "state", "base model", "steps", "best", "last", "checkpoints", "on disk"):
-        table.add_column(head, no_wrap=True, justify="right" if head in RIGHT or head == "on disk" else "left")
+        table.add_column(head, no_wrap=True, justify="right" if head in RIGHT_ALIGNED else "left")
     for number, name, started, state, model, training, steps, best, last, count, size, logs in rows:
         two_lines = [
             number, name, started.replace(" ", "\n"), Text(state, STATE_STYLES.get(state, "")), f"{model}\n{training}",
@@ -109,8 +102,7 @@ def show_table(rows: list[list[str]]) -> bool:
             f"{size}\n{logs} logs",
         ]  # fmt: skip
         table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in two_lines))
-    as_wide_as_it_wants = console.options.update(max_width=10_000)
-    if console.measure(table, options=as_wide_as_it_wants).maximum > console.width:
+    if console.measure(table, options=console.options.update(max_width=10_000)).maximum > console.width:
         return False
     console.print(table)
     return True
@@ -118,31 +110,25 @@ def show_table(rows: list[list[str]]) -> bool:
 
 def plain_lines(heads: list[str], rows: list[list[str]]) -> list[str]:
     """Aligned columns, two spaces apart."""
-    from rich.cells import cell_len  # how wide a sign is on a terminal
+    from rich.cells import cell_len  # a character may be two columns wide on a terminal
 
-    def width_of(text: str) -> int:
-        return len(text) if text.isascii() else cell_len(text)
-
-    widths = [max(map(width_of, column)) for column in zip(heads, *rows, strict=True)]
+    widths = [max(map(cell_len, column)) for column in zip(heads, *rows, strict=True)]
     lines = []
     for row in [heads, *rows]:
         padded = []
         for head, text, width in zip(heads, row, widths, strict=True):
-            gap = " " * (width - width_of(text))
-            padded.append(gap + text if head in RIGHT else text + gap)
+            gap = " " * (width - cell_len(text))
+            padded.append(gap + text if head in RIGHT_ALIGNED else text + gap)
         lines.append("  ".join(padded).rstrip())
     return lines
 
 
 def as_object(run: RunInfo) -> dict[str, Any]:
-    """A run for --json; unknown things are null."""
-
-    def accuracy(found: Accuracy | None) -> dict[str, Any] | None:
-        if found is None:
-            return None
-        return {"step": found.step, "accuracy": found.value, "pairs": found.pairs, "interval": found.interval}
-
-    last, best = run.last_and_best()
+    """A run for --json; what is unknown is null."""
+    last, best = (
+        found and {"step": found.step, "accuracy": found.value, "pairs": found.pairs, "interval": found.interval}
+        for found in run.last_and_best()
+    )
     model = run.config.get("model")
     return {
         "name": run.name,
@@ -154,8 +140,8 @@ def as_object(run: RunInfo) -> dict[str, Any]:
         "training": None if run.training == "?" else run.training.lower(),
         "steps_done": run.steps_done,
         "planned_steps": run.planned_steps,
-        "best": accuracy(best),
-        "last": accuracy(last),
+        "best": best,
+        "last": last,
         "checkpoints": [step.folder.name for step in run.steps],
         "checkpoint_bytes": run.checkpoint_bytes,
         "log_bytes": run.log_bytes,
@@ -172,7 +158,7 @@ def as_object(run: RunInfo) -> dict[str, Any]:
 
 
 def show_run(run: RunInfo, runs: list[RunInfo], roots: Roots, other: RunInfo | None) -> None:
-    """Everything about one run, on standard output."""
+    """Print everything about one run."""
     print("\n".join([*summary_lines(run), "", *config_lines(run, other)]))
     if run.folder:
         print("\n".join(["", *step_lines(run, runs, roots)]))
@@ -202,30 +188,29 @@ def summary_lines(run: RunInfo) -> list[str]:
 
 
 def config_lines(run: RunInfo, other: RunInfo | None) -> list[str]:
-    """The settings that differ from the defaults of when it was trained, or from another run's."""
-    mine = {name: value for name, value in run.config.items() if name not in ("run_name", "output_dir", "log_dir")}
+    """The settings that differ from another run's, or from the defaults at the time of its training."""
+    mine = {name: value for name, value in run.config.items() if name not in PLACES}
     if not mine:
         return ["configuration: unknown"]
     if other is not None:
-        names = [name for name in {**mine, **other.config} if name not in ("run_name", "output_dir", "log_dir")]
-        rows = [[name, shown(mine.get(name)), shown(other.config.get(name))] for name in names]
+        names = [name for name in {**mine, **other.config} if name not in PLACES]
+        rows = [[name, as_text(mine.get(name)), as_text(other.config.get(name))] for name in names]
         rows = [row for row in rows if row[1] != row[2]]
         heads = ["  setting", printable(run.name), printable(other.name)]
         title = f"configuration against {printable(other.name)}:"
     elif run.record:
-        rows = [
-            [name, shown(mine[name]), shown(run.record.changed[name])] for name in mine if name in run.record.changed
-        ]
+        changed = run.record.changed
+        rows = [[name, as_text(mine[name]), as_text(changed[name])] for name in mine if name in changed]
         heads, title = ["  setting", "here", "default"], "configuration against the defaults:"
     else:
-        rows = [[name, shown(value)] for name, value in mine.items()]
-        heads, title = ["  setting", "here"], "configuration (the defaults of that time are not recorded):"
+        rows = [[name, as_text(value)] for name, value in mine.items()]
+        heads, title = ["  setting", "here"], "configuration (no record of the defaults at that time):"
     if not rows:
         return [title + " no difference"]
     return [title, *plain_lines(heads, [[f"  {row[0]}", *row[1:]] for row in rows])]
 
 
-def shown(value: Any) -> str:
+def as_text(value: Any) -> str:
     return "-" if value is None else printable(str(value))
 
 
@@ -236,13 +221,13 @@ def step_lines(run: RunInfo, runs: list[RunInfo], roots: Roots) -> list[str]:
     for step in run.steps:
         marks = ["best"] * (step is best) + ["last"] * (step is last)
         if others := sources.get(step.folder.name):
-            marks.append(f"{', '.join(map(printable, others))} went on from here")
+            marks.append(f"{', '.join(map(printable, others))} was resumed from here")
         if (run.folder / "reports" / step.folder.name / "report.html").is_file():
             marks.append(f"reports/{step.folder.name}/report.html")
         optimizer = utils.format_bytes(step.optimizer_bytes) if step.optimizer_bytes else "removed"
         row = [f"  {step.folder.name}", utils.format_bytes(step.bytes), optimizer, accuracy_text(step.accuracy())]
         rows.append([*row, ", ".join(marks)])
-    heads = ["  step", "size", "of that optimizer", "accuracy", ""]
+    heads = ["  step", "size", "of which optimizer", "accuracy", ""]
     lines = ["checkpoints:", *plain_lines(heads, rows)] if rows else ["checkpoints: none"]
     for path, size in run.leftovers:
         what = "set aside on resuming" if path.name.startswith("superseded-") else "left by a killed save"
@@ -251,15 +236,18 @@ def step_lines(run: RunInfo, runs: list[RunInfo], roots: Roots) -> list[str]:
 
 
 def curve_lines(log_folder: Path) -> list[str]:
-    """The loss over steps as a small plot, from TensorBoard's event files."""
-    logging.getLogger("tensorboard").setLevel(logging.CRITICAL)  # its remarks about a torn last record
+    """The loss by step as a small plot, from TensorBoard's event files."""
+    import plotext
+    from tensorboard.backend.event_processing import event_accumulator
+
+    logging.getLogger("tensorboard").setLevel(logging.CRITICAL)  # it warns about a truncated last record
     if any(not (log_folder / name).is_file() for name in inventory.event_files(log_folder)):
-        return ["loss: the logs hold something that is no ordinary file"]
+        return ["loss: the logs hold something that is not an ordinary file"]
     try:
         events = event_accumulator.EventAccumulator(str(log_folder), size_guidance={"scalars": 2000}).Reload()
         tags = [tag for tag in ("train/loss", "eval/loss") if tag in events.Tags()["scalars"]]
         curves = {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
-    except Exception as error:  # whatever lies in a foreign or torn file, the rest of the page is fine
+    except Exception as error:  # whatever is in a foreign or truncated file, the rest is still worth showing
         return [f"loss: the logs cannot be read ({type(error).__name__}: {printable(str(error))})"]
     if not any(curves.values()):
         return ["loss: nothing was logged"]
@@ -275,16 +263,15 @@ def curve_lines(log_folder: Path) -> list[str]:
         steps, values = zip(*points, strict=True)
         draw = plotext.plot if tag == "train/loss" and len(points) > 1 else plotext.scatter
         draw(list(steps), list(values), marker=markers[tag])
-    ascii_frame = {"─": "-", "│": "|", "┌": "+", "┐": "+", "└": "+", "┘": "+", "├": "+", "┤": "+", "┬": "+", "┴": "+"}
     plot = plotext.uncolorize(plotext.build())
     if markers["train/loss"] == ".":
-        plot = plot.translate(str.maketrans(ascii_frame))
+        plot = plot.translate(str.maketrans("─│┌┐└┘├┤┬┴", "-|++++++++"))
     legend = ", ".join(f"{tag} {'line' if tag == 'train/loss' else markers[tag]}" for tag in curves)
     return [f"loss by step ({legend}):", *(line.rstrip() for line in plot.splitlines())]
 
 
 def command_lines(run: RunInfo) -> list[str]:
-    """What to type to go on with a run."""
+    """What to type next: resume, chat, evaluate, look at the curves."""
     best, last = inventory.best_and_last(run)
     lines = []
     with_optimizer = [step for step in run.steps if step.optimizer_bytes]
@@ -302,5 +289,5 @@ def command_lines(run: RunInfo) -> list[str]:
 
 
 def quoted(path: Path) -> str:
-    """A path as a shell takes it; one with signs that no terminal should see cannot be typed and stands as codes."""
+    """A path as a shell takes it. Control characters appear as codes: such a path cannot be typed."""
     return shlex.quote(printable(str(path)))

@@ -1,6 +1,6 @@
-"""What lies in the two roots: every run of `./checkpoints/rm` and `./logs/rm`, its state, steps and sizes.
+"""The runs in the two roots, `./checkpoints/rm` and `./logs/rm`: their states, steps and sizes.
 
-Reads only, follows no symbolic link, and takes whatever vanishes meanwhile as gone. Standard library only.
+Reads only and follows no symbolic link; what vanishes while it is read counts as gone. Standard library only.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ STATES = (run_folder.RUNNING, run_folder.FINISHED, run_folder.STOPPED, run_folde
 
 @dataclass(frozen=True)
 class Roots:
-    """Where runs lie. Nothing outside of these two folders is ever touched."""
+    """Where runs are. Nothing outside these two folders and the trash beside each is ever touched."""
 
     output: Path
     logs: Path
-    has_orphans: bool = True  # whether logs without a run here are ours to show: not if only --output_dir was given
+    has_orphans: bool = True  # show logs without checkpoints? Not if only --output_dir was given
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """An evaluation: how many pairs of how many were right after `step`. Old checkpoints do not say of how many."""
+    """The share of correctly ordered pairs after `step`. Old checkpoints do not say of how many pairs."""
 
     step: int
     value: float
@@ -59,7 +59,7 @@ class Step:
     optimizer_bytes: int  # 0 if it was removed
 
     def accuracy(self) -> Accuracy | None:
-        """Its evaluation, as far as it says."""
+        """Its evaluation, if it has one that can be read."""
         content = read_object(self.folder / "training_state.json")
         value, pairs = content.get("eval_accuracy"), content.get("eval_pairs")
         if type(value) is not float or not 0 <= value <= 1:
@@ -69,7 +69,7 @@ class Step:
 
 @dataclass
 class RunInfo:
-    """One run, or logs that no run here claims (`folder` is None)."""
+    """One run, or logs that belong to no run here (`folder` is None)."""
 
     name: str
     folder: Path | None
@@ -96,7 +96,7 @@ class RunInfo:
 
     @property
     def base_model(self) -> str:
-        """Hub id or path; a path beneath the working folder as seen from there."""
+        """Hub id or path; a path below the working folder is relative to it."""
         model = self.config.get("model")
         return utils.seen_from_here(model) if type(model) is str else "?"
 
@@ -106,7 +106,7 @@ class RunInfo:
         return {True: "LoRA", False: "full"}.get(lora, "?") if type(lora) is bool else "?"
 
     def evaluations(self) -> list[Accuracy]:
-        """All evaluations by step: of the record, or of the checkpoints of a run that has none."""
+        """All evaluations by step: from the record, or without one from the checkpoints."""
         if self.record:
             return [Accuracy(step, correct / pairs, pairs) for step, correct, pairs in self.record.evaluations]
         return [found for step in self.steps if (found := step.accuracy())]
@@ -120,26 +120,26 @@ class RunInfo:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Looking
+# Reading the roots
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def scan(roots: Roots) -> tuple[list[RunInfo], list[str]]:
-    """All runs, oldest first, and notes about what else lies in the roots and is left alone."""
+    """All runs, oldest first, and notes about what else is in the roots and is not touched."""
     notes: list[str] = []
     logs = {path.name: path for path in subfolders(roots.logs, notes) if event_files(path)}
     runs = []
     for folder in subfolders(roots.output, notes):
         try:
-            run = look_at(folder, roots)
+            run = read_run(folder)
         except FileNotFoundError:
             continue  # gone since the folder was read
         except OSError as error:
             notes.append(f"{printable(folder.name)}: cannot be read ({error.strerror})")
             continue
         if run is None:
-            if not (folder.name in logs and folder == logs[folder.name]):
-                notes.append(f"{printable(folder.name)}: no run (nothing in it was written by train_rm.py); left alone")
+            if folder != logs.get(folder.name):
+                notes.append(f"{printable(folder.name)}: no run (train_rm.py wrote nothing in it); left alone")
             continue
         if claims_logs(run, roots):
             run.log_folder = logs.pop(run.name, None)
@@ -154,58 +154,43 @@ def scan(roots: Roots) -> tuple[list[RunInfo], list[str]]:
 
 
 def subfolders(root: Path, notes: list[str]) -> list[Path]:
-    """The real folders in a root but for hidden ones, by name; links are noted and left alone."""
+    """The folders in a root, sorted by name, without hidden ones; links are noted and skipped."""
     try:
         entries = sorted(os.scandir(root), key=lambda entry: entry.name)
     except FileNotFoundError:
         return []
     except OSError as error:
         kind = utils.DiskOrNetworkError if utils.disk_full_cause(error) else UserError
-        raise kind("a root cannot be read", where=root, found=error.strerror, next="see --output_dir, --log_dir") from (
-            error
-        )
-    found = []
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_symlink():
-            notes.append(f"{printable(entry.name)}: a symbolic link; left alone")
-        elif is_junction(Path(entry.path)):
-            notes.append(f"{printable(entry.name)}: a junction; left alone")
-        elif entry.is_dir(follow_symlinks=False):
-            found.append(root / entry.name)
-    return found
+        advice = "see --output_dir, --log_dir"
+        raise kind("a root cannot be read", where=root, found=error.strerror, next=advice) from error
+    entries = [entry for entry in entries if not entry.name.startswith(".")]
+    links = [entry.name for entry in entries if entry.is_symlink() or is_junction(Path(entry.path))]
+    notes += [f"{printable(name)}: a symbolic link; left alone" for name in links]
+    return [root / entry.name for entry in entries if entry.is_dir(follow_symlinks=False) and entry.name not in links]
 
 
 def is_junction(path: Path) -> bool:
-    """Windows' other kind of link between folders, which is no symbolic link to Python."""
+    """Whether a path is Windows' other kind of link between folders, which Python does not call a symbolic link."""
     return hasattr(os.path, "isjunction") and os.path.isjunction(path)
 
 
-def look_at(folder: Path, roots: Roots) -> RunInfo | None:
-    """One run's folder; None if no training of ours ever was in it."""
+def read_run(folder: Path) -> RunInfo | None:
+    """The run in a folder; None if nothing in it comes from train_rm.py."""
     run = RunInfo(folder.name, folder)
-    is_ours = False
+    has_lock_or_record = False
     for entry in os.scandir(folder):
         path = folder / entry.name
-        number = step_of(path)
         if entry.is_symlink():
             run.notes.append(f"{printable(entry.name)}: a symbolic link; what it points to is not part of the run")
-        elif number is not None and entry.is_dir(follow_symlinks=False):
-            sizes = file_sizes(path)
-            optimizer = sizes.get(manifest.OPTIMIZER, 0)
-            run.steps.append(Step(path, number, sum(sizes.values()), optimizer))
-            run.checkpoint_bytes += run.steps[-1].bytes
-            is_ours = True
+            continue
+        size, number = measure(path), step_of(path)
+        run.checkpoint_bytes += size
+        if number is not None and entry.is_dir(follow_symlinks=False):
+            run.steps.append(Step(path, number, size, measure(path / manifest.OPTIMIZER)))
         elif entry.name.startswith(("superseded-", ".tmp-")):
-            size = measure(path)
             run.leftovers.append((path, size))
-            run.checkpoint_bytes += size
-            is_ours = True
-        else:
-            is_ours = is_ours or entry.name in (file_locks.RunLock.FILE, run_folder.RUN)
-            run.checkpoint_bytes += measure(path)
-    if not is_ours:
+        has_lock_or_record |= entry.name in (file_locks.RunLock.FILE, run_folder.RUN)
+    if not (run.steps or run.leftovers or has_lock_or_record):
         return None
     run.steps.sort(key=lambda step: step.number)
     run.leftovers.sort()
@@ -214,7 +199,7 @@ def look_at(folder: Path, roots: Roots) -> RunInfo | None:
 
 
 def read_state(run: RunInfo) -> None:
-    """State, start and settings, from the run's own lock and record."""
+    """Set a run's state, start and settings from its lock and record."""
     try:
         run.record = run_folder.read_record(run.folder)
     except (OSError, ValueError) as error:
@@ -222,7 +207,7 @@ def read_state(run: RunInfo) -> None:
     try:
         is_running = file_locks.is_locked(run.folder / file_locks.RunLock.FILE)
     except OSError as error:
-        run.notes.append(f"its lock cannot be read ({error.strerror}): nobody knows whether it is running")
+        run.notes.append(f"its lock cannot be read ({error.strerror}): it may be running")
         is_running = False
     if run.record:
         run.started = datetime.fromisoformat(run.record.started)
@@ -236,22 +221,19 @@ def read_state(run: RunInfo) -> None:
 
 
 def claims_logs(run: RunInfo, roots: Roots) -> bool:
-    """Whether logs of this run's name in the log root are this run's: its settings must say so.
-
-    Another --output_dir may hold a run of the same name, and its logs are not ours to take.
-    """
+    """Whether logs with a run's name are its own, by its settings: another --output_dir may hold a run of that name."""
     log_dir = run.config.get("log_dir")
     if type(log_dir) is not str or "\0" in log_dir:
         return False
     told = os.path.normpath(os.path.join(os.path.abspath(roots.output), log_dir))
     if os.path.realpath(told) == os.path.realpath(roots.logs):
         return True
-    run.notes.append(f"its logs lie in {printable(told)}, which is not --log_dir; left alone")
+    run.notes.append(f"its logs are in {printable(told)}, which is not --log_dir; left alone")
     return False
 
 
 def note_logs(run: RunInfo) -> None:
-    """Size of a run's logs, and when they began if the run does not say."""
+    """Set the size of a run's logs, and its start from them if the run has no record."""
     if run.log_folder is None:
         run.notes.append("no logs here")
         return
@@ -269,26 +251,13 @@ def event_files(folder: Path) -> list[str]:
         return []
 
 
-def file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes by name of what lies in a folder, whole subfolders as one."""
-    try:
-        return {
-            entry.name: measure(Path(entry.path))
-            if entry.is_dir(follow_symlinks=False)
-            else entry.stat(follow_symlinks=False).st_size
-            for entry in os.scandir(folder)
-        }
-    except FileNotFoundError:
-        return {}
-
-
 def measure(path: Path) -> int:
-    """Bytes of a file, or of all files beneath a folder. Links count as themselves."""
+    """Bytes of a file, or of all files below a folder; 0 if there is none. Links are not followed."""
     return sum(found.st_size for _, found in walk(path) if not stat.S_ISDIR(found.st_mode))
 
 
 def walk(path: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """A path and all beneath it with their lstat, through no link; what vanishes meanwhile is left out."""
+    """A path and everything below it with their lstat, following no link and skipping what vanishes meanwhile."""
     waiting = [os.fspath(path)]
     while waiting:
         current = waiting.pop()
@@ -302,7 +271,7 @@ def walk(path: Path) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file's object; {} for anything else, which is reported where it matters: on loading."""
+    """A JSON file's object; {} for anything else, which training or chat.py reports when it loads the file."""
     try:
         content = json_records.read_own_json(path)
     except (OSError, ValueError):
@@ -311,13 +280,13 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def best_and_last(run: RunInfo) -> tuple[Step | None, Step | None]:
-    """A run's best checkpoint, as chat.py and training mean it, and its newest."""
+    """A run's best checkpoint, the same one as for chat.py and training, and its newest."""
     best = best_step(run.folder) if run.folder else None
     return next((step for step in run.steps if step.folder == best), None), (run.steps or [None])[-1]
 
 
 def resumed_by(run: RunInfo, runs: list[RunInfo], roots: Roots) -> dict[str, list[str]]:
-    """Names of this run's steps that other runs were resumed from -> those runs."""
+    """The steps of this run that other runs were resumed from: step name -> names of those runs."""
     found: dict[str, list[str]] = {}
     for other in runs:
         source = other.record.resumed_from if other.record else None
@@ -335,7 +304,7 @@ def resumed_by(run: RunInfo, runs: list[RunInfo], roots: Roots) -> dict[str, lis
 
 
 def sort_runs(runs: list[RunInfo], key: str) -> list[RunInfo]:
-    """By one of SORT_KEYS, growing, what is unknown first: so the newest, best or largest stand last, by the prompt."""
+    """Ascending by one of SORT_KEYS, unknown values first: the newest, best or largest are last, next to the prompt."""
 
     def value(run: RunInfo) -> Any:
         if key == "accuracy":
@@ -352,7 +321,7 @@ def sort_runs(runs: list[RunInfo], key: str) -> list[RunInfo]:
 def filter_runs(
     runs: list[RunInfo], state: str | None, older_than: timedelta | None, pattern: str | None
 ) -> list[RunInfo]:
-    """Those in a state, begun longer ago than an age, with a name like `lr-*`; a run of unknown age is not old."""
+    """Runs in a state, started longer ago than an age, with a name like `lr-*`. A run of unknown age is not old."""
     limit = datetime.now(UTC) - older_than if older_than is not None else None
     return [
         run
@@ -373,13 +342,13 @@ def parse_age(text: str) -> timedelta:
 
 
 def find_run(name: str, runs: list[RunInfo]) -> RunInfo:
-    """The run that is called exactly so; logs of that name only if there is no such run."""
+    """The run with exactly this name; logs with this name only if there is no such run."""
     found = sorted((run for run in runs if run.name == name), key=lambda run: run.folder is None)
     if not found:
         guess = utils.nearest(printable(name), [printable(run.name) for run in runs])
         raise UserError(
             f"there is no run named '{printable(name)}'{guess}",
-            safe="nothing was touched",
+            safe="nothing was changed",
             next="python manage_runs.py --list shows the names",
         )
     return found[0]

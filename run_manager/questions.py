@@ -1,4 +1,4 @@
-"""Questions on a terminal. Ctrl-C and end of input never count as an answer."""
+"""Questions on a terminal. Ctrl-C and end of input are never taken for an answer."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def has_terminal() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def ask(prompt: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def ask(kind: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """The answer to one question; KeyboardInterrupt or EndOfInput if there is none."""
-    question = prompt(*arguments, **options)
-    # questionary's lists, unlike its texts, do not listen to Ctrl-D
-    if prompt in (questionary.select, questionary.checkbox):
-        question.application.key_bindings.add("c-d", eager=True)(end_input)
+    question = kind(*arguments, **options)
+    if kind in (questionary.select, questionary.checkbox):  # unlike text questions, they ignore Ctrl-D
+        end_input = question.application.key_bindings.add("c-d", eager=True)
+        end_input(lambda event: event.app.exit(exception=EOFError()))
     try:
         return question.unsafe_ask()
     except KeyboardInterrupt:
@@ -31,10 +31,6 @@ def ask(prompt: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         raise
     except EOFError as error:
         raise EndOfInput from error
-
-
-def end_input(event: Any) -> None:
-    event.app.exit(exception=EOFError())
 
 
 def yes_or_no(question: str) -> bool:
@@ -55,7 +51,7 @@ def parse_numbers(text: str, highest: int) -> list[int]:
     for part in text.replace(",", " ").split():
         match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part)
         if not match:
-            raise ValueError(f"{part!r} is no number or range; 1,3-5 is one")
+            raise ValueError(f"{part!r} is not a number or range such as 1,3-5")
         first, last = int(match.group(1)), int(match.group(2) or match.group(1))
         if not 1 <= first <= last <= highest:
             raise ValueError(f"{part} is not within 1 to {highest}")
@@ -63,8 +59,8 @@ def parse_numbers(text: str, highest: int) -> list[int]:
     return sorted(numbers)
 
 
-def problem_with_numbers(text: str, highest: int) -> bool | str:
-    """What questionary's `validate` wants: True, or what is wrong."""
+def check_numbers(text: str, highest: int) -> bool | str:
+    """True, or what is wrong: what questionary's `validate` wants."""
     try:
         parse_numbers(text, highest)
     except ValueError as error:
@@ -73,15 +69,18 @@ def problem_with_numbers(text: str, highest: int) -> bool | str:
 
 
 def pick(what: str, titles: list[str]) -> list[int]:
-    """Places in `titles`: by numbers and ranges, or from a list with arrow keys and space."""
+    """Indices of `titles`, picked by numbers and ranges, or from a list with arrow keys and space."""
     question = f"{what}: numbers and ranges (1,3-5), or Enter for a list to pick from:"
-    text = ask(questionary.text, question, validate=lambda text: problem_with_numbers(text, len(titles)))
+    text = ask(questionary.text, question, validate=lambda text: check_numbers(text, len(titles)))
     if text.strip():
         return [number - 1 for number in parse_numbers(text, len(titles))]
-    choices = [questionary.Choice(f"{place + 1}  {title}", value=place) for place, title in enumerate(titles)]
-    return ask(questionary.checkbox, what, choices=choices)
+    return ask(questionary.checkbox, what, choices=numbered(titles))
 
 
 def pick_one(what: str, titles: list[str]) -> int:
-    choices = [questionary.Choice(f"{place + 1}  {title}", value=place) for place, title in enumerate(titles)]
-    return ask(questionary.select, what, choices=choices)
+    """The index of the title that was picked."""
+    return ask(questionary.select, what, choices=numbered(titles))
+
+
+def numbered(titles: list[str]) -> list[questionary.Choice]:
+    return [questionary.Choice(f"{index + 1}  {title}", value=index) for index, title in enumerate(titles)]

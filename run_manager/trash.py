@@ -29,7 +29,7 @@ import utils
 from checkpointing import manifest, run_folder
 from common import atomic_files, file_locks, json_records
 from run_manager import inventory
-from run_manager.deletion_plan import Item, Plan, link_or_mount, mount_points, mounted_beneath, why_not
+from run_manager.deletion_plan import Item, Plan, link_problem, mount_points, mounted_beneath, why_not
 from run_manager.inventory import TRASH, Roots
 from utils import UserError
 
@@ -64,6 +64,10 @@ class Outcome:
     left: list[tuple[str, str]] = field(default_factory=list)  # (name, why)
     is_disk: bool = False  # whether the operating system refused something
 
+    @property
+    def bytes(self) -> int:
+        return sum(item.bytes for item in self.done)
+
     def add_failure(self, name: str, error: Exception, more: str = "") -> None:
         self.is_disk |= isinstance(error, OSError)
         why = error.strerror if isinstance(error, OSError) else getattr(error, "what", None)
@@ -77,8 +81,8 @@ class Outcome:
 
 def trash_places(root: Path) -> tuple[Path, Path]:
     """Beside a root, and inside it."""
-    real = Path(os.path.realpath(root))
-    return real.with_name(f"{TRASH}-{real.name}"), root / TRASH
+    parent, name = os.path.split(os.path.realpath(root))
+    return Path(parent, f"{TRASH}-{name}"), root / TRASH
 
 
 def make_trash(root: Path) -> Path:
@@ -97,10 +101,10 @@ def make_trash(root: Path) -> Path:
 def locked_trash(root: Path) -> Iterator[Path]:
     """A root's trash, held so that one manage_runs.py at a time moves things in and out of the root."""
     root.mkdir(parents=True, exist_ok=True)  # to undo after the root itself was removed
-    if why := link_or_mount(root):
+    if why := link_problem(root):
         raise UserError(f"the root is {why}", where=root, safe="nothing was changed", next="name the real folder")
     folder = make_trash(root)
-    if why := link_or_mount(folder):
+    if why := link_problem(folder):
         raise UserError(f"the trash is {why}", where=folder, safe="nothing was changed", next="see what it is")
     check_lock_file(folder)
     try:
@@ -130,7 +134,7 @@ def entries(root: Path, prefix: str = "") -> dict[str, Path]:
     """The deletions in a root's trash: name -> folder, oldest first."""
     found = {}
     for place in trash_places(root):
-        if link_or_mount(place) is None:
+        if link_problem(place) is None:
             names = (entry.name for entry in os.scandir(place) if entry.is_dir(follow_symlinks=False))
             names = (name for name in names if re.fullmatch(prefix + ENTRY.pattern, name, re.ASCII))
             found |= {name.removeprefix(prefix): place / name for name in names}
@@ -156,9 +160,9 @@ def summary(roots: Roots) -> str | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def delete(plan: Plan, roots: Roots) -> Outcome:
+def delete(plan: Plan) -> Outcome:
     """Move a plan's items to the trash, run by run; each is checked again right before."""
-    outcome = Outcome()
+    outcome, roots = Outcome(), plan.roots
     touched = sorted({item.root for item in plan.items})  # always in this order, so no two processes block each other
     with contextlib.ExitStack() as locks:
         places = {root: locks.enter_context(locked_trash(root)) for root in touched}

@@ -14,7 +14,7 @@ from common import file_locks
 from tests.conftest import ROOT
 
 
-def test_asking_whether_a_lock_is_held_neither_makes_nor_changes_it(tmp_path):
+def test_asking_whether_a_lock_is_held_neither_creates_nor_changes_it(tmp_path):
     lock = tmp_path / ".lock"
     assert file_locks.is_locked(lock) is False and not lock.exists()
     held = file_locks.RunLock(tmp_path)
@@ -25,7 +25,7 @@ def test_asking_whether_a_lock_is_held_neither_makes_nor_changes_it(tmp_path):
     assert content is None or (lock.read_bytes(), lock.stat().st_mtime_ns) == (content, when)
 
 
-def test_asking_never_keeps_a_training_from_beginning(tmp_path):
+def test_asking_never_prevents_a_training_from_starting(tmp_path):
     file_locks.RunLock(tmp_path).release()
     stop = threading.Event()
 
@@ -43,7 +43,7 @@ def test_asking_never_keeps_a_training_from_beginning(tmp_path):
         asking.join()
 
 
-def test_a_lock_whose_folder_was_taken_away_is_refused(tmp_path, monkeypatch):
+def test_a_lock_whose_folder_was_moved_away_is_refused(tmp_path, monkeypatch):
     run = tmp_path / "run"
     run.mkdir()
     original = filelock.lock_descriptor

@@ -625,9 +625,9 @@ def test_a_disk_that_takes_no_more_exits_4_and_keeps_what_was_scored(tmp_path, r
 
 
 def test_what_is_no_reward_model_is_refused(judge, base, tmp_path, reward_checkpoint):
-    with pytest.raises(UserError, match="--model names something that is not there"):
+    with pytest.raises(UserError, match="--model names something that does not exist"):
         judge("./nowhere")
-    with pytest.raises(UserError, match="--against names something that is not there"):
+    with pytest.raises(UserError, match="--against names something that does not exist"):
         judge(reward_checkpoint, "--against", "./nowhere")
     with pytest.raises(UserError, match="--against names the model itself"):
         judge(reward_checkpoint, "--against", reward_checkpoint.parent)  # a run's folder is its newest step

@@ -38,7 +38,7 @@ class Forked:
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            code = 70  # none of ours
+            code = 70  # not an exit code of run_script
             try:
                 os.dup2(writing, 1)
                 os.dup2(writing, 2)
@@ -124,7 +124,7 @@ def trained(small_flags, tmp_path_factory):
 
 @pytest.fixture
 def work(trained, tmp_path, monkeypatch):
-    """A copy of them in a folder of its own, beside something that nobody may touch."""
+    """A copy of them in a folder of its own, beside something that must not be touched."""
     folder = tmp_path / "work"
     shutil.copytree(trained, folder, symlinks=True)
     (tmp_path / "outside").mkdir()
@@ -202,7 +202,7 @@ def training(work, small_flags):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_every_way_a_training_ends_is_told_from_its_lock_and_record(manage):
+def test_the_state_of_a_run_follows_from_its_lock_and_record(manage):
     found = objects(manage)
     assert {name: run["state"] for name, run in found.items()} == {
         "first": "finished", "branch": "finished", "stopped": "stopped", "killed": "crashed", "crashed": "crashed",
@@ -229,7 +229,7 @@ def test_accuracies_are_those_that_tensorboard_shows(manage, work):
         assert (found[what]["pairs"] == 8 and low < found[what]["accuracy"] < high) or high == pytest.approx(1)
 
 
-def test_a_checkpoint_says_of_how_many_pairs_its_accuracy_is_and_old_ones_stay_readable(work):
+def test_a_checkpoint_stores_how_many_pairs_its_accuracy_is_of_and_old_ones_stay_readable(work):
     from checkpointing import checkpoint
 
     step = work / "checkpoints/rm/first/step-2"
@@ -241,7 +241,7 @@ def test_a_checkpoint_says_of_how_many_pairs_its_accuracy_is_and_old_ones_stay_r
     assert scanned(work)["first"].steps[1].accuracy().interval is None
 
 
-def test_a_resumed_run_keeps_its_start_and_drops_what_lies_after(manage, work):
+def test_a_resumed_run_keeps_its_start_and_drops_later_evaluations(manage, work):
     before = run_folder.read_record(work / "checkpoints/rm/first")
     again = train(work, "--resume_from", "checkpoints/rm/first/step-2", "--eval_steps", "0")
     assert "done: 4 steps" in again.communicate()
@@ -252,7 +252,7 @@ def test_a_resumed_run_keeps_its_start_and_drops_what_lies_after(manage, work):
     assert after.evaluations[:2] == before.evaluations[:2]
 
 
-def test_a_run_killed_after_its_last_save_is_mended_by_resuming_it(work):
+def test_a_run_killed_after_its_last_save_is_finished_by_resuming_it(work):
     folder = work / "checkpoints/rm/first"
     record = run_folder.read_record(folder)
     record.state, record.ended = run_folder.RUNNING, None
@@ -263,7 +263,7 @@ def test_a_run_killed_after_its_last_save_is_mended_by_resuming_it(work):
     assert scanned(work)["first"].state == "finished"
 
 
-def test_a_run_that_crashed_before_its_first_save_may_be_begun_again_under_its_name(work, small_flags):
+def test_a_run_that_crashed_before_its_first_save_can_be_started_again_under_its_name(work, small_flags):
     folder = work / "checkpoints/rm/crashed"
     for step in step_folders(folder):
         shutil.rmtree(step)
@@ -277,7 +277,7 @@ def test_a_run_that_crashed_before_its_first_save_may_be_begun_again_under_its_n
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_pipe_gets_one_complete_line_a_run(manage, work):
+def test_a_pipe_gets_one_complete_line_per_run(manage, work):
     long_name = "x" * 100
     (work / "checkpoints/rm/branch").rename(work / "checkpoints/rm" / long_name)
     lines = manage().stdout.splitlines()
@@ -312,7 +312,7 @@ def test_the_list_is_sorted_and_filtered(manage, work):
 
 
 @pytest.mark.parametrize("age", ["7", "7x", "-1d", "²d", "1.5d", "", "9999999d", "7D"])
-def test_an_age_that_is_none_is_refused(manage, age):
+def test_an_invalid_age_is_rejected(manage, age):
     result = manage("--list", "--older_than", age)
     assert result.returncode == 2 and "--older_than" in result.stderr
 
@@ -340,7 +340,7 @@ def test_help_waits_for_no_library():
     assert result.returncode == 0 and "--empty_trash" in result.stdout, result.stderr
 
 
-def test_a_run_that_vanishes_while_it_is_listed_is_no_error(work):
+def test_a_run_that_vanishes_while_it_is_listed_is_not_an_error(work):
     folder, hidden = work / "checkpoints/rm/first", work / "hidden"
     stop = threading.Event()
 
@@ -380,7 +380,7 @@ ODD_FIELDS = {
 
 
 @pytest.mark.parametrize("kind", ODD_RECORDS)
-def test_a_record_that_nobody_of_us_wrote_is_a_note_and_no_crash(manage, work, kind):
+def test_a_foreign_record_is_noted_and_does_not_crash_the_list(manage, work, kind):
     path = work / "checkpoints/rm/first/run.json"
     content = ODD_RECORDS[kind]
     if content is None:
@@ -394,7 +394,7 @@ def test_a_record_that_nobody_of_us_wrote_is_a_note_and_no_crash(manage, work, k
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders here")
 @pytest.mark.parametrize("name", ["run.json", ".lock"])
-def test_a_pipe_in_a_files_place_keeps_nobody_waiting(manage, work, name):
+def test_a_pipe_in_place_of_a_file_does_not_block(manage, work, name):
     path = work / "checkpoints/rm/first" / name
     path.unlink()
     os.mkfifo(path)
@@ -429,7 +429,7 @@ def test_logs_without_checkpoints_and_checkpoints_without_logs_are_shown_and_han
     assert manage("--undo").returncode == 0 and set(objects(manage)) == set(found)
 
 
-def test_folders_that_are_no_runs_are_left_alone(manage, work):
+def test_folders_that_are_not_runs_are_left_alone(manage, work):
     (work / "checkpoints/rm/notes").mkdir()
     (work / "checkpoints/rm/notes/todo.txt").write_text("buy milk")
     result = manage()
@@ -438,7 +438,7 @@ def test_folders_that_are_no_runs_are_left_alone(manage, work):
     assert (work / "checkpoints/rm/notes/todo.txt").read_text() == "buy milk"
 
 
-def test_no_runs_at_all_say_how_to_make_one(run_script, tmp_path):
+def test_without_runs_it_says_how_to_make_one(run_script, tmp_path):
     result = run_script("manage_runs.py")
     assert result.returncode == 2 and "train_rm.py" in result.stderr
     (tmp_path / "checkpoints/rm").mkdir(parents=True)
@@ -455,7 +455,7 @@ def test_one_run_shows_settings_steps_curve_and_commands(manage, work):
     text = manage("--show", "first").stdout
     assert "lora" in text and "seed" in text and "configuration against the defaults" in text
     assert "max_grad_norm" not in text, "it has its default"
-    assert "step-2" in text and "branch went on from here" in text and "best" in text
+    assert "step-2" in text and "branch was resumed from here" in text and "best" in text
     assert "loss by step" in text and "┤" in text
     assert f"--resume_from {Path('checkpoints/rm/first')}" in text and "tensorboard --logdir" in text
     assert "eval_rm.py" in text
@@ -470,7 +470,7 @@ def test_the_commands_shown_work(manage, work):
     assert "nothing to do" in again.communicate() and again.returncode == 0
 
 
-def test_a_curve_of_torn_or_foreign_logs_is_said_to_be_unreadable_or_partial(manage, work):
+def test_truncated_logs_give_a_partial_curve_and_foreign_ones_a_message(manage, work):
     for path in (work / "logs/rm/first").glob("*tfevents*"):
         path.write_bytes(path.read_bytes()[:-7])
     assert "loss by step" in manage("--show", "first").stdout
@@ -493,7 +493,7 @@ def test_an_ascii_terminal_gets_an_ascii_curve(work):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_deleted_run_comes_back_byte_for_byte_and_not_from_an_emptied_trash(manage, work):
+def test_a_deleted_run_comes_back_byte_for_byte_until_the_trash_is_emptied(manage, work):
     before = tree(work)
     result = manage("--delete", "first", "stopped", "--yes")
     assert result.returncode == 0 and "branch was resumed from first/step-2" in result.stderr
@@ -508,7 +508,7 @@ def test_a_deleted_run_comes_back_byte_for_byte_and_not_from_an_emptied_trash(ma
     assert result.returncode == 2 and "empty" in result.stderr
 
 
-def test_undoing_goes_back_deletion_by_deletion(manage, work):
+def test_each_undo_takes_back_one_deletion(manage, work):
     states = [tree(work)]
     for words in (["--delete", "killed"], ["--delete", "first/step-1"], ["--prune", "keep=best,last"], ["--shrink"]):
         assert manage(*words, "--yes").returncode == 0
@@ -519,7 +519,7 @@ def test_undoing_goes_back_deletion_by_deletion(manage, work):
     assert manage("--undo").returncode == 2
 
 
-def test_a_dry_run_touches_nothing(manage, work):
+def test_a_dry_run_changes_nothing(manage, work):
     assert manage("--delete", "crashed", "--yes").returncode == 0
     before = tree(work)
     for words in (["--delete", "first"], ["--prune", "keep=last"], ["--shrink"], ["--delete_superseded"],
@@ -580,7 +580,7 @@ def test_a_deletion_is_undone_after_its_root_was_removed(manage, work):
 
 
 @pytest.mark.parametrize("obstacle", ["a file in its place", "another file system"])
-def test_a_trash_that_cannot_lie_beside_its_root_lies_in_it(manage, work, monkeypatch, obstacle):
+def test_a_trash_that_cannot_be_beside_its_root_is_inside_it(manage, work, monkeypatch, obstacle):
     before = tree(work)
     if obstacle == "a file in its place":
         (work / "logs/.trash-rm").write_text("")
@@ -595,7 +595,7 @@ def test_a_trash_that_cannot_lie_beside_its_root_lies_in_it(manage, work, monkey
     assert tree(work) == before
 
 
-def test_pruning_keeps_what_it_was_told_to(manage, work):
+def test_pruning_keeps_what_was_asked_for(manage, work):
     folder = work / "checkpoints/rm/first"
     best = best_step(folder).name
     result = manage("--prune", "keep=best,last", "--name", "first", "--yes")
@@ -609,7 +609,7 @@ def test_pruning_keeps_what_it_was_told_to(manage, work):
 
 
 @pytest.mark.parametrize("keep", ["best", "keep=", "keep=0", "keep=²", "keep=best,,last", "keep=-1", "keep=all"])
-def test_what_pruning_should_keep_must_be_clear(manage, work, keep):
+def test_an_invalid_list_of_steps_to_keep_is_rejected(manage, work, keep):
     before = tree(work)
     result = manage("--prune", keep, "--yes")
     assert result.returncode == 2 and "--prune" in result.stderr and tree(work) == before
@@ -624,7 +624,7 @@ def test_steps_that_were_never_evaluated_are_not_pruned_to_the_best(manage, work
     assert len(step_folders(work / "checkpoints/rm/first")) == 4
 
 
-def test_a_shrunk_checkpoint_is_sound_loads_and_scores_the_same_but_does_not_resume(manage, work):
+def test_a_shrunk_checkpoint_is_valid_and_scores_the_same_but_cannot_be_resumed(manage, work):
     import models
 
     folder = work / "checkpoints/rm/first"
@@ -701,7 +701,7 @@ def test_undo_never_writes_over_a_new_run_of_the_same_name(manage, work, small_f
     assert len(objects(manage)["first"]["checkpoints"]) == 4
 
 
-def test_undo_puts_no_step_into_a_run_that_went_on_since(manage, work):
+def test_undo_puts_no_step_into_a_run_that_was_resumed_since(manage, work):
     assert manage("--delete", "first/step-4", "--yes").returncode == 0
     again = train(work, "--resume_from", "checkpoints/rm/first", "--eval_steps", "0", "--max_steps", "3")
     again.communicate()
@@ -740,12 +740,13 @@ def test_a_run_that_is_training_is_shown_and_nothing_of_it_is_deleted(manage, wo
     assert training.poll() is None and objects(manage)["live"]["state"] == "running"
 
 
-def test_a_run_whose_training_began_after_the_list_was_made_is_not_deleted(work):
+def test_a_run_whose_training_started_after_the_list_was_made_is_not_deleted(work):
     run = scanned(work)["first"]
-    plan = deletion_plan.plan_runs([run], [run], roots_of(work))
+    plan = deletion_plan.Plan(roots_of(work), [run])
+    plan.add_runs([run])
     lock = file_locks.RunLock(run.folder)
     before = tree(work)
-    outcome = trash.delete(plan, roots_of(work))
+    outcome = trash.delete(plan)
     lock.release()
     assert not outcome.done and "being trained" in outcome.left[0][1]
     assert tree(work) == before
@@ -757,7 +758,7 @@ BAD_NAMES = ["..", "../outside", "/etc", "./first", "first/", "first/..", "first
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
-def test_a_name_that_is_no_runs_is_refused_and_nothing_is_touched(manage, work, tmp_path, name):
+def test_a_name_of_no_run_is_rejected_and_nothing_is_changed(manage, work, tmp_path, name):
     before = tree(tmp_path)
     for words in (["--delete", name, "--yes"], ["--delete", "killed", name, "--yes"], ["--show", name]):
         result = manage(*words)
@@ -825,7 +826,7 @@ def test_a_root_that_is_a_link_is_listed_but_not_touched(manage, work, tmp_path,
 
 @needs_links
 @pytest.mark.parametrize("name", ["rm/.trash", ".trash-rm", "rm/first/.lock", ".trash-rm/.lock"])
-def test_a_link_in_the_place_of_our_own_files_leads_nowhere(manage, work, tmp_path, name):
+def test_a_link_in_place_of_our_own_files_is_not_followed(manage, work, tmp_path, name):
     path = work / "checkpoints" / name
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
@@ -842,7 +843,7 @@ def test_a_link_in_the_place_of_our_own_files_leads_nowhere(manage, work, tmp_pa
     assert tree(tmp_path / "outside") == before
 
 
-def test_a_forged_trash_leads_nowhere(manage, work, tmp_path):
+def test_a_forged_manifest_in_the_trash_moves_nothing_out_of_the_root(manage, work, tmp_path):
     assert manage("--delete", "first", "--yes").returncode == 0
     manifest = next((work / "checkpoints/.trash-rm").glob("*/manifest.json"))
     content = utils.read_json(manifest)
@@ -959,7 +960,7 @@ def test_a_kill_at_any_point_of_a_deletion_or_its_undo_loses_nothing(trained, ru
 
 
 @needs_fork
-def test_a_deletion_that_fails_half_way_says_what_is_gone_and_left_and_can_be_repeated(work, tmp_path):
+def test_a_deletion_that_fails_half_way_reports_what_was_done_and_can_be_repeated(work, tmp_path):
     log = tmp_path / "log"
     (work / "logs/.trash-rm").mkdir()
     if os.geteuid() == 0:  # root may write anywhere, so it becomes nobody, who owns all but the log root
@@ -988,7 +989,7 @@ def test_a_deletion_that_fails_half_way_says_what_is_gone_and_left_and_can_be_re
 
 
 @needs_fork
-def test_a_deletion_that_is_stopped_half_way_says_what_is_gone_and_left(work, tmp_path):
+def test_a_deletion_that_is_stopped_half_way_reports_what_was_done(work, tmp_path):
     log = tmp_path / "log"
 
     def stopped_in_the_middle():
@@ -1002,23 +1003,27 @@ def test_a_deletion_that_is_stopped_half_way_says_what_is_gone_and_left(work, tm
     assert in_child(stopped_in_the_middle, log) == 143, log.read_text()
     text = log.read_text()
     assert (
-        "cut off; in the trash: first" in text and "left: " in text and "stopped" in text and manage_runs.BACK in text
+        "interrupted; in the trash: first" in text
+        and "left: " in text
+        and "stopped" in text
+        and manage_runs.UNDO in text
     ), text
     assert (work / "checkpoints/rm/stopped/run.json").exists() and not (work / "checkpoints/rm/first").exists()
     assert in_child(lambda: manage_runs.main(["--undo"]), log) == 0 and len(scanned(work)) == 5
 
 
-def test_what_another_deletion_takes_between_looking_and_planning_is_gone_already(work):
+def test_what_another_deletion_took_between_listing_and_planning_is_refused_as_gone(work):
     runs, _ = inventory.scan(roots_of(work))
     for name in ("first", "stopped"):
         for root in ("checkpoints/rm", "logs/rm"):
             shutil.rmtree(work / root / name)
     chosen = [run for run in runs if run.name in ("first", "stopped")]
-    plan = deletion_plan.plan_runs(chosen, runs, roots_of(work))
+    plan = deletion_plan.Plan(roots_of(work), runs)
+    plan.add_runs(chosen)
     assert len(plan.refused) >= 2 and {why for _, why in plan.refused} == {"gone already"} and not plan.items
 
 
-def test_many_at_once_corrupt_nothing(work):
+def test_many_instances_at_once_corrupt_nothing(work):
     before = tree(work)
     names = [["first"], ["first", "stopped"], ["stopped"], ["killed"], ["killed"], ["branch"]]
     command = [sys.executable, str(ROOT / "manage_runs.py")]
@@ -1042,7 +1047,7 @@ def test_many_at_once_corrupt_nothing(work):
     assert tree(work) == before
 
 
-def test_a_second_one_waits_and_then_says_that_it_touched_nothing(manage, work, monkeypatch):
+def test_a_second_instance_waits_and_then_says_that_it_changed_nothing(manage, work, monkeypatch):
     (work / "checkpoints/.trash-rm").mkdir()
     lock = file_locks.RunLock(work / "checkpoints/.trash-rm")
     monkeypatch.setattr(trash, "LOCK_SECONDS", 0.5)
@@ -1067,14 +1072,14 @@ def test_a_second_one_waits_and_then_says_that_it_touched_nothing(manage, work, 
         (["--output_dir", "no/such", "--log_dir", "none"], "there are no runs yet"),
     ],
 )
-def test_flags_that_make_no_sense_exit_2_and_say_why(manage, work, words, message):
+def test_flags_that_make_no_sense_together_exit_2_and_say_why(manage, work, words, message):
     before = tree(work)
     result = manage(*words)
     assert result.returncode == 2 and message in result.stderr, result.stderr
     assert tree(work) == before
 
 
-def test_a_reader_that_leaves_early_is_no_crash(work):
+def test_a_reader_that_leaves_early_causes_no_traceback(work):
     command = f"{sys.executable} {ROOT / 'manage_runs.py'} --json | head -1"
     result = subprocess.run(command, shell=True, cwd=work, capture_output=True, text=True, timeout=60)
     assert "Traceback" not in result.stderr
@@ -1199,7 +1204,7 @@ def test_a_single_run_is_not_deleted_without_a_yes(terminal, work, answer):
 @needs_pty
 @pytest.mark.parametrize("key, code", [("\x03", 130), ("\x04", 0)], ids=["Ctrl-C", "end of input"])
 @pytest.mark.parametrize("depth", range(4))
-def test_ctrl_c_and_end_of_input_at_any_prompt_delete_nothing(terminal, work, key, code, depth):
+def test_ctrl_c_and_end_of_input_at_any_question_delete_nothing(terminal, work, key, code, depth):
     before = tree(work)
     child = terminal("--sort", "name", size=(50, 250))
     steps = [("What now", DOWN + ENTER), ("Enter for a list", ENTER), ("Runs to delete", SPACE + DOWN + SPACE + ENTER)]
@@ -1227,7 +1232,7 @@ def test_ctrl_c_and_end_of_input_at_a_confirmation_delete_nothing(terminal, work
 
 
 @needs_pty
-def test_sigterm_at_a_prompt_exits_143_and_deletes_nothing(terminal, work):
+def test_sigterm_at_a_question_exits_143_and_deletes_nothing(terminal, work):
     before = tree(work)
     child = terminal("--delete", "first", "stopped")
     child.expect("Type delete")
@@ -1237,7 +1242,7 @@ def test_sigterm_at_a_prompt_exits_143_and_deletes_nothing(terminal, work):
 
 
 @needs_pty
-def test_single_steps_and_everything_else_of_the_menu_work(terminal, work):
+def test_single_steps_and_every_other_entry_of_the_menu_work(terminal, work):
     before = tree(work)
     child = terminal("--sort", "name", size=(50, 250))
     child.expect("What now")
@@ -1267,7 +1272,7 @@ def test_single_steps_and_everything_else_of_the_menu_work(terminal, work):
     child.expect("in the trash: 5 things")
     child.expect("What now")
     child.send(DOWN * 7 + ENTER)  # empty the trash
-    child.expect("no way back")
+    child.expect("cannot be undone")
     child.send("delete" + ENTER)
     child.expect("freed:")
     assert leave(child) == 0
@@ -1286,7 +1291,7 @@ def test_numbers_and_ranges_are_read_strictly():
             questions.parse_numbers(text, 9)
 
 
-def test_a_name_reaches_the_terminal_without_signs_that_it_obeys():
+def test_a_name_reaches_the_terminal_without_control_characters():
     assert utils.printable("a\nb\x1b[2J\u202e\udcff²") == "a\\nb\\x1b[2J\\u202e\\udcff²"
 
 
