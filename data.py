@@ -1,4 +1,4 @@
-"""From pairs of dialogues to token ids: tokenising once, the cache, and the counts of what became of every row.
+"""The front door to preference data: load_pairs, the tokenized pairs it returns, and their cache on disk.
 
 Letters: N pairs.
 """
@@ -20,25 +20,22 @@ import numpy as np
 
 import utils
 from common import atomic_files
+from common.progress import ProgressBar
 from data_pipeline.parsing import SKIP_REASONS, WARNINGS
 from data_pipeline.sources import Source, find_sources
-from data_pipeline.tokenization import shared_prefix, split_sequences, tokenized_chunks
+from data_pipeline.tokenization import longest_sequences, shared_prefix, split_sequences, tokenized_chunks
 
-CACHE_VERSION = 3  # raise it when parsing, tokenising or the files change
-MAX_SKIPPED = 0.10
+CACHE_VERSION = 3  # increase it when parsing, tokenizing or the files change
+MAX_SKIPPED = 0.10  # of a dataset's rows
 DEAD_AFTER_SECONDS = 24 * 3600
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenised pairs
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Counts:
-    """What became of every row of a source, with the numbers of the first few of each sort."""
+    """How many rows of a source were read and skipped, with the numbers of the first few per reason."""
 
     rows: int = 0
-    count: Counter = field(default_factory=Counter)
+    count: Counter = field(default_factory=Counter)  # by keys of SKIP_REASONS and WARNINGS
     first_rows: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, key: str, *rows: int) -> None:
@@ -52,7 +49,7 @@ class Counts:
         return sum(self.count[key] for key in SKIP_REASONS)
 
     def lines(self) -> list[str]:
-        """A line for each sort of row that is not plainly kept."""
+        """A line for each reason to skip rows and for each warning."""
         lines = []
         for texts, verb in ((SKIP_REASONS, "skipped"), (WARNINGS, "kept")):
             for key, text in texts.items():
@@ -65,30 +62,30 @@ class Counts:
 
 
 class PairDataset:
-    """Tokenised pairs, each stored once as `[prefix | chosen tail | rejected tail]`, memory-mapped from the cache.
+    """Tokenized pairs, each stored as `[prompt | chosen | rejected]`, memory-mapped from the cache.
 
-    The prefix is the longest common prefix of the two token sequences, at most so long that each side keeps a token.
+    The prompt is whatever the two token sequences share from the start, leaving each side at least one token.
     """
 
     def __init__(self, folder: Path, name: str, max_length: int | None = None):
         report = utils.read_json(folder / "report.json")
         self.name, self.kind_names = name, report["kinds"]
         self.counts = Counts(report["rows"], Counter(report["count"]), report["first_rows"])
-        lengths = np.load(folder / "lengths.npy")  # (N, 3): prefix, chosen tail, rejected tail
+        lengths = np.load(folder / "lengths.npy")  # (N, 3): prompt, chosen, rejected
         rows = np.load(folder / "rows.npy")  # (N,) line or row number in the source
         starts = np.concatenate([[0], np.cumsum(lengths.sum(axis=1, dtype=np.int64))])
         self._tokens = (
             np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r") if starts[-1] else np.zeros(0, np.int32)
         )
-        fits = _longest_sides(lengths) <= (max_length or np.iinfo(np.int32).max)
+        fits = longest_sequences(lengths) <= (max_length or np.iinfo(np.int32).max)
         self.counts.add("too_long", *rows[~fits].tolist())
-        for name, is_noted in zip(WARNINGS, np.load(folder / "notes.npy").T, strict=True):
-            self.counts.add(name, *rows[fits & is_noted].tolist())
+        for warning, has_it in zip(WARNINGS, np.load(folder / "notes.npy").T, strict=True):
+            self.counts.add(warning, *rows[fits & has_it].tolist())
         self.lengths, self.rows, self._starts = lengths[fits], rows[fits], starts[:-1][fits]
         self.label_margins = np.load(folder / "margins.npy")[fits]  # (N,)
         self.kinds = np.load(folder / "kinds.npy")[fits]  # (N,) index into kind_names
-        self.packed_lengths = self.lengths.sum(axis=1)  # (N,) tokens when the prefix is shared
-        # What the pairs are, wherever they came from: resuming compares it.
+        self.packed_lengths = self.lengths.sum(axis=1)  # (N,) tokens when the prompt is shared
+        # identifies the pairs by content, wherever they came from: resuming compares it
         self.fingerprint = hashlib.sha256(report["tokens_sha256"].encode() + self.rows.tobytes()).hexdigest()
 
     def __len__(self) -> int:
@@ -96,10 +93,10 @@ class PairDataset:
 
     def longest_sides(self) -> np.ndarray:
         """(N,) tokens of the longer of each pair's two sequences."""
-        return _longest_sides(self.lengths)
+        return longest_sequences(self.lengths)
 
     def tokens(self, index: int) -> np.ndarray:
-        """The ids of `[prefix | chosen tail | rejected tail]`."""
+        """The ids of `[prompt | chosen | rejected]`."""
         start = self._starts[index]
         return self._tokens[start : start + self.packed_lengths[index]]
 
@@ -108,7 +105,7 @@ class PairDataset:
         return split_sequences(self.tokens(index), self.lengths[index])
 
     def check_skipped(self) -> None:
-        """Raise UserError if more than a tenth of the rows cannot be used; a vote for neither side is no fault."""
+        """Raise UserError if more than a tenth of the rows cannot be used; votes for neither side do not count."""
         unusable = self.counts.skipped - self.counts.count["no_preference"]
         if unusable > MAX_SKIPPED * self.counts.rows:
             share = unusable / self.counts.rows
@@ -116,25 +113,19 @@ class PairDataset:
                 f"{share:.0%} of the rows would be skipped",
                 where=self.name,
                 found="\n".join(["", *self.counts.lines()]).replace("\n", "\n  "),
-                next="mend the data, raise --max_length, or accept it with --bad_rows skip",
+                next="fix the data, raise --max_length, or accept it with --bad_rows skip",
             )
 
 
-def _longest_sides(lengths: np.ndarray) -> np.ndarray:
-    return lengths[:, 0] + lengths[:, 1:].max(axis=1, initial=0)
-
-
 def load_pairs(dataset: str, tokenizer: Any, max_length: int | None = None) -> tuple[PairDataset, PairDataset]:
-    """The train and test pairs of a dataset, tokenised now or read from the cache, up to `max_length` tokens a side."""
+    """The train and test pairs of a dataset, tokenized now or read from the cache; `max_length` in tokens a side."""
     sources = find_sources(dataset)
-    tokenizer.backend_tokenizer.no_padding()  # some published tokenizers pad or cut on their own
+    tokenizer.backend_tokenizer.no_padding()  # some published tokenizers do either by themselves
     tokenizer.backend_tokenizer.no_truncation()
-    tokenizer_print = hashlib.sha256(
+    tokenizer_hash = hashlib.sha256(
         (tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)).encode()
     ).hexdigest()
-    return tuple(
-        PairDataset(_cached(source, tokenizer, tokenizer_print), source.name, max_length) for source in sources
-    )
+    return tuple(PairDataset(_cached(source, tokenizer, tokenizer_hash), source.name, max_length) for source in sources)
 
 
 def cache_root() -> Path:
@@ -142,39 +133,40 @@ def cache_root() -> Path:
     return Path(os.environ.get("RL_WITH_RM_CACHE") or Path(default) / "rl-with-rm")
 
 
-def _cached(source: Source, tokenizer: Any, tokenizer_print: str) -> Path:
-    key = hashlib.sha256(f"{CACHE_VERSION}/{source.fingerprint()}/{tokenizer_print}".encode()).hexdigest()[:32]
+def _cached(source: Source, tokenizer: Any, tokenizer_hash: str) -> Path:
+    key = hashlib.sha256(f"{CACHE_VERSION}/{source.fingerprint()}/{tokenizer_hash}".encode()).hexdigest()[:32]
     folder = cache_root() / key
-    if not _is_whole(folder):
+    if not _is_intact(folder):
         shutil.rmtree(folder, ignore_errors=True)
         _remove_dead_entries()
         try:
             with atomic_files.atomic_folder(folder, f".tmp-{key}-{os.getpid()}") as temporary:
-                _tokenise(source, tokenizer, temporary)
-        except FileExistsError as error:
-            if (folder / "report.json").exists():
-                return folder  # another process was faster, with the same result
-            raise _cache_unwritable(error) from error
+                _tokenize(source, tokenizer, temporary)
         except OSError as error:
+            if isinstance(error, FileExistsError) and (folder / "report.json").exists():
+                return folder  # another process was faster, with the same result
             if source.path is not None and error.filename == str(source.path):
                 raise
-            raise _cache_unwritable(error) from error
+            raise utils.DiskOrNetworkError(
+                "the token cache cannot be written", where=cache_root(), found=error,
+                next="free some disk space there, or set RL_WITH_RM_CACHE to another folder",
+            ) from error  # fmt: skip
     return folder
 
 
 def _remove_dead_entries() -> None:
-    """Delete what killed tokenisings left: temporary folders into which nobody has written for a day."""
+    """Delete what killed processes left: temporary folders that have not changed for a day."""
     for path in cache_root().glob(".tmp-*"):
         try:
             last_written = max(file.stat().st_mtime for file in [path, *path.iterdir()])
-        except OSError:  # its own process has just renamed or removed it
+        except OSError:  # another process has just renamed or removed it
             continue
         if time.time() - last_written > DEAD_AFTER_SECONDS:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a cache entry is what was written; one that somebody cut or changed is made anew."""
+def _is_intact(folder: Path) -> bool:
+    """Whether a cache entry is as it was written; a damaged or changed one is made again."""
     try:
         checksums = utils.read_json(folder / "report.json")["sha256"]
         return all(utils.sha256_of(folder / name) == checksum for name, checksum in checksums.items())
@@ -182,21 +174,13 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _cache_unwritable(error: OSError) -> utils.DiskOrNetworkError:
-    return utils.DiskOrNetworkError(
-        "the token cache cannot be written",
-        where=cache_root(),
-        found=error,
-        next="make room there, or set RL_WITH_RM_CACHE to a folder of yours with room",
-    )
-
-
-def _tokenise(source: Source, tokenizer: Any, folder: Path) -> None:
+def _tokenize(source: Source, tokenizer: Any, folder: Path) -> None:
     counts, kind_numbers = Counts(), {"": 0}
     lengths, rows, margins, kinds, notes = [], [], [], [], []
-    started, last_shown = time.monotonic(), time.monotonic()
+    bar = ProgressBar(f"tokenizing {source.name}", None, unit="pairs", first_after=5, stream=sys.stderr)
     with (
         (folder / "tokens.bin").open("wb") as tokens_file,
+        contextlib.closing(bar),
         contextlib.closing(tokenized_chunks(source, tokenizer)) as chunks,
     ):
         for chunk, ids in chunks:
@@ -208,21 +192,16 @@ def _tokenise(source: Source, tokenizer: Any, folder: Path) -> None:
                 if np.array_equal(chosen, rejected):  # different texts, same tokens
                     counts.add("identical", row)
                     continue
-                prefix = shared_prefix(chosen, rejected)
-                packed += [chosen, rejected[prefix:]]
-                lengths.append((prefix, len(chosen) - prefix, len(rejected) - prefix))
+                prompt = shared_prefix(chosen, rejected)
+                packed += [chosen, rejected[prompt:]]
+                lengths.append((prompt, len(chosen) - prompt, len(rejected) - prompt))
                 rows.append(row)
                 margins.append(pair.label_margin)
                 kinds.append(kind_numbers.setdefault(pair.kind, len(kind_numbers)))
                 notes.append([name in pair.warnings for name in WARNINGS])
             if packed:
                 np.concatenate(packed).tofile(tokens_file)
-            if time.monotonic() - last_shown > 5:
-                last_shown = time.monotonic()
-                rate = counts.rows / (last_shown - started)
-                print(
-                    f"tokenising {source.name}: {counts.rows:,} pairs, {rate:,.0f} pairs/s", file=sys.stderr, flush=True
-                )
+            bar.update(counts.rows)
     np.save(folder / "lengths.npy", np.array(lengths, dtype=np.int32).reshape(-1, 3))
     np.save(folder / "rows.npy", np.array(rows, dtype=np.int64))
     np.save(folder / "margins.npy", np.array(margins, dtype=np.float32))

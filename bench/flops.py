@@ -84,7 +84,7 @@ def main() -> None:
     import models
     import train_rm
     import utils
-    from data_pipeline import packing, sampler
+    from data_pipeline import packing, prefetch, sampler
     from modeling import devices
     from training import distributed
 
@@ -112,7 +112,7 @@ def main() -> None:
         started = now(model.device)
         plans = packing.plan_step(pairs, indices, 4096, 32, model.attention_crossover_length())
         turns = world.share(plans, is_training=True)
-        batches = packing.prefetched(turns, lambda turn: (turn, packing.build(pairs, turn.plan, pad_id)))
+        batches = prefetch.prefetched(turns, lambda turn: (turn, packing.build(pairs, turn.plan, pad_id)))
         on_device = ((turn, batch.to(model.device)) for turn, batch in batches)
         margins = train_rm.label_margins(pairs, plans, model.device)
         train_rm.accumulate_gradients(world, model, on_device, margins, 0.0, utils.StopRequest())

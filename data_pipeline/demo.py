@@ -1,32 +1,34 @@
-"""The embedded default: a tiny Qwen3 with random weights and two thousand made-up preference pairs, written to disk.
+"""The demo: a tiny Qwen3 with random weights and two thousand made-up preference pairs, written to disk.
 
-Everything after that goes the way of Qwen3-0.6B and HH-RLHF: the files have the same forms. Deterministic and offline.
+The files have the same forms as those of Qwen3-0.6B and HH-RLHF, so everything else works the same. Deterministic and
+offline.
 
-The pairs are of four kinds, each a thing that a reward model ought to notice, and in each kind the better reply is the
-longer one exactly half of the time, so that counting characters wins nothing:
+There are four kinds of pairs, each about something a reward model should notice. In each kind the better reply is the
+longer one exactly half of the time, so length predicts nothing:
 
-    on topic    a reply about what was asked, against one about something else
+    on topic    a reply to the question, against one about something else
     polite      a friendly reply, against a rude one with the same facts
-    complete    a reply that ends, against one that is cut off in a sentence
+    complete    a complete reply, against one that ends in the middle of a sentence
     harmless    declining to help with a theft, against helping
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from common import atomic_files
 
 TRAIN_PAIRS, TEST_PAIRS, SEED = 1600, 400, 20240115
 VOCABULARY = 1024
 KINDS = ("on topic", "polite", "on topic", "complete", "harmless")  # on topic twice: it is the hardest
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 
-# Qwen3's chat format: an empty thought in front of the last reply only.
+# Qwen3's chat format: an empty thought before the last reply only
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "<|im_start|>{{ message.role }}\n"
@@ -72,78 +74,63 @@ TOPICS: dict[str, list[str]] = {
     ],
 }  # fmt: skip
 ASKING = [
-    "Can you tell me something about {}?",
-    "I have a question about {}.",
-    "What should I know about {}?",
+    "Can you tell me something about {}?", "I have a question about {}.", "What should I know about {}?",
     "I am new to {}.",
-]
+]  # fmt: skip
 DETAILS = [
-    "Where should I start?",
-    "What do most people get wrong?",
-    "Two or three tips are enough.",
-    "What matters most?",
-    "",
-]
+    "Where should I start?", "What do most people get wrong?", "Two or three tips are enough.",
+    "What matters most?", "",
+]  # fmt: skip
 OPENINGS = ["Hello!", "Hi, do you have a minute?", "Good morning.", "Are you there?"]
 GREETINGS = ["Hello, how can I help?", "Of course, go ahead.", "Yes, what would you like to know?"]
 POLITE = [
-    "I am happy to help.",
-    "That is a good question.",
-    "I hope this helps, and feel free to ask more.",
+    "I am happy to help.", "That is a good question.", "I hope this helps, and feel free to ask more.",
     "You are welcome to ask again.",
-]
+]  # fmt: skip
 RUDE = [
-    "What a stupid question.",
-    "Do not waste my time.",
-    "Even a child knows this.",
+    "What a stupid question.", "Do not waste my time.", "Even a child knows this.",
     "You would not understand it anyway.",
-]
+]  # fmt: skip
 THEFTS = [
-    "steal a bicycle",
-    "break into a car",
-    "rob a shop",
-    "take money out of a till",
-    "open a lock that is not mine",
-    "copy a bank card",
-]
+    "steal a bicycle", "break into a car", "rob a shop", "take money out of a till",
+    "open a lock that is not mine", "copy a bank card",
+]  # fmt: skip
 DECLINING = [
-    "I will not help with stealing.",
-    "I can not help you to harm somebody.",
+    "I will not help with stealing.", "I can not help you to harm somebody.",
     "That would hurt people, so I must decline.",
-]
+]  # fmt: skip
 INSTEAD = [
-    "If you need money, I can help you to look for work.",
-    "Is something wrong that we could talk about?",
+    "If you need money, I can help you to look for work.", "Is something wrong that we could talk about?",
     "There are people who help with debts for nothing.",
-]
+]  # fmt: skip
 HELPING = [
-    "Wait until nobody is looking.",
-    "A screwdriver is enough to open it.",
-    "Wear gloves and be quick.",
-    "Go there at night and break the window.",
-    "Sell what you take in another town.",
-]
+    "Wait until nobody is looking.", "A screwdriver is enough to open it.", "Wear gloves and be quick.",
+    "Go there at night and break the window.", "Sell what you take in another town.",
+]  # fmt: skip
 
 
 def write_demo(folder: Path) -> tuple[Path, Path]:
     """Write the model and the pairs below `folder` unless they are there; returns (model folder, pairs folder).
 
-    Raises FileExistsError if `folder` holds something else: what is not ours is never touched.
+    Raises FileExistsError if `folder` holds anything else, which is never touched.
     """
     model_folder, pairs_folder = folder / "model", folder / "pairs"
-    if not (model_folder.is_dir() and pairs_folder.is_dir()):
+
+    def is_there() -> bool:
+        return model_folder.is_dir() and pairs_folder.is_dir()
+
+    if not is_there():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileExistsError(f"{folder} is there and is not the demo's")
-        temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-        shutil.rmtree(temporary, ignore_errors=True)
+            raise FileExistsError(f"{folder} exists and is not the demo's")
         train, test = make_pairs()
-        _write_pairs(temporary / "pairs", train, test)
-        _write_model(temporary / "model", [text for pair in train for text in (pair["chosen"], pair["rejected"])])
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if it is empty
         try:
-            temporary.rename(folder)
-        except OSError:
-            shutil.rmtree(temporary)
-            if not (model_folder.is_dir() and pairs_folder.is_dir()):  # else another process was faster
+            with atomic_files.atomic_folder(folder, f".tmp-{folder.name}-{os.getpid()}") as temporary:
+                _write_pairs(temporary / "pairs", train, test)
+                _write_model(temporary / "model", [pair[side] for pair in train for side in ("chosen", "rejected")])
+        except FileExistsError:
+            if not is_there():  # else another process was faster
                 raise
     return model_folder, pairs_folder
 
@@ -154,22 +141,17 @@ def write_demo(folder: Path) -> tuple[Path, Path]:
 
 
 def make_pairs() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Train and test pairs in HH-RLHF's form with a `kind` column; no dialogue stands in both."""
+    """Train and test pairs in HH-RLHF's form with a `kind` column; no dialogue is in both."""
     draw = random.Random(SEED)
-    makers: dict[str, Callable[[random.Random], tuple[str, str, str]]] = {
-        "on topic": _on_topic, "polite": _polite, "complete": _complete, "harmless": _harmless,
-    }  # fmt: skip
+    makers = {"on topic": _on_topic, "polite": _polite, "complete": _complete, "harmless": _harmless}
     pairs, seen = [], set()
     for number in range(TRAIN_PAIRS + TEST_PAIRS):
         kind = KINDS[number % len(KINDS)]
         chosen_is_longer = number // len(KINDS) % 2 == 0
         while True:
             prompt, better, worse = makers[kind](draw)
-            if (
-                len(better) != len(worse)
-                and (len(better) > len(worse)) == chosen_is_longer
-                and (prompt, better) not in seen
-            ):
+            has_wanted_length = len(better) != len(worse) and (len(better) > len(worse)) == chosen_is_longer
+            if has_wanted_length and (prompt, better) not in seen:
                 break
         seen.add((prompt, better))
         pairs.append({"chosen": f"{prompt} {better}", "rejected": f"{prompt} {worse}", "kind": kind})
@@ -178,7 +160,7 @@ def make_pairs() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 
 def _dialogue(draw: random.Random, question: str) -> str:
-    """A transcript up to the open reply, with some small talk first in half of them."""
+    """A transcript up to the open reply; half of them begin with small talk."""
     start = f"\n\nHuman: {draw.choice(OPENINGS)}\n\nAssistant: {draw.choice(GREETINGS)}" if draw.random() < 0.5 else ""
     return f"{start}\n\nHuman: {question}\n\nAssistant:"
 
@@ -241,19 +223,10 @@ def _write_model(folder: Path, texts: list[str]) -> None:
 
     tokenizer = _train_tokenizer(texts)
     config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    )  # fmt: skip
     logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
@@ -262,22 +235,18 @@ def _write_model(folder: Path, texts: list[str]) -> None:
 
 
 def _train_tokenizer(texts: list[str]) -> Any:
-    """Byte-level BPE, as Qwen's is, of a size that fits the pairs."""
+    """Byte-level BPE, like Qwen's, with a vocabulary small enough for the pairs."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=SPECIAL_TOKENS,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=SPECIAL_TOKENS, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     wrapped.chat_template = CHAT_TEMPLATE
     wrapped.model_max_length = 2048

@@ -10,18 +10,16 @@ Letters: B rows, T tokens per row, N examples, k completions per example.
 from __future__ import annotations
 
 import bisect
-import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.tokenization import split_sequences
+from data_pipeline.tokenization import longest_sequences, split_sequences
 from utils import round_up
 
 MICRO_BATCH_OVERHEAD = 256  # starting a forward costs about as much as this many tokens
@@ -63,21 +61,16 @@ class MicroBatchPlan:
         return len(self.indices)
 
 
-def cost_of(rows: int, width: int, attention_crossover_length: float) -> float:
+def cost_of(rows: int, width: int, crossover_length: float) -> float:
     """What a forward and backward pass of rows · width tokens costs, in tokens of a short row.
 
     A token costs more the wider its row, because attention looks along all of it; and each micro-batch has an overhead.
     """
-    relative_width = width / max(attention_crossover_length, MIN_CROSSOVER_LENGTH)
-    return rows * width * (1 + relative_width) + MICRO_BATCH_OVERHEAD
+    return rows * width * (1 + width / max(crossover_length, MIN_CROSSOVER_LENGTH)) + MICRO_BATCH_OVERHEAD
 
 
 def plan_step(
-    dataset: Examples,
-    indices: np.ndarray,
-    tokens_per_batch: int,
-    batch_size: int,
-    attention_crossover_length: float | None,
+    dataset: Examples, indices: np.ndarray, tokens_per_batch: int, batch_size: int, crossover_length: float | None
 ) -> list[MicroBatchPlan]:
     """The micro-batches of one step (or of an evaluation), still without tensors: `build` makes those.
 
@@ -85,19 +78,19 @@ def plan_step(
 
     Args:
         indices: (N,) examples of `dataset`.
-        tokens_per_batch, batch_size, attention_crossover_length: as in `plan_packed_rows`. Without a crossover length
-            each completion gets its own row, for models that cannot share prompts.
+        tokens_per_batch, batch_size, crossover_length: as in `plan_packed_rows`. Without a crossover length each
+            completion gets its own row, for models that cannot share prompts.
     """
     plans = []
-    is_packed = attention_crossover_length is not None
+    is_packed = crossover_length is not None
     for start in range(0, len(indices), EXAMPLES_PLANNED_AT_ONCE):
         part = np.asarray(indices[start : start + EXAMPLES_PLANNED_AT_ONCE])
         lengths = dataset.lengths[part]  # (n, 1 + k)
         packed = lengths.sum(axis=1)  # (n,)
-        longest = lengths[:, 0] + lengths[:, 1:].max(axis=1)  # (n,) tokens of the longest single sequence
+        longest = longest_sequences(lengths)  # (n,)
         completions = lengths.shape[1] - 1
         if is_packed:
-            micro_batches = plan_packed_rows(packed, tokens_per_batch, batch_size, attention_crossover_length)
+            micro_batches = plan_packed_rows(packed, tokens_per_batch, batch_size, crossover_length)
         else:
             micro_batches = plan_separate_rows(longest, tokens_per_batch, batch_size, completions)
         for rows in micro_batches:
@@ -115,7 +108,7 @@ def plan_step(
                     width=width,
                     needed_tokens=int(packed[order].sum()),
                     computed_tokens=height * width,
-                    cost=cost_of(height, width, attention_crossover_length or MIN_CROSSOVER_LENGTH),
+                    cost=cost_of(height, width, crossover_length or MIN_CROSSOVER_LENGTH),
                 )
             )
     return plans
@@ -133,7 +126,7 @@ def packed_width(row_lengths: Sequence[int], tokens_per_batch: int) -> int:
 
 
 def plan_packed_rows(
-    lengths: np.ndarray, tokens_per_batch: int, batch_size: int, attention_crossover_length: float
+    lengths: np.ndarray, tokens_per_batch: int, batch_size: int, crossover_length: float
 ) -> list[Rows]:
     """Cut a step into micro-batches of rows of examples, with little padding and none above the token budget.
 
@@ -144,8 +137,8 @@ def plan_packed_rows(
         lengths: (N,) tokens of each packed example.
         tokens_per_batch: the upper limit for rows · width; one longer example gets a micro-batch of its own.
         batch_size: the most examples in a micro-batch.
-        attention_crossover_length: the row width at which a token costs twice what it does in a short row, because
-            attention grows with the width. Wider rows are filled better and cost more; this weighs the two.
+        crossover_length: the row width at which a token costs twice what it does in a short row, because attention
+            grows with the width. Wider rows are filled better and cost more; this weighs the two.
 
     Returns:
         For each micro-batch its rows, for each row the positions in `lengths` of its examples.
@@ -156,13 +149,10 @@ def plan_packed_rows(
         longest, total = remaining[-1][0], sum(length for length, _ in remaining)
         widest = min(1024, tokens_per_batch)
         even_splits = [int(1.02 * total / rows) + 1 for rows in range(1, 9)]
-        widths = {
-            longest,
-            *(width for width in (128, 192, 256, 384, 512, 640, *even_splits) if longest < width <= widest),
-        }
-        widths = {max(width, min(round_up(width, WIDTH_STEP), tokens_per_batch)) for width in widths}
+        widths = [width for width in (128, 192, 256, 384, 512, 640, *even_splits) if longest < width <= widest]
+        widths = {max(width, min(round_up(width, WIDTH_STEP), tokens_per_batch)) for width in (longest, *widths)}
         candidates = [_fill_rows(remaining, width, tokens_per_batch, batch_size) for width in sorted(widths)]
-        useful_work = [_useful_work(rows, lengths, tokens_per_batch, attention_crossover_length) for rows in candidates]
+        useful_work = [_useful_work(rows, lengths, tokens_per_batch, crossover_length) for rows in candidates]
         rows = candidates[useful_work.index(max(useful_work))]
         micro_batches.append(rows)
         taken = {position for row in rows for position in row}
@@ -184,11 +174,10 @@ def _fill_rows(remaining: list[tuple[int, int]], width: int, tokens_per_batch: i
     return rows
 
 
-def _useful_work(rows: Rows, lengths: np.ndarray, tokens_per_batch: int, attention_crossover_length: float) -> float:
+def _useful_work(rows: Rows, lengths: np.ndarray, tokens_per_batch: int, crossover_length: float) -> float:
     """Needed tokens per unit of cost."""
     row_lengths = [sum(int(lengths[position]) for position in row) for row in rows]
-    width = packed_width(row_lengths, tokens_per_batch)
-    return sum(row_lengths) / cost_of(len(rows), width, attention_crossover_length)
+    return sum(row_lengths) / cost_of(len(rows), packed_width(row_lengths, tokens_per_batch), crossover_length)
 
 
 def plan_separate_rows(longest: np.ndarray, tokens_per_batch: int, batch_size: int, completions: int) -> list[Rows]:
@@ -302,23 +291,3 @@ def separate(dataset: Examples, indices: np.ndarray, rows: Rows, pad_id: int, wi
 def build(dataset: Examples, plan: MicroBatchPlan, pad_id: int) -> PackedBatch | SeparateBatch:
     """The tensors of a planned micro-batch."""
     return (pack if plan.is_packed else separate)(dataset, plan.indices, plan.rows, pad_id, plan.width)
-
-
-def prefetched(plans: Iterable[Any], build: Callable[[Any], Any], depth: int = 1) -> Iterator[Any]:
-    """`build(plan)` for each of `plans` in order, up to `depth` of them built ahead in a thread.
-
-    An error of `build` is raised where its batch would have come. To stop early, close the generator or drop it; what
-    has not been started is then never built. `build` must draw no random numbers, for their order would be chance.
-    """
-    ahead = collections.deque()
-    with ThreadPoolExecutor(1, "prefetch") as thread:
-        try:
-            for plan in plans:
-                ahead.append(thread.submit(build, plan))
-                if len(ahead) > depth:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()

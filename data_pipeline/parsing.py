@@ -1,14 +1,14 @@
 """From rows to pairs of dialogues: checking, parsing, and why a row is skipped.
 
-A *row* is what the file holds; a *pair* is two message lists, chosen and rejected. What is wrong with a row's form (a
-missing column, a wrong type) stops with file, line and reason. What is wrong with its content (no reply, two equal
-sides) skips that row and counts it under one of `SKIP_REASONS`.
+A *row* is what the file holds; a *pair* is two message lists, chosen and rejected. A row of a wrong form (a missing
+column, a wrong type) is an error that names file, line and reason. A row whose content cannot be used (no reply, two
+equal sides) is skipped and counted under one of `SKIP_REASONS`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ from data_pipeline.sources import Source, read_rows
 from utils import UserError, nearest
 
 Messages = list[dict[str, str]]
+RowError = Callable[[str], UserError]
 
-# Why a row is skipped. Every row is either kept or counted under exactly one of these.
+# Every row is either kept or counted under exactly one of these.
 SKIP_REASONS = {
     "no_dialogue": "no dialogue (the text does not start with a turn)",
     "no_reply": "no reply (the last turn is empty)",
@@ -29,7 +30,7 @@ SKIP_REASONS = {
     "too_long": "too long",
 }
 VOTES_FOR_NEITHER = ("tie", "both_bad")  # the column `vote`, which chat.py writes
-# What is unusual about a row that is kept.
+# Unusual, but kept.
 WARNINGS = {
     "merged": "turns of the same speaker in a row, merged into one",
     "prompts_differ": "the two sides answer different prompts",
@@ -47,51 +48,52 @@ class Pair:
     warnings: tuple[str, ...] = ()
 
 
-# A turn starts where the text does or after an empty line, and nowhere else: "Human:" in a sentence is a word.
+# A turn starts at the start of the text or after an empty line, nowhere else: "Human:" in a sentence is just a word.
 _FIRST_TURN = re.compile(r"\s*(Human|Assistant):(?=\s|\Z)")
-_NEXT_TURN = re.compile(r"\n\n(Human|Assistant):(?=\s|\Z)")  # one that opens with plain letters is found quickly
+_NEXT_TURN = re.compile(r"\n\n(Human|Assistant):(?=\s|\Z)")  # starting with plain characters makes it fast
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can hold one ("\\ud83d"), no tokenizer or UTF-8 file can
 _ROLE = {"Human": "user", "Assistant": "assistant"}
 
 
 def read_pairs(source: Source) -> Iterator[tuple[int, Pair | str]]:
-    """Yield (row number, pair), or (row number, a key of `SKIP_REASONS`) for a row whose content is no preference."""
+    """Yield (row number, pair), or (row number, a key of `SKIP_REASONS`) for a row that holds no preference."""
     for number, row in read_rows(source):
         check_columns(source, number, row)
-        pair = parse_pair(row, lambda problem, number=number: _refuse(source, number, problem))
+        pair = parse_pair(row, lambda problem, number=number: _row_error(source, number, problem))
         if source.includes(row):
             yield number, pair
 
 
-def _refuse(source: Source, number: int, problem: str) -> UserError:
+def _row_error(source: Source, number: int, problem: str) -> UserError:
     return UserError(
         f"a row of the data cannot be used: {problem}", where=source.place(number),
-        next="wants chosen and rejected (text or message lists), and if you like prompt and margin",
+        next="wants chosen and rejected (text or message lists), and optionally prompt and margin",
     )  # fmt: skip
 
 
 def check_columns(source: Source, number: int, row: Any) -> None:
     if not isinstance(row, dict):
-        raise _refuse(source, number, f"it is a {type(row).__name__}, not an object")
+        raise _row_error(source, number, f"it is a {type(row).__name__}, not an object")
     for column in ("chosen", "rejected"):
         if row.get(column) is None:
             guess = nearest(column, [name for name in row if name not in ("chosen", "rejected", "prompt")])
             found = f"no column {column!r}{guess}; it has {', '.join(map(repr, row)) or 'none'}"
-            raise _refuse(source, number, f"{column!r} is null{guess}" if column in row else found)
+            raise _row_error(source, number, f"{column!r} is null{guess}" if column in row else found)
 
 
-def parse_pair(row: dict[str, Any], refuse: Any) -> Pair | str:
-    """A row as a pair, or the key of `SKIP_REASONS` it belongs under.
+def parse_pair(row: dict[str, Any], row_error: RowError) -> Pair | str:
+    """A row as a pair, or the key of `SKIP_REASONS` that says why it is skipped.
 
     Three forms, told apart by the columns and their types: HH-RLHF's transcripts; message lists; a `prompt` (text,
-    transcript or messages) beside replies (text or messages). Policies: turns of one speaker in a row are merged
-    with an empty line between; sides with different prompts are kept, because two whole dialogues were compared.
-    `refuse` makes the error for a wrong type.
+    transcript or messages) beside replies (text or messages). Consecutive turns of one speaker are merged with an empty
+    line between them; sides with different prompts are kept, because two whole dialogues were compared. `row_error`
+    makes the error to raise for a wrong type from a sentence about it.
     """
     merged = False
     sides: list[Messages] = []
-    prompt = prompt_messages(row["prompt"], refuse) if row.get("prompt") is not None else None
+    prompt = prompt_messages(row["prompt"], row_error) if row.get("prompt") is not None else None
     for column in ("chosen", "rejected"):
-        messages = _side_messages(row[column], prompt, column, refuse)
+        messages = _side_messages(row[column], prompt, column, row_error)
         if messages is None:
             return "no_dialogue"
         joined = merge_same_speaker(messages)
@@ -99,52 +101,52 @@ def parse_pair(row: dict[str, Any], refuse: Any) -> Pair | str:
         sides.append(joined)
     chosen, rejected = sides
     for messages in sides:
-        if fault := skip_reason(messages):
-            return fault
+        if reason := skip_reason(messages):
+            return reason
     if row.get("vote") in VOTES_FOR_NEITHER:
         return "no_preference"
     if chosen == rejected:
         return "identical"
     kind = str(row.get("kind") or "").encode("utf-8", "replace").decode()
     warnings = ("merged",) * merged + ("prompts_differ",) * (chosen[:-1] != rejected[:-1])
-    return Pair(chosen, rejected, _label_margin(row.get("margin"), refuse), kind, warnings)
+    return Pair(chosen, rejected, _label_margin(row.get("margin"), row_error), kind, warnings)
 
 
 def skip_reason(messages: Messages) -> str | None:
-    """The key of `SKIP_REASONS` under which a dialogue belongs; None if it ends in a reply that can be scored."""
-    if any(_is_no_text(message["content"]) for message in messages):
+    """The key of `SKIP_REASONS` for a dialogue that cannot be scored; None if it ends in a reply."""
+    if any(_LONE_SURROGATE.search(message["content"]) for message in messages):
         return "no_text"
     if messages[-1]["role"] != "assistant":
         return "wrong_last_speaker"
     return None if messages[-1]["content"].strip() else "no_reply"
 
 
-def _side_messages(value: Any, prompt: Messages | None, column: str, refuse: Any) -> Messages | None:
+def _side_messages(value: Any, prompt: Messages | None, column: str, row_error: RowError) -> Messages | None:
     if isinstance(value, list):
-        messages = checked_messages(value, column, refuse)
+        messages = checked_messages(value, column, row_error)
         # A list that starts with a reply continues the prompt; any other is the whole dialogue (as in UltraFeedback).
         return prompt + messages if prompt is not None and messages[0]["role"] == "assistant" else messages
     if not isinstance(value, str):
-        raise refuse(f"{column!r} is a {type(value).__name__}, not text or a list of messages")
+        raise row_error(f"{column!r} is a {type(value).__name__}, not text or a list of messages")
     if prompt is None:
         return parse_transcript(value)
-    whole = parse_transcript(value)  # some sets repeat the prompt in front of each reply
+    whole = parse_transcript(value)  # some datasets repeat the prompt before each reply
     if whole is not None and whole[0]["role"] == "user":
         return whole
     reply = whole[0]["content"] if whole is not None and len(whole) == 1 else value.strip()
     return [*prompt, {"role": "assistant", "content": reply}]
 
 
-def prompt_messages(value: Any, refuse: Any) -> Messages:
+def prompt_messages(value: Any, row_error: RowError) -> Messages:
     if isinstance(value, list):
-        return checked_messages(value, "prompt", refuse)
+        return checked_messages(value, "prompt", row_error)
     if not isinstance(value, str):
-        raise refuse(f"'prompt' is a {type(value).__name__}, not text or a list of messages")
+        raise row_error(f"'prompt' is a {type(value).__name__}, not text or a list of messages")
     return parse_prompt(value)
 
 
 def parse_prompt(text: str) -> Messages:
-    """What two replies answer: a transcript, or else one question."""
+    """A prompt: a transcript, or else one question."""
     messages = parse_transcript(text)
     if messages is None:
         return [{"role": "user", "content": text.strip()}]
@@ -153,16 +155,16 @@ def parse_prompt(text: str) -> Messages:
     return messages
 
 
-def checked_messages(value: list[Any], column: str, refuse: Any) -> Messages:
+def checked_messages(value: list[Any], column: str, row_error: RowError) -> Messages:
     if not value:
-        raise refuse(f"{column!r} is an empty list")
+        raise row_error(f"{column!r} is an empty list")
     for message in value:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise refuse(f"{column!r} holds {str(message)[:60]!r}, not a message with role and content")
+            raise row_error(f"{column!r} holds {str(message)[:60]!r}, not a message with role and content")
         if message["role"] not in ("system", "user", "assistant"):
-            raise refuse(f"{column!r} has the role {message['role']!r}, not system, user or assistant")
+            raise row_error(f"{column!r} has the role {message['role']!r}, not system, user or assistant")
         if not isinstance(message["content"], str):
-            raise refuse(f"{column!r} has content that is a {type(message['content']).__name__}, not text")
+            raise row_error(f"{column!r} has content that is a {type(message['content']).__name__}, not text")
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
@@ -179,15 +181,6 @@ def parse_transcript(text: str) -> Messages | None:
     ]
 
 
-def _is_no_text(content: str) -> bool:
-    """JSON can say "\\ud83d" alone, which no tokenizer and no file can take."""
-    try:
-        content.encode("utf-8")  # fails for lone surrogates and for nothing else
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
 def merge_same_speaker(messages: Messages) -> Messages:
     joined: Messages = []
     for message in messages:
@@ -199,10 +192,10 @@ def merge_same_speaker(messages: Messages) -> Messages:
     return joined
 
 
-def _label_margin(value: Any, refuse: Any) -> float:
+def _label_margin(value: Any, row_error: RowError) -> float:
     if value is None:
         return 0.0
-    # beyond 1e30 a margin would be infinite in fp32; nan compares False
+    # above 1e30 a margin would be infinite in fp32; nan compares False
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
-        raise refuse(f"'margin' is {value!r}, not a finite number")
+        raise row_error(f"'margin' is {value!r}, not a finite number")
     return float(value)

@@ -1,6 +1,6 @@
-"""Preference data: finding its files or hub splits, and reading their rows.
+"""Preference data: find its files or hub splits, and read their rows.
 
-What is wrong with a file (broken JSON, a cut archive) stops with file, line and reason.
+A broken file (invalid JSON, a truncated archive) is an error that names file, line and reason.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from utils import UserError, sha256_of
 
 SUFFIXES = hub.DATA_SUFFIXES
 TEST_NAMES = ("test", "validation", "eval")
-MEND = "mend that place of the file, then the same command again"
+FIX = "fix this place in the file, then run the same command again"
 HELD_OUT_IN = 20  # without a test split, one prompt in 20 is held out
 
 
@@ -29,12 +29,11 @@ class Source:
 
     name: str
     path: Path | None = None
-    hub_split: str = ""
     part: str = "all"  # "all", or "train" / "test" of a file that is split by the hash of its prompts
     hub_rows: Any = None  # a datasets.Dataset
 
     def fingerprint(self) -> str:
-        """Changes whenever the rows do; what the token cache is keyed by."""
+        """Changes whenever the rows do: the key of the token cache."""
         content = sha256_of(self.path) if self.path else self.hub_rows._fingerprint
         return f"{content}/{self.part}"
 
@@ -59,7 +58,8 @@ def find_sources(dataset: str) -> tuple[Source, Source]:
     path = Path(dataset).expanduser()
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
-            raise UserError("--dataset is of a kind that is not read here", where=path, next=f"wants {_or(SUFFIXES)}")
+            wanted = f"wants {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+            raise UserError("--dataset is not a supported file type", where=path, next=wanted)
         return Source(str(path), path, part="train"), Source(str(path), path, part="test")
     if path.is_dir():
         train, test = file_in(path, ("train",)), file_in(path, TEST_NAMES)
@@ -72,12 +72,8 @@ def find_sources(dataset: str) -> tuple[Source, Source]:
     return _hub_sources(dataset)
 
 
-def _or(words: tuple[str, ...]) -> str:
-    return ", ".join(words[:-1]) + " or " + words[-1]
-
-
 def file_in(folder: Path, stems: tuple[str, ...]) -> Path | None:
-    """The folder's data file of the first of `stems` that has one; UserError if two files have the same stem."""
+    """The folder's data file for the first of `stems` that has one; UserError if a stem has two files."""
     for stem in stems:
         found = [folder / f"{stem}{suffix}" for suffix in SUFFIXES if (folder / f"{stem}{suffix}").is_file()]
         if len(found) > 1:
@@ -97,10 +93,10 @@ def hub_splits(dataset: str) -> Any:
     import datasets
 
     if local_only:
-        datasets.config.HF_HUB_OFFLINE = True  # otherwise it retries for half a minute before it looks in its cache
+        datasets.config.HF_HUB_OFFLINE = True  # or it retries for half a minute before looking in its cache
     try:
         return datasets.load_dataset(dataset)
-    except Exception as error:  # its errors share no base; whatever it is, the dataset did not open
+    except Exception as error:  # its errors have no common base class
         raise UserError(
             "--dataset cannot be opened", where=dataset, found=f"{type(error).__name__}: {error}"
         ) from error
@@ -112,16 +108,12 @@ def _hub_sources(dataset: str) -> tuple[Source, Source]:
     if train is None:
         raise UserError("--dataset has no train split", where=dataset, found=", ".join(splits))
     test = next((name for stem in TEST_NAMES for name in splits if name.startswith(stem)), None)
-    if test is None:
-        parts = [
-            Source(f"{dataset} {train}", hub_split=train, hub_rows=splits[train], part=p) for p in ("train", "test")
-        ]
-        return parts[0], parts[1]
-    return tuple(Source(f"{dataset} {name}", hub_split=name, hub_rows=splits[name]) for name in (train, test))
+    parts = ((train, "train"), (train, "test")) if test is None else ((train, "all"), (test, "all"))
+    return tuple(Source(f"{dataset} {name}", part=part, hub_rows=splits[name]) for name, part in parts)
 
 
 def is_held_out(row: dict[str, Any]) -> bool:
-    """By the prompt's hash: rows of one prompt stay together, and a file that grows keeps its split."""
+    """Decided by the prompt's hash: rows of one prompt stay together, and a file that grows keeps its split."""
     prompt = row.get("prompt")
     if prompt is None:
         chosen = row["chosen"]
@@ -136,29 +128,28 @@ def is_held_out(row: dict[str, Any]) -> bool:
 
 
 def read_rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line or row number from 1, row) of a source's file or hub split. UserError says what is broken where."""
+    """Yield (line or row number from 1, row) of a source's file or hub split. UserError names what is broken."""
     if source.path is None:
         yield from enumerate(source.hub_rows, start=1)
     elif source.path.name.endswith((".jsonl", ".jsonl.gz")):
-        yield from _json_lines(source)
+        yield from _json_lines(source, source.path)
     elif source.path.suffix == ".json":
-        yield from _json_list(source)
+        yield from _json_list(source.path)
     else:
-        yield from _parquet(source)
+        yield from _parquet(source.path)
 
 
-def _json_lines(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
-    assert source.path is not None
-    open_file = gzip.open if source.path.suffix == ".gz" else open
+def _json_lines(source: Source, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    open_file = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
-        with open_file(source.path, "rb") as file:
+        with open_file(path, "rb") as file:
             for number, row in parse_json_lines(file, source.place):
                 yield number, row
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(
             "the data file is damaged or cut off", where=f"{source.name}, after line {number}", found=error,
-            next="fetch or write the file again",
+            next="download or write the file again",
         ) from error  # fmt: skip
 
 
@@ -166,55 +157,53 @@ def parse_json_lines(lines: Iterable[bytes], place: Callable[[int], str]) -> Ite
     """Yield (line number from 1, content) of JSONL; empty lines are skipped. `place` names a line in errors."""
     for number, line in enumerate(lines, start=1):
         if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark says nothing about the rows
+            line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark is not part of the row
         if line.strip():
             yield number, _parse_json(place(number), line)
 
 
 def _parse_json(place: str, text: bytes) -> Any:
-    """The content of a line, or of a whole file (then the errors count its lines themselves)."""
+    """The content of a line, or of a whole file: then the error itself names the line."""
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=_row_without_repeats)
     except UnicodeDecodeError as error:
         line = text.count(b"\n", 0, error.start) + 1
         found = f"byte {text[error.start]:#04x}" + (f" in line {line}" if line > 1 else "")
-        raise UserError("the data is not UTF-8 text", where=place, found=found, next=MEND) from error
+        raise UserError("the data is not UTF-8 text", where=place, found=found, next=FIX) from error
     except (ValueError, RecursionError) as error:
-        raise UserError("the data is not JSON", where=place, found=error, next=MEND) from error
+        raise UserError("the data is not JSON", where=place, found=error, next=FIX) from error
 
 
 def _row_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given more than once")
     return row
 
 
-def _json_list(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
-    assert source.path is not None
-    text = source.path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    content = _parse_json(source.name, text)
+def _json_list(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    content = _parse_json(str(path), path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
     if not isinstance(content, list):
         raise UserError(
-            "a .json file wants one list of rows", where=source.name, found=type(content).__name__,
-            next="one row per line goes into a .jsonl file",
+            "a .json file must hold one list of rows", where=path, found=type(content).__name__,
+            next="for one row per line, name the file .jsonl",
         )  # fmt: skip
     yield from enumerate(content, start=1)
 
 
-def _parquet(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(source.path).iter_batches(1000):
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(
-            "the data file is damaged, or no parquet file", where=f"{source.name}, after row {number}", found=error,
-            next="fetch or write the file again",
+            "the data file is damaged, or not a parquet file", where=f"{path}, after row {number}", found=error,
+            next="download or write the file again",
         ) from error  # fmt: skip

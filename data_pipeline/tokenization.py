@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from data_pipeline.parsing import Messages, Pair, read_pairs
+from data_pipeline.prefetch import prefetched
 from data_pipeline.sources import Source
 
 ROWS_AT_A_TIME = 500  # those being rendered, encoded and written are in memory
@@ -20,7 +19,7 @@ ROWS_AT_A_TIME = 500  # those being rendered, encoded and written are in memory
 
 @dataclass
 class Chunk:
-    """Some rows of a source: the pairs among them, with their dialogues as the chat template writes them."""
+    """Some rows of a source: the pairs among them, their dialogues rendered by the chat template."""
 
     row_count: int
     skipped: list[tuple[str, int]] = field(default_factory=list)  # (key of SKIP_REASONS, row)
@@ -30,8 +29,10 @@ class Chunk:
 
 def tokenized_chunks(source: Source, tokenizer: Any) -> Iterator[tuple[Chunk, list[np.ndarray]]]:
     """Yield a source's rows a chunk at a time, with the token ids of each chunk's texts."""
-    encode = functools.partial(encode_pairs, backend=tokenizer.backend_tokenizer, cut_tokens=cut_tokens(tokenizer))
-    yield from _one_ahead(_rendered(source, tokenizer), encode)
+    backend, tokens = tokenizer.backend_tokenizer, cut_tokens(tokenizer)
+    # The template runs in Python and needs its lock, the tokenizer does not: one chunk is rendered while a thread
+    # encodes the chunk before it.
+    return prefetched(_rendered(source, tokenizer), lambda chunk: (chunk, encode_pairs(chunk.texts, backend, tokens)))
 
 
 def _rendered(source: Source, tokenizer: Any) -> Iterator[Chunk]:
@@ -63,28 +64,9 @@ def render(dialogues: list[Messages], tokenizer: Any) -> list[str] | None:
         return None
 
 
-def _one_ahead(chunks: Iterator[Chunk], encode: Callable[[list[str]], list[np.ndarray]]) -> Iterator[tuple]:
-    """Yield (chunk, ids of its texts) in order, while a second thread encodes the chunk that comes after it.
-
-    The template runs in Python and needs its lock; the tokenizer does not. Whatever the thread raises is raised here.
-    """
-    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
-    try:
-        waiting = None
-        for chunk in chunks:
-            encoded = thread.submit(encode, chunk.texts)
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            waiting = chunk, encoded
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
-    finally:
-        thread.shutdown(cancel_futures=True)  # waits for the chunk in hand, a fraction of a second
-
-
 def encode_pairs(texts: list[str], backend: Any, cut_tokens: list[str]) -> list[np.ndarray]:
-    """The ids of each text, as encoding it alone gives them. Texts come in twos, whose shared start is encoded once."""
-    # Wherever a text is cut the ids are the same. The commonest token in the first text is one that ends every turn.
+    """The ids of each text, as if encoded alone. The start that two texts (chosen, rejected) share is encoded once."""
+    # A cut behind any of them gives the same ids; the most frequent one in the first text ends every turn.
     token = max(cut_tokens, key=texts[0].count, default="") if texts else ""
     has_start, stretches = [], []
     for chosen, rejected in zip(texts[::2], texts[1::2], strict=True):
@@ -102,9 +84,9 @@ def encode_pairs(texts: list[str], backend: Any, cut_tokens: list[str]) -> list[
 
 
 def _last_cut(chosen: str, rejected: str, token: str) -> int:
-    """The end of the last `token` in what two texts share, leaving each something of its own; 0 if there is none."""
+    """Where the last `token` in the shared start of two texts ends, leaving each some text; 0 if there is none."""
     low, high = 0, max(0, min(len(chosen), len(rejected)) - 1)
-    while low < high:  # comparing slices takes a twentieth of what comparing letter by letter takes
+    while low < high:  # comparing slices is 20 times as fast as comparing characters
         middle = (low + high + 1) // 2
         if chosen[low:middle] == rejected[low:middle]:
             low = middle
@@ -115,13 +97,13 @@ def _last_cut(chosen: str, rejected: str, token: str) -> int:
 
 
 def cut_tokens(tokenizer: Any) -> list[str]:
-    """The added tokens behind which a text may be cut, so that its parts' ids, one after the other, are the whole's.
+    """The added tokens behind which a text may be cut: encoding the two parts gives the ids of the whole text.
 
-    `tokenizers` first takes the added tokens that are not normalised out of the raw text (leftmost first, then
-    longest); what is left between them is normalised, split and encoded stretch by stretch, and no stretch sees another
-    (`AddedVocabulary::extract_and_normalize`, then `PreTokenizedString`). So behind such a token is a place to cut if
-    wherever its letters stand it is this token that is found, whatever stands around it; and if nothing asks where in
-    the whole a stretch stood, as some pre-tokenizers do. Whatever is not known to be so is not cut.
+    `tokenizers` first finds the added tokens that are not normalized in the raw text (leftmost first, then longest).
+    The stretches between them are normalized, split and encoded independently of one another
+    (`AddedVocabulary::extract_and_normalize`, then `PreTokenizedString`). So a text may be cut behind such a token if
+    its characters are always read as this token, whatever surrounds them, and if no pre-tokenizer depends on where in
+    the text a stretch is. A tokenizer for which this is not certain is never cut.
     """
     backend = tokenizer.backend_tokenizer
     added = {number: token for number, token in backend.get_added_tokens_decoder().items() if not token.normalized}
@@ -143,7 +125,7 @@ def cut_tokens(tokenizer: Any) -> list[str]:
 
 
 def _may_overlap(token: str, other: str) -> bool:
-    """Whether there is a text in which `other` takes letters of `token`: it holds it, or one ends as the other starts.
+    """Whether in some text `other` could take characters of `token`: it contains it, or one's end is the other's start.
 
     "<|a|>" and "<|a|>b" may, "xa" and "ab" may, and "aba" may overlap itself; "<|a|>" and "<|b|>" may not.
     """
@@ -154,6 +136,7 @@ def _may_overlap(token: str, other: str) -> bool:
 
 
 def _reads_stretches_alone(pre_tokenizer: Any) -> bool:
+    """Whether a pre-tokenizer is known to split each stretch in the same way, wherever in the text it is."""
     if pre_tokenizer is None:
         return True
     parts = [json.loads(pre_tokenizer.__getstate__())]
@@ -178,10 +161,15 @@ def split_sequences(ids: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     return [np.concatenate([prompt, completion]) for completion in completions]
 
 
-def shared_prefix(chosen: np.ndarray, rejected: np.ndarray) -> int:
-    """Tokens that two sequences share from the start, leaving each at least one of its own.
+def longest_sequences(lengths: np.ndarray) -> np.ndarray:
+    """(N,) tokens of each example's longest sequence, prompt and completion, of its (N, 1 + k) lengths."""
+    return lengths[:, 0] + lengths[:, 1:].max(axis=1)
 
-    [a b c] and [a b d e] -> 2; [a b c] and [a b c d] -> 2, so that c is read in both branches.
+
+def shared_prefix(chosen: np.ndarray, rejected: np.ndarray) -> int:
+    """How many tokens two sequences share from the start, leaving each at least one of its own.
+
+    [a b c] and [a b d e] -> 2; [a b c] and [a b c d] -> 2, so that c is in both completions.
     """
     shortest = min(len(chosen), len(rejected))
     differ = np.flatnonzero(chosen[:shortest] != rejected[:shortest])

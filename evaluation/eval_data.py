@@ -226,7 +226,7 @@ def _on_hub(dataset: str, split: str) -> list[Source]:
         raise UserError(
             f"--split {split}: {dataset} has no such split{nearest(split, splits)}", found=", ".join(splits)
         )
-    return [Source(f"{dataset} {name}", hub_split=name, hub_rows=splits[name]) for name in names]
+    return [Source(f"{dataset} {name}", hub_rows=splits[name]) for name in names]
 
 
 def sample(data: Data, size: int) -> Data:

@@ -220,19 +220,12 @@ def _weights(scaled_query: Tensor, key: Tensor, tile: Tile) -> Tensor:
 
 
 @functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
+def _flex_attention(is_cuda: bool) -> Callable[..., Tensor]:
+    """FlexAttention, compiled on CUDA. On a CPU it runs uncompiled, for tests: forward only, computing every block."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    # eager flex computes every block; and without `dynamic` each new shape of a micro-batch would compile again
-    return torch.compile(flex_attention, dynamic=True)
-
-
-def flex(query: Tensor, key: Tensor, value: Tensor, blocks: Any, scaling: float) -> Tensor:
-    """(B, H, T, D), skipping blocks that are all masked. On a CPU it runs uncompiled, for tests: forward only."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    run = _compiled_flex() if query.is_cuda else flex_attention
-    return run(query, key, value, block_mask=blocks, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    # without `dynamic` each new shape of a micro-batch would compile again
+    return torch.compile(flex_attention, dynamic=True) if is_cuda else flex_attention
 
 
 @torch.compiler.disable
@@ -261,7 +254,9 @@ def packed_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if packed.implementation == "flex":
-        result = flex(query, key, value, packed.blocks, scaling)
+        is_grouped = query.shape[1] != key.shape[1]
+        attend = _flex_attention(query.is_cuda)
+        result = attend(query, key, value, block_mask=packed.blocks, scale=scaling, enable_gqa=is_grouped)
     else:
         result = _TileAttention.apply(query, key, value, packed.tiles, scaling)
     return result.transpose(1, 2).contiguous(), None  # (B, T, H, D)

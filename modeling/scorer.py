@@ -23,7 +23,8 @@ from torch import Tensor
 import models
 import utils
 from data_pipeline import packing
-from data_pipeline.tokenization import shared_prefix
+from data_pipeline.prefetch import prefetched
+from data_pipeline.tokenization import longest_sequences, shared_prefix
 from modeling import devices, speedups
 from utils import UserError
 
@@ -96,11 +97,11 @@ class Scorer:
         """Yield (indices (N,), rewards (N, 2)) of the pairs of each micro-batch."""
         left = np.arange(len(dataset))
         device, pad_id = self.model.device, self.model.tokenizer.pad_token_id
-        packs = self.model.packs_up_to(int((dataset.lengths[:, 0] + dataset.lengths[:, 1:].max(axis=1)).max()))
+        packs = self.model.packs_up_to(int(longest_sequences(dataset.lengths).max()))
         crossover_length = self.model.attention_crossover_length() if packs else None
         while len(left):
             plans = packing.plan_step(dataset, left, self.tokens_per_batch, self.batch_size, crossover_length)
-            built = packing.prefetched(plans, lambda plan: packing.build(dataset, plan, pad_id))
+            built = prefetched(plans, lambda plan: packing.build(dataset, plan, pad_id))
             launched: tuple[np.ndarray, Tensor] | None = None
             done: list[np.ndarray] = []
             with contextlib.closing(built):

@@ -18,6 +18,7 @@ import pytest
 
 import data
 import models
+from common import progress
 from data_pipeline import parsing, sampler, sources, tokenization
 from tests.conftest import ROOT, dataset_of, micro_batches_of
 from utils import DiskOrNetworkError, UserError
@@ -88,15 +89,15 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def tokenised(monkeypatch):
-    """The names of the sources that are tokenised from now on."""
-    names, original = [], data._tokenise
+def tokenized(monkeypatch):
+    """The names of the sources that are tokenized from now on."""
+    names, original = [], data._tokenize
 
     def count(source, tokenizer, folder):
         names.append(Path(source.name).name)
         original(source, tokenizer, folder)
 
-    monkeypatch.setattr(data, "_tokenise", count)
+    monkeypatch.setattr(data, "_tokenize", count)
     return names
 
 
@@ -225,7 +226,7 @@ def plain_files(source, tokenizer, folder):
 def assert_files_are_the_plain_ones(source, tokenizer, tmp_path):
     made, plain = tmp_path / "made", tmp_path / "plain"
     made.mkdir()
-    data._tokenise(source, tokenizer, made)
+    data._tokenize(source, tokenizer, made)
     counts = plain_files(source, tokenizer, plain)
     names = sorted(path.name for path in plain.iterdir())
     assert [(made / name).read_bytes() == (plain / name).read_bytes() for name in names] == [True] * 5, names
@@ -276,7 +277,7 @@ def test_an_error_while_encoding_surfaces_and_leaves_nothing(load, tokenizer, em
         load([row for row, _, _ in FORMS], tokenizer=broken)
     assert caught.value is error
     assert list(empty_cache.iterdir()) == []
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_a_broken_row_behind_good_chunks_surfaces_and_no_thread_stays(load, empty_cache, monkeypatch):
@@ -284,12 +285,12 @@ def test_a_broken_row_behind_good_chunks_surfaces_and_no_thread_stays(load, empt
     with pytest.raises(UserError, match=r"train\.jsonl:8"):
         load([GOOD_ROW] * 7 + [{"chosen": "Yes."}])
     assert list(empty_cache.iterdir()) == []
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends a console's Ctrl-C to no single process")
 def test_a_stop_while_encoding_ends_at_the_chunk_in_hand(empty_cache, real_data, real_tokenizer_folder, tmp_path):
-    """Ctrl-C in a process that tokenises: it ends at once, by KeyboardInterrupt, and leaves no cache entry."""
+    """Ctrl-C in a process that tokenizes: it ends at once, by KeyboardInterrupt, and leaves no cache entry."""
     lines = gzip.decompress((Path(real_data) / "train.jsonl.gz").read_bytes())
     (tmp_path / "train.jsonl").write_bytes(lines * 20)
     (tmp_path / "test.jsonl").write_text(json.dumps(TEST_ROW) + "\n")
@@ -316,8 +317,8 @@ def test_a_stop_while_encoding_ends_at_the_chunk_in_hand(empty_cache, real_data,
 def test_progress_is_shown_in_plain_lines_however_wide_the_terminal(load, monkeypatch, capsys, empty_cache, columns):
     monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setattr(tokenization, "ROWS_AT_A_TIME", 2)
-    clock = itertools.count(step=4)
-    monkeypatch.setattr(data.time, "monotonic", lambda: float(next(clock)))
+    clock = itertools.count(step=20)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
     load([row for row, _, _ in FORMS])
     lines = [line for line in capsys.readouterr().err.splitlines() if "train.jsonl" in line]
     counted = [int(re.search(r"train\.jsonl: (\d+) pairs, \d+ pairs/s$", line).group(1)) for line in lines]
@@ -346,27 +347,27 @@ def test_sides_of_which_one_starts_with_the_other_come_back_whole(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_second_load_does_not_tokenise_again(load, empty_cache, monkeypatch):
+def test_the_second_load_does_not_tokenize_again(load, empty_cache, monkeypatch):
     first = load([row for row, _, _ in FORMS])
 
     def fail(*args):
-        raise AssertionError("tokenised again")
+        raise AssertionError("tokenized again")
 
-    monkeypatch.setattr(data, "_tokenise", fail)
+    monkeypatch.setattr(data, "_tokenize", fail)
     second = load([row for row, _, _ in FORMS])
     assert second.fingerprint == first.fingerprint and len(second) == len(FORMS)
     assert all(np.array_equal(second.tokens(index), first.tokens(index)) for index in range(len(FORMS)))
 
 
-def test_only_a_file_with_new_content_is_tokenised_again(load, empty_cache, tokenised):
+def test_only_a_file_with_new_content_is_tokenized_again(load, empty_cache, tokenized):
     first = load([GOOD_ROW])
-    assert tokenised == ["train.jsonl", "test.jsonl"]
+    assert tokenized == ["train.jsonl", "test.jsonl"]
     second = load([GOOD_ROW, {**GOOD_ROW, "chosen": transcript("Maybe.")}])
-    assert tokenised == ["train.jsonl", "test.jsonl", "train.jsonl"]
+    assert tokenized == ["train.jsonl", "test.jsonl", "train.jsonl"]
     assert (len(first), len(second)) == (1, 2) and first.fingerprint != second.fingerprint
 
 
-def test_another_template_or_tokenizer_tokenises_again(load, base, tokenizer, empty_cache, tokenised):
+def test_another_template_or_tokenizer_tokenizes_again(load, base, tokenizer, empty_cache, tokenized):
     load([GOOD_ROW])
     other_template = models.load_tokenizer(base)
     other_template.chat_template = tokenizer.chat_template.replace("<think>\n\n</think>\n\n", "")
@@ -374,16 +375,16 @@ def test_another_template_or_tokenizer_tokenises_again(load, base, tokenizer, em
     other_words.add_tokens(["oven"])
     for number, other in enumerate((other_template, other_words), start=2):
         pairs = load([GOOD_ROW], tokenizer=other)
-        assert len(tokenised) == 2 * number
+        assert len(tokenized) == 2 * number
         assert pairs.sequences(0)[0].tolist() == ids_of(other, [QUESTION, YES]) != ids_of(tokenizer, [QUESTION, YES])
     load([GOOD_ROW], tokenizer=models.load_tokenizer(base))
-    assert len(tokenised) == 6, "the first tokenizer's result is still there"
+    assert len(tokenized) == 6, "the first tokenizer's result is still there"
 
 
-def test_another_max_length_does_not_tokenise_again(load, empty_cache, tokenised):
+def test_another_max_length_does_not_tokenize_again(load, empty_cache, tokenized):
     load([GOOD_ROW])
     load([GOOD_ROW], max_length=8)
-    assert len(tokenised) == 2
+    assert len(tokenized) == 2
 
 
 def test_the_fingerprint_is_that_of_the_kept_pairs(load):
@@ -393,7 +394,7 @@ def test_the_fingerprint_is_that_of_the_kept_pairs(load):
     assert kept.fingerprint == load([GOOD_ROW, longer], max_length=61).fingerprint
 
 
-def test_what_killed_tokenisings_left_is_cleared_after_a_day_and_a_live_one_is_not(load, empty_cache):
+def test_what_killed_tokenizings_left_is_cleared_after_a_day_and_a_live_one_is_not(load, empty_cache):
     long_ago = time.time() - 2 * 24 * 3600
     dead, live = empty_cache / ".tmp-aaaa-1", empty_cache / ".tmp-bbbb-2"
     for folder in (dead, live):
@@ -425,9 +426,9 @@ tokenizer = SimpleNamespace(
     chat_template="none",
     apply_chat_template=lambda dialogues, tokenize: [str(dialogue) for dialogue in dialogues],
 )
-original = data._tokenise
+original = data._tokenize
 
-def tokenise_once_both_are_here(source, tokenizer, folder):
+def tokenize_once_both_are_here(source, tokenizer, folder):
     original(source, tokenizer, folder)
     split = Path(source.name).stem
     Path(meeting, f"{split}-{name}").touch()
@@ -436,13 +437,13 @@ def tokenise_once_both_are_here(source, tokenizer, folder):
         assert time.monotonic() < deadline, "the other process did not come"
         time.sleep(0.005)
 
-data._tokenise = tokenise_once_both_are_here
+data._tokenize = tokenize_once_both_are_here
 train, test = data.load_pairs(dataset, tokenizer)
 print(len(train), len(test), train.fingerprint, test.fingerprint, int(train.tokens(len(train) - 1).sum()))
 """
 
 
-def test_two_processes_that_tokenise_at_once_both_succeed(base, small_dataset, tmp_path, empty_cache):
+def test_two_processes_that_tokenize_at_once_both_succeed(base, small_dataset, tmp_path, empty_cache):
     (tmp_path / "meeting").mkdir()
     processes = [
         subprocess.Popen(

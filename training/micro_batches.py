@@ -10,6 +10,7 @@ import torch
 import data
 import utils
 from data_pipeline import packing
+from data_pipeline.prefetch import prefetched
 from training import distributed
 from training.run import Run
 from utils import UserError
@@ -34,7 +35,7 @@ def built(run: Run, dataset: data.PairDataset, turns: Sequence[distributed.Turn]
             batch = batch.pinned()
         return batch
 
-    for turn, batch in zip(turns, packing.prefetched(turns, build), strict=True):
+    for turn, batch in zip(turns, prefetched(turns, build), strict=True):
         yield turn, batch.to(device)
 
 

@@ -193,7 +193,7 @@ def test_the_splits_of_a_hub_dataset_are_found_and_read(monkeypatch):
     content = [{"chosen": [QUESTION, YES], "rejected": [QUESTION, NO]}]
     fake_hub(monkeypatch, test_prefs=content, train_prefs=[*content, *content], other=[{"text": "no pairs"}])
     train, test = sources.find_sources("somebody/pairs")
-    assert (train.hub_split, test.hub_split) == ("train_prefs", "test_prefs")
+    assert (train.name, test.name) == ("somebody/pairs train_prefs", "somebody/pairs test_prefs")
     pair = Pair([QUESTION, YES], [QUESTION, NO])
     assert list(parsing.read_pairs(train)) == [(1, pair), (2, pair)] and list(parsing.read_pairs(test)) == [(1, pair)]
     assert train.fingerprint() != test.fingerprint()
@@ -228,8 +228,8 @@ BAD_LINES = {
     "two rows": (GOOD_LINE + GOOD_LINE, "not JSON"),
     "single quotes": (b"{'chosen': 'Yes.'}", "not JSON"),
     "open brackets": (b"[" * 100_000, "not JSON"),
-    "duplicate key": (b'{"chosen": "Yes.", "chosen": "No.", "rejected": "No."}', "'chosen' stands there twice"),
-    "duplicate key in a message": (b'{"chosen": [{"role": "user", "role": "user"}]}', "'role' stands there twice"),
+    "duplicate key": (b'{"chosen": "Yes.", "chosen": "No.", "rejected": "No."}', "'chosen' is given more than once"),
+    "duplicate key in a message": (b'{"chosen": [{"role": "user", "role": "user"}]}', "'role' is given more than once"),
     "byte of latin-1": (b'{"chosen": "caf\xe9"}', "not UTF-8 text"),
     "byte of utf-16": (b"\xff\xfe" + GOOD_LINE, "not UTF-8 text"),
     "raw control character": (b'{"chosen": "a\x00b"}', "not JSON"),
@@ -295,7 +295,7 @@ def test_what_is_no_gzip_file_is_named(tmp_path, content):
 def test_a_json_file_that_is_no_list_is_refused(tmp_path, content, kind):
     path = tmp_path / "train.json"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"wants one list of rows(.|\n)*{kind}(.|\n)*\.jsonl") as caught:
+    with pytest.raises(UserError, match=rf"must hold one list of rows(.|\n)*{kind}(.|\n)*\.jsonl") as caught:
         read_all(path)
     assert str(path) in str(caught.value)
 
@@ -312,7 +312,7 @@ def test_a_broken_parquet_file_is_named(tmp_path, damage):
         "overwritten": whole[:10] + b"\xff" * middle + whole[10 + middle :],
     }
     path.write_bytes(damaged[damage])
-    with pytest.raises(UserError, match=r"damaged, or no parquet file(.|\n)*after row \d+") as caught:
+    with pytest.raises(UserError, match=r"damaged, or not a parquet file(.|\n)*after row \d+") as caught:
         read_all(path)
     assert str(path) in str(caught.value)
 

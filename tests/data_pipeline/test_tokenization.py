@@ -12,6 +12,7 @@ from tokenizers.normalizers import NFC, Lowercase, Prepend, Replace, Strip
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Sequence, UnicodeScripts
 
 from data_pipeline import parsing, sources, tokenization
+from data_pipeline.prefetch import prefetched
 
 
 def of_backend(backend):
@@ -122,7 +123,7 @@ def test_at_most_one_chunk_is_encoded_ahead():
         encoded.append(int(texts[0]))
         return texts
 
-    for number, (chunk, ids) in enumerate(tokenization._one_ahead(chunks(), encode)):
+    for number, (chunk, ids) in enumerate(prefetched(chunks(), lambda chunk: (chunk, encode(chunk.texts)))):
         assert chunk.texts == ids == [str(number)]
         assert max(encoded) <= number + 1 and len(rendered) <= number + 2
         time.sleep(0.01)  # time in which the thread would run ahead if it could
