@@ -2,11 +2,14 @@
 
 import contextlib
 import gzip
+import io
+import itertools
 import json
 import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -16,11 +19,13 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import eval_rm
 import models
+import train_rm
 import utils
 from checkpointing import resolve
 from checkpointing.run_folder import best_step
@@ -42,8 +47,8 @@ def constant_model(tmp_path_factory, base, tokenizer):
 
 
 @pytest.fixture
-def judge(tmp_path, monkeypatch, demo_folder):
-    """Run eval_rm.py's main in a folder of its own; returns report.json's content."""
+def evaluate(tmp_path, monkeypatch, demo_folder):
+    """Run eval_rm.main in an empty folder; returns the content of report.json."""
     monkeypatch.chdir(tmp_path)
 
     def run(model, *flags, dataset=demo_folder[1]):
@@ -51,6 +56,15 @@ def judge(tmp_path, monkeypatch, demo_folder):
         return utils.read_json(Path("out/report.json"))
 
     return run
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports without pictures, for tests of something else: drawing takes longer than scoring a few rows."""
+    from evaluation import plots
+
+    monkeypatch.setattr(plots, "svg", lambda plot: "<svg></svg>")
+    monkeypatch.setattr(plots, "image", lambda plot: np.zeros((4, 4, 3), dtype=np.uint8))
 
 
 def lines_of(path):
@@ -62,8 +76,8 @@ def lines_of(path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_whose_reward_is_the_length_is_exposed(judge, length_model):
-    found = judge(length_model, "--scores_out", "scores.jsonl", *FP32)
+def test_a_model_that_rewards_length_is_exposed(evaluate, length_model):
+    found = evaluate(length_model, "--scores_out", "scores.jsonl", *FP32)
     tokenizer = models.load_tokenizer(str(length_model))
     for one in lines_of("scores.jsonl")[:20]:  # it is what it is meant to be
         count = len(tokenizer.apply_chat_template(one["chosen"], return_dict=False))
@@ -78,8 +92,8 @@ def test_a_model_whose_reward_is_the_length_is_exposed(judge, length_model):
     assert "Its reward is length" in Path("out/report.html").read_text(encoding="utf-8")
 
 
-def test_a_constant_model_is_all_ties_and_called_so(judge, constant_model):
-    found = judge(constant_model)
+def test_a_constant_model_is_reported_as_all_ties(evaluate, constant_model):
+    found = evaluate(constant_model)
     assert (found["ties"], found["right"], found["wrong"], found["accuracy"]) == (400, 0, 0, 0.0)
     assert found["calibration"]["temperature"] is None and found["calibration"]["brier"] == 0.25
     assert found["findings"] == [
@@ -87,7 +101,7 @@ def test_a_constant_model_is_all_ties_and_called_so(judge, constant_model):
     ]
 
 
-def test_a_model_of_known_temperature_gets_it_back(judge, tmp_path, base, write_rows):
+def test_a_known_temperature_is_recovered(evaluate, tmp_path, base, write_rows):
     """People prefer by σ(0.2 · Δtokens) and the model says 0.8 · Δtokens: its rewards are to be divided by 4."""
     model = save_length_model(tmp_path / "four", base, scale=0.8)
     draw, pairs = random.Random(1), []
@@ -98,15 +112,15 @@ def test_a_model_of_known_temperature_gets_it_back(judge, tmp_path, base, write_
         chosen, rejected = (" ".join(["a"] * length) for length in lengths)
         pairs.append({"prompt": f"How many? {number}", "chosen": chosen, "rejected": rejected})
     dataset = write_rows(pairs, "labels.jsonl")
-    found = judge(model, "--split", "all", *FP32, dataset=dataset)
+    found = evaluate(model, "--split", "all", *FP32, dataset=dataset)
     temperature = found["calibration"]["temperature"]
     assert temperature["low"] < 4 < temperature["high"]
     assert temperature["value"] == pytest.approx(4, rel=0.12)
     assert any("overconfident" in finding for finding in found["findings"])
 
 
-def test_a_breakdown_by_kind_turns_and_length_loses_no_pair(judge, reward_checkpoint, demo_folder):
-    found = judge(reward_checkpoint)
+def test_a_breakdown_by_kind_turns_and_length_loses_no_pair(evaluate, reward_checkpoint, demo_folder):
+    found = evaluate(reward_checkpoint)
     assert set(found["by_subset"]) == {"complete", "harmless", "on topic", "polite"}
     for name in ("by_subset", "by_turns", "by_length"):
         assert sum(one["n"] for one in found[name].values()) == found["n"] == 400
@@ -148,12 +162,13 @@ def bert(base, tmp_path_factory):
     return folder
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("which", ["reward_checkpoint", "adapter", "bert"])
-def test_rewards_equal_those_of_plain_transformers(which, request, judge, small_dataset):
+def test_rewards_equal_those_of_plain_transformers(which, request, evaluate, small_dataset):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = request.getfixturevalue(which)
-    judge(folder, "--scores_out", "scores.jsonl", "--no_untrained_baseline", *FP32, dataset=small_dataset)
+    evaluate(folder, "--scores_out", "scores.jsonl", "--no_untrained_baseline", *FP32, dataset=small_dataset)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     plain = AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=1, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32
@@ -169,8 +184,9 @@ def test_rewards_equal_those_of_plain_transformers(which, request, judge, small_
         assert one["margin"] == pytest.approx(one["reward_chosen"] - one["reward_rejected"], abs=1e-6)
 
 
-def test_out_of_memory_goes_on_with_a_smaller_budget_and_the_same_rewards(judge, reward_checkpoint, monkeypatch):
-    wanted = judge(reward_checkpoint, *FP32)
+@pytest.mark.usefixtures("undrawn")
+def test_out_of_memory_goes_on_with_a_smaller_budget_and_the_same_rewards(evaluate, reward_checkpoint, monkeypatch):
+    wanted = evaluate(reward_checkpoint, *FP32)
     whole, budgets = models.RewardModel.score_packed, []
 
     def score_packed(self, input_ids, *rest):
@@ -180,7 +196,7 @@ def test_out_of_memory_goes_on_with_a_smaller_budget_and_the_same_rewards(judge,
         return whole(self, input_ids, *rest)
 
     monkeypatch.setattr(models.RewardModel, "score_packed", score_packed)
-    found = judge(reward_checkpoint, *FP32)
+    found = evaluate(reward_checkpoint, *FP32)
     assert max(budgets) > 1500 > min(budgets)
     assert found["accuracy"] == wanted["accuracy"] and found["n"] == 400
     assert found["mean_margin"] == pytest.approx(wanted["mean_margin"], abs=1e-5)
@@ -191,7 +207,8 @@ def test_out_of_memory_goes_on_with_a_smaller_budget_and_the_same_rewards(judge,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_folders_is_broken_down_by_folder(judge, reward_checkpoint, tmp_path, capsys):
+@pytest.mark.usefixtures("undrawn")
+def test_a_folder_of_folders_is_broken_down_by_folder(evaluate, constant_model, tmp_path, capsys):
     """As HH-RLHF's own repository lies on a disk."""
     dialogue = "\n\nHuman: Hello {}\n\nAssistant: {}"
     for name, count in (("harmless-base", 3), ("helpful-online", 2)):
@@ -204,37 +221,40 @@ def test_a_folder_of_folders_is_broken_down_by_folder(judge, reward_checkpoint, 
             with gzip.open(tmp_path / "hh" / name / f"{split}.jsonl.gz", "wt") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "hh" / "red-team-attempts").mkdir()
-    found = judge(reward_checkpoint, dataset=tmp_path / "hh")
+    found = evaluate(constant_model, dataset=tmp_path / "hh")
     assert {name: one["n"] for name, one in found["by_subset"].items()} == {"harmless-base": 3, "helpful-online": 2}
     assert "skipped: red-team-attempts" in capsys.readouterr().out
-    assert judge(reward_checkpoint, "--split", "train", dataset=tmp_path / "hh")["n"] == 15
-    assert judge(reward_checkpoint, "--split", "all", dataset=tmp_path / "hh")["n"] == 20
+    assert evaluate(constant_model, "--split", "train", dataset=tmp_path / "hh")["n"] == 15
+    assert evaluate(constant_model, "--split", "all", dataset=tmp_path / "hh")["n"] == 20
 
 
-def test_a_folder_of_files_is_broken_down_by_file(judge, reward_checkpoint, write_rows, tmp_path):
+@pytest.mark.usefixtures("undrawn")
+def test_a_folder_of_files_is_broken_down_by_file(evaluate, reward_checkpoint, write_rows, tmp_path):
     rows = [{"prompt": f"Hello {n}", "chosen": "yes", "rejected": "no", "source": f"s{n % 2}"} for n in range(4)]
     (tmp_path / "files").mkdir()
     for name in ("first", "second"):
         shutil.move(write_rows(rows), tmp_path / "files" / f"{name}.jsonl")
-    found = judge(reward_checkpoint, dataset=tmp_path / "files")
+    found = evaluate(reward_checkpoint, dataset=tmp_path / "files")
     assert {name: one["n"] for name, one in found["by_subset"].items()} == {"first": 4, "second": 4}
-    found = judge(reward_checkpoint, "--subset_column", "source", dataset=tmp_path / "files")
+    found = evaluate(reward_checkpoint, "--subset_column", "source", dataset=tmp_path / "files")
     assert {name: one["n"] for name, one in found["by_subset"].items()} == {"s0": 4, "s1": 4}
     with pytest.raises(UserError, match=r"no column 'sourc' .*did you mean 'source'"):
-        judge(reward_checkpoint, "--subset_column", "sourc", dataset=tmp_path / "files")
+        evaluate(reward_checkpoint, "--subset_column", "sourc", dataset=tmp_path / "files")
 
 
-def test_of_a_single_file_the_held_out_part_is_taken_and_said(judge, reward_checkpoint, demo_folder, capsys):
+@pytest.mark.usefixtures("undrawn")
+def test_a_single_files_held_out_part_is_scored_and_a_note_says_so(evaluate, length_model, demo_folder, capsys):
     file = demo_folder[1] / "train.jsonl"
-    held_out = judge(reward_checkpoint, dataset=file)["rows"]["read"]
+    held_out = evaluate(length_model, dataset=file)["rows"]["read"]
     assert "1 in 20 is held out, as in train_rm.py; --split all takes every row" in capsys.readouterr().out
-    trained = judge(reward_checkpoint, "--split", "train", "--max_pairs", 50, dataset=file)
+    trained = evaluate(length_model, "--split", "train", "--max_pairs", 50, dataset=file)
     assert trained["n"] == 50
-    everything = judge(reward_checkpoint, "--split", "all", "--max_pairs", 10**6, dataset=file)["rows"]["read"]
+    everything = evaluate(length_model, "--split", "all", "--max_pairs", 10**6, dataset=file)["rows"]["read"]
     assert 40 < held_out < 120 and everything == 1600
 
 
-def test_every_row_is_kept_or_counted(judge, reward_checkpoint, write_rows):
+@pytest.mark.usefixtures("undrawn")
+def test_every_row_is_kept_or_counted(evaluate, reward_checkpoint, write_rows):
     long_reply = "word " * 400
     rows = [
         {"prompt": "Hello", "chosen": "Good day", "rejected": "no"},
@@ -243,7 +263,7 @@ def test_every_row_is_kept_or_counted(judge, reward_checkpoint, write_rows):
         {"prompt": "Hello", "chosen": long_reply, "rejected": "no"},
         {"prompt": "Hello", "chosen": "a", "rejected": "b", "vote": "tie"},
     ]
-    found = judge(
+    found = evaluate(
         reward_checkpoint, "--split", "all", "--max_length", 200, "--scores_out", "s.jsonl", dataset=write_rows(rows)
     )
     assert found["n"] == 1 and found["rows"]["read"] == 5 and found["rows"]["left_out"] == 4
@@ -253,62 +273,67 @@ def test_every_row_is_kept_or_counted(judge, reward_checkpoint, write_rows):
     ]  # fmt: skip
 
 
-def test_nothing_to_score_is_bad_input_and_costs_no_earlier_report(judge, reward_checkpoint, write_rows):
-    judge(reward_checkpoint, "--max_pairs", 5)
+@pytest.mark.usefixtures("undrawn")
+def test_nothing_to_score_is_bad_input_and_keeps_the_earlier_report(evaluate, reward_checkpoint, write_rows):
+    evaluate(reward_checkpoint, "--max_pairs", 5)
     before = Path("out/report.json").read_bytes()
     for rows in ([{"chosen": "x", "rejected": "y"}], []):
         with pytest.raises(UserError, match="no row could be scored") as caught:
-            judge(reward_checkpoint, "--split", "all", dataset=write_rows(rows))
+            evaluate(reward_checkpoint, "--split", "all", dataset=write_rows(rows))
         assert "no earlier report was touched" in str(caught.value)
     assert Path("out/report.json").read_bytes() == before
     assert [path.name for path in Path("out").glob(".*")] == []
 
 
-def test_a_report_on_other_data_says_what_it_replaces_and_stays_out_of_the_trainings_logs(
-    judge, reward_checkpoint, write_rows, capsys
+@pytest.mark.usefixtures("undrawn")
+def test_a_report_on_other_data_says_what_it_replaces_and_stays_out_of_the_training_logs(
+    evaluate, reward_checkpoint, write_rows, capsys
 ):
-    judge(reward_checkpoint, "--max_pairs", 5)
+    evaluate(reward_checkpoint, "--max_pairs", 5)
     assert "will be replaced" not in capsys.readouterr().out
-    judge(reward_checkpoint, "--split", "all", "--max_pairs", 5)
+    evaluate(reward_checkpoint, "--split", "all", "--max_pairs", 5)
     assert re.search(r"the report in out is on \S+, test, and will be replaced", capsys.readouterr().out)
     assert len(list(Path("out/tensorboard").iterdir())) == 1
 
 
-def test_scores_go_through_links_into_files_that_are_nobody_elses(judge, reward_checkpoint, tmp_path, demo_folder):
+@pytest.mark.usefixtures("undrawn")
+def test_scores_are_written_through_links_but_never_over_other_files(
+    evaluate, reward_checkpoint, tmp_path, demo_folder
+):
     target = tmp_path / "target.jsonl"
     target.touch()
     (tmp_path / "link.jsonl").symlink_to(target)
-    judge(reward_checkpoint, "--max_pairs", 5, "--scores_out", "link.jsonl")
+    evaluate(reward_checkpoint, "--max_pairs", 5, "--scores_out", "link.jsonl")
     assert len(lines_of(target)) == 5 and (tmp_path / "link.jsonl").is_symlink()
     data = shutil.copy(demo_folder[1] / "test.jsonl", tmp_path / "mine.jsonl")
     before = Path(data).read_bytes()
     for name, message in ((data, "names the data"), ("out/report.json", "the report itself"), ("out", "is a folder")):
         with pytest.raises(UserError, match=message):
-            judge(reward_checkpoint, "--split", "all", "--scores_out", name, dataset=data)
+            evaluate(reward_checkpoint, "--split", "all", "--scores_out", name, dataset=data)
     assert Path(data).read_bytes() == before
     if hasattr(os, "mkfifo"):
         os.mkfifo("pipe")
         with pytest.raises(UserError, match="no regular file"):
-            judge(reward_checkpoint, "--scores_out", "pipe")
+            evaluate(reward_checkpoint, "--scores_out", "pipe")
     with pytest.raises(DiskOrNetworkError, match="--scores_out cannot be written: it is no folder"):
-        judge(reward_checkpoint, "--scores_out", "mine.jsonl/scores.jsonl")
+        evaluate(reward_checkpoint, "--scores_out", "mine.jsonl/scores.jsonl")
 
 
-def test_names_in_the_data_command_no_terminal(judge, reward_checkpoint, write_rows, capsys):
+def test_control_characters_in_the_data_do_not_reach_the_terminal(evaluate, reward_checkpoint, write_rows, capsys):
     asked = [{"role": "user", "content": "Bread?"}]
     rows = [
         {"prompt": asked, "chosen": f"Yes, {kind}.", "rejected": "No.", "kind": kind}
         for kind in ("\x1b[31mred", "\u202eback", "plain")
     ]
-    found = judge(reward_checkpoint, "--split", "all", dataset=write_rows(rows))
+    found = evaluate(reward_checkpoint, "--split", "all", dataset=write_rows(rows))
     shown = capsys.readouterr().out
     assert "\\x1b[31mred" in shown and "\x1b" not in shown and "\u202e" not in shown
     assert set(found["by_subset"]) == {"\x1b[31mred", "\u202eback", "plain"}
 
 
-def test_real_pairs_with_the_real_tokenizer(judge, real_data, real_tokenizer_folder, tmp_path):
+def test_real_pairs_with_the_real_tokenizer(evaluate, real_data, real_tokenizer_folder, tmp_path):
     model = save_length_model(tmp_path / "long", real_tokenizer_folder, most_positions=4096)
-    found = judge(model, "--max_pairs", 60, *FP32, dataset=real_data)
+    found = evaluate(model, "--max_pairs", 60, *FP32, dataset=real_data)
     assert found["n"] + found["rows"]["left_out"] == 60 and len(found["by_turns"]) > 2
     assert found["length"]["model_prefers_longer"] > 0.9
 
@@ -318,13 +343,13 @@ def test_real_pairs_with_the_real_tokenizer(judge, real_data, real_tokenizer_fol
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_reward_bench_rows_are_aggregated_by_section(judge, length_model, write_rows):
+def test_reward_bench_rows_are_aggregated_by_section(evaluate, length_model, write_rows):
     rows = [
         {"prompt": "a", "chosen": "a long reply to it", "rejected": "no", "subset": "math-prm", "id": 1},
         {"prompt": "b", "chosen": "no", "rejected": "a long reply to it", "subset": "hep-go", "id": 2},
         {"prompt": "c", "chosen": "a long reply to it", "rejected": "no", "subset": "alpacaeval-easy", "id": 3},
     ]
-    found = judge(length_model, dataset=write_rows(rows, "reward-bench.jsonl"))
+    found = evaluate(length_model, dataset=write_rows(rows, "reward-bench.jsonl"))
     assert found["n"] == 3, "a benchmark is taken whole, not one prompt in 20"
     benchmark = found["benchmark"]
     assert benchmark["name"] == "RewardBench"
@@ -332,7 +357,7 @@ def test_reward_bench_rows_are_aggregated_by_section(judge, length_model, write_
     assert benchmark["score"] == pytest.approx((1 + 984 / 1148) / 2)
 
 
-def test_reward_bench_2_rows_compare_one_with_several(judge, length_model, write_rows):
+def test_reward_bench_2_rows_compare_one_with_several(evaluate, length_model, write_rows):
     reply = {length: " ".join(["word"] * length) for length in range(1, 12)}
 
     def row(subset, key, right, wrong):
@@ -348,7 +373,7 @@ def test_reward_bench_2_rows_compare_one_with_several(judge, length_model, write
         row("Ties", "ref:1", [9], [3]),
         row("Ties", "tied:1", [8, 9, 10], [1, 2]),
     ]
-    found = judge(length_model, "--scores_out", "s.jsonl", *FP32, dataset=write_rows(rows, "rb2.jsonl"))
+    found = evaluate(length_model, "--scores_out", "s.jsonl", *FP32, dataset=write_rows(rows, "rb2.jsonl"))
     benchmark = found["benchmark"]
     assert benchmark["name"] == "RewardBench 2"
     # gap of tied:1 is 6 words, the spread 2, the gap of ref:1 6 words: accurate, and both margins exceed the spread
@@ -371,8 +396,8 @@ def test_reward_bench_2_rows_compare_one_with_several(judge, length_model, write
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_two_models_on_the_same_pairs(judge, length_model, constant_model, capsys):
-    found = judge(length_model, "--against", constant_model, "--scores_out", "s.jsonl")["against"]
+def test_two_models_on_the_same_pairs(evaluate, length_model, constant_model, capsys):
+    found = evaluate(length_model, "--against", constant_model, "--scores_out", "s.jsonl")["against"]
     assert found["n"] == 400 and found["only_b_right"] == found["both_right"] == 0
     assert found["only_a_right"] + found["neither_right"] == 400
     assert found["accuracy_difference"] == found["only_a_right"] / 400 and found["low"] > 0
@@ -384,23 +409,35 @@ def test_two_models_on_the_same_pairs(judge, length_model, constant_model, capsy
     assert "McNemar" in capsys.readouterr().out
 
 
+TWO_STEPS = ("--max_steps", "2", "--batch_size", "8", "--grad_accum", "1")
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory, base, small_dataset):
+    """A folder with a run of two steps and its logs."""
+    folder = tmp_path_factory.mktemp("two_steps")
+    printed = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        train_rm.main(["--model", base, "--dataset", small_dataset, *TWO_STEPS, "--run_name", "crumb"])
+    assert printed.getvalue().endswith(f"report: {Path('checkpoints/rm/crumb/reports/step-2/report.html')}\n")
+    return folder
+
+
 @pytest.fixture
-def trained_run(tmp_path, base, small_dataset, run_script):
-    result = run_script(
-        "train_rm.py", "--model", base, "--dataset", small_dataset, "--max_steps", 2, "--batch_size", 8,
-        "--grad_accum", 1, "--run_name", "crumb",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith(f"report: {Path('checkpoints/rm/crumb/reports/step-2/report.html')}\n")
+def trained_run(two_steps, tmp_path, monkeypatch):
+    """A copy of that run in the working folder."""
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     return tmp_path / "checkpoints/rm/crumb"
 
 
-def test_our_own_checkpoint_knows_its_data_its_base_its_logs_and_its_place(trained_run, monkeypatch, tmp_path, capsys):
+def test_a_checkpoint_of_ours_knows_its_data_base_model_logs_and_report_folder(
+    trained_run, monkeypatch, tmp_path, capsys
+):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     import manage_runs
 
-    monkeypatch.chdir(tmp_path)
     step = trained_run / "step-2"
     before = {path.name: utils.sha256_of(path) for path in step.iterdir()}
     ((at, correct, pairs),) = utils.read_json(trained_run / "run.json")["evaluations"]
@@ -433,13 +470,14 @@ def test_our_own_checkpoint_knows_its_data_its_base_its_logs_and_its_place(train
     assert (reports / "report.html").is_file()
 
 
-def test_a_training_reports_on_its_best_checkpoint_too_or_not_at_all(run_script, base, small_dataset, tmp_path):
-    flags = ["--model", base, "--dataset", small_dataset, "--max_steps", 3, "--batch_size", 8, "--grad_accum", 1,
-             "--eval_steps", 1, "--save_steps", 1, "--eval_num_batches", 1, "--lr", "1e-2"]  # fmt: skip
-    assert run_script("train_rm.py", *flags, "--run_name", "quiet", "--no_report").returncode == 0
+@pytest.mark.usefixtures("undrawn")
+def test_a_training_reports_on_its_best_checkpoint_too_or_not_at_all(base, small_dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", base, "--dataset", small_dataset, *TWO_STEPS, "--max_steps", "3", "--eval_steps", "1",
+             "--save_steps", "1", "--eval_num_batches", "1", "--lr", "1e-2"]  # fmt: skip
+    train_rm.main([*flags, "--run_name", "quiet", "--no_report"])
     assert not (tmp_path / "checkpoints/rm/quiet/reports").exists()
-    result = run_script("train_rm.py", *flags, "--run_name", "told")
-    assert result.returncode == 0, result.stderr
+    train_rm.main([*flags, "--run_name", "told"])
     run = tmp_path / "checkpoints/rm/told"
     wanted = {"step-3", best_step(run).name}
     assert {path.name for path in (run / "reports").iterdir()} == wanted
@@ -449,15 +487,12 @@ def test_a_training_reports_on_its_best_checkpoint_too_or_not_at_all(run_script,
             assert (content["right"], content["n"]) == (correct, pairs)
 
 
-def test_a_report_that_cannot_be_written_is_no_failure_of_the_training(run_script, base, small_dataset, tmp_path):
-    run = tmp_path / "checkpoints/rm/told"
-    flags = ["--model", base, "--dataset", small_dataset, "--max_steps", 1, "--batch_size", 8, "--grad_accum", 1]
-    assert run_script("train_rm.py", *flags, "--run_name", "told", "--no_report").returncode == 0
-    (run / "reports").write_text("in the way")
-    result = run_script("train_rm.py", "--resume_from", run, "--max_steps", 2, "--report")
-    assert result.returncode == 0, result.stderr
-    assert "the training is saved, but there is no report of it" in result.stderr
-    assert (run / "step-2/manifest.json").is_file() and (run / "reports").is_file()
+def test_a_report_that_cannot_be_written_does_not_fail_the_training(trained_run, capsys):
+    shutil.rmtree(trained_run / "reports")
+    (trained_run / "reports").write_text("in the way")
+    train_rm.main(["--resume_from", str(trained_run), "--max_steps", "3", "--report"])
+    assert "the training is saved, but there is no report of it" in capsys.readouterr().err
+    assert (trained_run / "step-3/manifest.json").is_file() and (trained_run / "reports").is_file()
 
 
 def test_a_report_calls_a_hub_model_by_its_id_and_a_run_by_its_newest_step(reward_checkpoint, tmp_path):
@@ -465,7 +500,7 @@ def test_a_report_calls_a_hub_model_by_its_id_and_a_run_by_its_newest_step(rewar
     assert eval_rm.display_name(str(reward_checkpoint.parent), reward_checkpoint).endswith("step-2")
 
 
-def test_a_folder_that_takes_no_file_is_said_before_scoring(reward_checkpoint, tmp_path, monkeypatch, demo_folder):
+def test_an_unwritable_folder_is_reported_before_scoring(reward_checkpoint, tmp_path, monkeypatch, demo_folder):
     monkeypatch.chdir(tmp_path)
     Path("taken").touch()
     with pytest.raises(DiskOrNetworkError, match="the report's folder cannot be written") as caught:
@@ -475,20 +510,21 @@ def test_a_folder_that_takes_no_file_is_said_before_scoring(reward_checkpoint, t
     assert "nothing was scored" in str(caught.value) and "--report_dir FOLDER" in str(caught.value)
 
 
-def test_an_adapter_whose_base_has_moved_is_judged_with_base_model(judge, adapter, base, tmp_path):
+@pytest.mark.usefixtures("undrawn")
+def test_an_adapter_whose_base_model_has_moved_is_opened_with_base_model(evaluate, adapter, base, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(adapter, moved)
     settings = utils.read_json(moved / "adapter_config.json")
     utils.write_json(moved / "adapter_config.json", settings | {"base_model_name_or_path": "/nowhere/base"})
     for models_given in ([moved], [adapter, "--against", moved]):
         with pytest.raises(UserError, match="--base_model FOLDER") as caught:
-            judge(*models_given)
+            evaluate(*models_given)
         assert "/nowhere/base" in str(caught.value) and not Path("out").exists()
-    found = judge(adapter, "--against", moved, "--base_model", base, "--max_pairs", 20)
+    found = evaluate(adapter, "--against", moved, "--base_model", base, "--max_pairs", 20)
     assert found["against"]["only_a_right"] == found["against"]["only_b_right"] == 0
 
 
-def test_a_base_that_is_gone_is_said_and_costs_no_report(trained_run, monkeypatch, tmp_path, base):
+def test_a_missing_base_model_is_noted_in_the_report(trained_run, monkeypatch, tmp_path, base):
     monkeypatch.chdir(tmp_path)
     config = utils.read_json(trained_run / "step-2/train_config.json") | {"model": "/nowhere/base"}
     copy = tmp_path / "copy"
@@ -501,13 +537,13 @@ def test_a_base_that_is_gone_is_said_and_costs_no_report(trained_run, monkeypatc
     assert content["notes"] == ["no untrained baseline: the base model is no longer at /nowhere/base"]
 
 
-def test_the_page_is_whole_loads_nothing_and_escapes_what_replies_say(judge, constant_model, write_rows):
+def test_the_page_is_complete_loads_nothing_and_escapes_replies(evaluate, constant_model, write_rows):
     rows = [
         {"prompt": "<script>alert(1)</script>", "chosen": '<img src="http://evil/x">', "rejected": "</p>",
          "kind": "<b>k"},
         {"prompt": "two", "chosen": "a", "rejected": "b", "kind": "[bold]plain"},
     ]  # fmt: skip
-    judge(constant_model, "--split", "all", dataset=write_rows(rows))
+    evaluate(constant_model, "--split", "all", dataset=write_rows(rows))
     page = Path("out/report.html").read_text(encoding="utf-8")
     assert "<script" not in page and "<img" not in page and "<b>k" not in page
     assert "&lt;script&gt;alert(1)" in page and "default-src 'none'" in page
@@ -528,15 +564,29 @@ def test_the_page_is_whole_loads_nothing_and_escapes_what_replies_say(judge, con
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def many_pairs(write_rows, demo_folder):
-    rows = lines_of(demo_folder[1] / "train.jsonl")
-    return write_rows(rows[:1200], "many.jsonl")
+@pytest.fixture(scope="module")
+def many_pairs(tmp_path_factory, demo_folder):
+    file = tmp_path_factory.mktemp("many") / "many.jsonl"
+    with (demo_folder[1] / "train.jsonl").open() as lines:
+        file.write_text("".join(itertools.islice(lines, MANY)))
+    return file
 
 
-def start(folder, model, dataset, *flags):
-    command = [sys.executable, ROOT / "eval_rm.py", "--model", model, "--dataset", dataset, "--split", "all",
-               "--report_dir", "out", "--no_untrained_baseline", "--tokens_per_batch", "256", *flags]  # fmt: skip
+MANY, WITHOUT_BASELINE = 600, ("--split", "all", "--report_dir", "out", "--no_untrained_baseline")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(reward_checkpoint, many_pairs, tmp_path_factory):
+    """The report on these pairs of an evaluation that nothing stopped."""
+    with contextlib.chdir(tmp_path_factory.mktemp("uninterrupted")):
+        eval_rm.main(["--model", str(reward_checkpoint), "--dataset", str(many_pairs), *WITHOUT_BASELINE])
+        return utils.read_json(Path("out/report.json"))
+
+
+def start(folder, model, dataset):
+    """A slow evaluation in a process: one pair in each forward."""
+    command = [sys.executable, ROOT / "eval_rm.py", "--model", model, "--dataset", dataset, *WITHOUT_BASELINE,
+               "--tokens_per_batch", "32"]  # fmt: skip
     return subprocess.Popen(
         list(map(str, command)), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -559,8 +609,11 @@ def wait_for_scores(process, folder, rows):
     raise AssertionError(process.communicate())
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_evaluation_goes_on_where_it_was(number, tmp_path, reward_checkpoint, many_pairs, judge):
+def test_a_stopped_evaluation_goes_on_where_it_was(
+    number, tmp_path, reward_checkpoint, many_pairs, uninterrupted, evaluate, capsys
+):
     process = start(tmp_path, reward_checkpoint, many_pairs)
     wait_for_scores(process, tmp_path, 100)
     process.send_signal(number)
@@ -569,23 +622,18 @@ def test_a_stopped_evaluation_goes_on_where_it_was(number, tmp_path, reward_chec
     if number != signal.SIGKILL:
         assert "the same command goes on from there" in errors
     kept = kept_scores(tmp_path)
-    assert 100 <= kept < 1200
-    process = start(tmp_path, reward_checkpoint, many_pairs)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert f"going on after {kept:,} rows that were scored before" in errors
-    resumed = utils.read_json(tmp_path / "out/report.json")
+    assert 100 <= kept < MANY
+    resumed = evaluate(reward_checkpoint, *WITHOUT_BASELINE, dataset=many_pairs)
+    assert f"going on after {kept:,} rows that were scored before" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob(".*")), "the partial file goes when the report is there"
-    assert resumed["n"] + resumed["rows"]["left_out"] == 1200
-    straight = judge(
-        reward_checkpoint, "--split", "all", "--no_untrained_baseline", "--tokens_per_batch", 256, dataset=many_pairs
-    )
-    assert resumed["right"] == pytest.approx(straight["right"], abs=2)
-    assert resumed["mean_margin"] == pytest.approx(straight["mean_margin"], abs=1e-3)
+    assert resumed["n"] + resumed["rows"]["left_out"] == MANY
+    assert resumed["right"] == pytest.approx(uninterrupted["right"], abs=2)
+    assert resumed["mean_margin"] == pytest.approx(uninterrupted["mean_margin"], abs=1e-3)
 
 
-def test_scores_of_another_model_or_of_other_rows_are_not_taken(
-    judge, length_model, constant_model, demo_folder, monkeypatch
+@pytest.mark.usefixtures("undrawn")
+def test_scores_of_another_model_or_of_other_rows_are_not_reused(
+    evaluate, length_model, constant_model, demo_folder, monkeypatch
 ):
     from evaluation import report
 
@@ -595,28 +643,28 @@ def test_scores_of_another_model_or_of_other_rows_are_not_taken(
     with monkeypatch.context() as patch:
         patch.setattr(report, "write_json", no_room)
         with pytest.raises(OSError):
-            judge(length_model, *FP32)
+            evaluate(length_model, *FP32)
     assert len(list(Path("out").glob(".partial-*"))) == 1
-    assert judge(constant_model, *FP32)["ties"] == 400
-    assert judge(length_model, "--max_pairs", 30, *FP32)["n"] == 30
+    assert evaluate(constant_model, *FP32)["ties"] == 400
+    assert evaluate(length_model, "--max_pairs", 30, *FP32)["n"] == 30
     assert len(list(Path("out").glob(".partial-*"))) == 1
-    assert judge(length_model, *FP32)["n"] == 400
+    assert evaluate(length_model, *FP32)["n"] == 400
     assert not list(Path("out").glob(".partial-*"))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="ulimit is a shell's on Unix")
-def test_a_disk_that_takes_no_more_exits_4_and_keeps_what_was_scored(tmp_path, reward_checkpoint, many_pairs):
-    command = (
-        f"ulimit -f 20; exec '{sys.executable}' '{ROOT / 'eval_rm.py'}' --model '{reward_checkpoint}' --split all "
-        f"--dataset '{many_pairs}' --report_dir out --no_untrained_baseline"
+@pytest.mark.usefixtures("undrawn")
+def test_a_full_disk_exits_4_and_keeps_what_was_scored(tmp_path, reward_checkpoint, many_pairs, evaluate, capsys):
+    command = shlex.join([sys.executable, str(ROOT / "eval_rm.py"), "--model", str(reward_checkpoint), "--dataset",
+                          str(many_pairs), *WITHOUT_BASELINE])  # fmt: skip
+    result = subprocess.run(
+        ["bash", "-c", f"ulimit -f 20; exec {command}"], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
-    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 4, result.stderr
     assert "the disk did not take it" in result.stderr and "are kept" in result.stderr
     assert "Traceback" not in result.stderr
-    process = start(tmp_path, reward_checkpoint, many_pairs)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0 and "going on after" in errors
+    evaluate(reward_checkpoint, *WITHOUT_BASELINE, dataset=many_pairs)
+    assert "going on after" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -624,42 +672,42 @@ def test_a_disk_that_takes_no_more_exits_4_and_keeps_what_was_scored(tmp_path, r
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_reward_model_is_refused(judge, base, tmp_path, reward_checkpoint):
+def test_anything_but_a_reward_model_is_rejected(evaluate, base, tmp_path, reward_checkpoint):
     with pytest.raises(UserError, match="--model names something that does not exist"):
-        judge("./nowhere")
+        evaluate("./nowhere")
     with pytest.raises(UserError, match="--against names something that does not exist"):
-        judge(reward_checkpoint, "--against", "./nowhere")
+        evaluate(reward_checkpoint, "--against", "./nowhere")
     with pytest.raises(UserError, match="--against names the model itself"):
-        judge(reward_checkpoint, "--against", reward_checkpoint.parent)  # a run's folder is its newest step
+        evaluate(reward_checkpoint, "--against", reward_checkpoint.parent)  # a run's folder is its newest step
     with pytest.raises(UserError, match=r"--model names no reward model(.|\n)*a model that writes"):
-        judge(base)
+        evaluate(base)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no config.json of a model"):
-        judge(tmp_path / "empty")
+        evaluate(tmp_path / "empty")
     with pytest.raises(DiskOrNetworkError, match="no local copy of some/where"):
-        judge("some/where")
+        evaluate("some/where")
     with pytest.raises(UserError, match="--model: wants a reward model"):
         eval_rm.main([])
 
 
-def test_a_model_with_two_labels_is_refused(judge, base, tmp_path, constant_model):
+def test_a_model_with_two_labels_is_rejected(evaluate, base, tmp_path, constant_model):
     with pytest.raises(UserError, match="--against names no reward model"):
-        judge(constant_model, "--against", base)
+        evaluate(constant_model, "--against", base)
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, pad_token_id=0)
     model.save_pretrained(tmp_path / "two")
     models.load_tokenizer(base).save_pretrained(tmp_path / "two")
     with pytest.raises(UserError, match="--model has 2 labels, and a reward model has one"):
-        judge(tmp_path / "two")
+        evaluate(tmp_path / "two")
 
 
-def test_a_damaged_checkpoint_is_refused(judge, reward_checkpoint, tmp_path):
+def test_a_damaged_checkpoint_is_rejected(evaluate, reward_checkpoint, tmp_path):
     shutil.copytree(reward_checkpoint, tmp_path / "run/step-2")
     with (tmp_path / "run/step-2/model.safetensors").open("ab") as file:
         file.write(b"x")
     with pytest.raises(CheckpointError, match="the checkpoint is damaged") as raised:
-        judge(tmp_path / "run/step-2")
+        evaluate(tmp_path / "run/step-2")
     assert raised.value.exit_code == 3
     assert not Path("out").exists()
 
@@ -676,35 +724,35 @@ def test_a_damaged_checkpoint_is_refused(judge, reward_checkpoint, tmp_path):
         ('{"prompt": "\xff", "chosen": "c", "rejected": "b"}', "not UTF-8"),
     ],
 )
-def test_a_broken_row_stops_with_its_place(text, wanted, judge, constant_model, tmp_path):
+def test_a_broken_row_is_reported_with_its_place(text, wanted, evaluate, constant_model, tmp_path):
     good = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
     (tmp_path / "rows.jsonl").write_bytes(good.encode() + text.encode("latin-1") + b"\n")
     with pytest.raises(UserError, match=wanted) as raised:
-        judge(constant_model, "--split", "all", dataset=tmp_path / "rows.jsonl")
+        evaluate(constant_model, "--split", "all", dataset=tmp_path / "rows.jsonl")
     assert "rows.jsonl:2" in str(raised.value)
     assert not (tmp_path / "out/report.json").exists()
 
 
-def test_splits_and_folders_that_are_not_there_are_named(judge, constant_model, tmp_path, demo_folder):
+def test_missing_splits_and_folders_are_named(evaluate, constant_model, tmp_path, demo_folder):
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="a folder without a test file"):
-        judge(constant_model, dataset=tmp_path / "none")
+        evaluate(constant_model, dataset=tmp_path / "none")
     with pytest.raises(UserError, match="--split filtered: a single file has train, test and all"):
-        judge(constant_model, "--split", "filtered", dataset=demo_folder[1] / "test.jsonl")
+        evaluate(constant_model, "--split", "filtered", dataset=demo_folder[1] / "test.jsonl")
     with pytest.raises(UserError, match="--split filtered: no such file"):
-        judge(constant_model, "--split", "filtered", dataset=demo_folder[1])
+        evaluate(constant_model, "--split", "filtered", dataset=demo_folder[1])
 
 
-def test_a_reward_that_is_no_number_stops(judge, tmp_path, base, tokenizer, small_dataset):
+def test_a_reward_that_is_not_finite_is_an_error(evaluate, tmp_path, base, tokenizer, small_dataset):
     model = models.RewardModel.create(base, tokenizer, 0)
     with torch.no_grad():
         model.hf_model.score.weight.fill_(3e38)
     model.save(tmp_path / "inf")
     with pytest.raises(UserError, match="a reward that is not a finite number"):
-        judge(tmp_path / "inf", dataset=small_dataset)
+        evaluate(tmp_path / "inf", dataset=small_dataset)
 
 
-def test_all_bad_flags_are_said_at_once():
+def test_all_bad_flags_are_reported_at_once():
     with pytest.raises(UserError) as raised:
         eval_rm.main(["--best_of", "--batch_size", "0", "--precision", "int8", "--scores_out", "/"])
     for name in ("--model", "--best_of", "--batch_size", "--precision", "--scores_out"):
