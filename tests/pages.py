@@ -32,6 +32,11 @@ CONFIGS = {
 # The tree's order: entry scripts, shared files, then the folders from the top floor down.
 ROOT_FILES = [*CONFIGS, "models.py", "data.py", "utils.py"]
 FOLDERS = ["training", "evaluation", "chat_app", "run_manager", "modeling", "data_pipeline", "checkpointing", "common"]
+WITHOUT_DOCSTRING = {
+    "page.css": "The page's style, in addition to Gradio's.",
+    "page_head.html": "The page's JavaScript: keeps conversations in the browser, and streams in order.",
+    "report.html.jinja": "The template of report.html.",
+}
 GENERATED = re.compile(r"(<!-- (flags: .*?|tree) -->\n)((?:.+\n)*)")
 
 
@@ -111,13 +116,16 @@ def tree():
     for folder in [*FOLDERS, "bench"]:
         package = ROOT / folder / "__init__.py"
         lines.append(_entry("", f"{folder}/", package))
-        files = sorted(path for path in (ROOT / folder).glob("*.py") if path != package)
+        files = sorted(path for path in (ROOT / folder).glob("*.*") if path.is_file() and path != package)
         lines += [_entry("  ", path.name, path) for path in files]
     return "\n".join(["```text", *lines, "```"])
 
 
 def _entry(indent, name, path):
-    doc = ast.get_docstring(ast.parse(read(path))) if path.exists() else "Benchmarks; each one is a script."
+    if path.suffix == ".py":
+        doc = ast.get_docstring(ast.parse(read(path))) if path.exists() else "Benchmarks; each one is a script."
+    else:
+        doc = WITHOUT_DOCSTRING[path.name]
     summary = doc.split("\n\n")[0]
     start = f"{indent}{name}".ljust(28)
     return textwrap.fill(

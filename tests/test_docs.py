@@ -66,9 +66,10 @@ def test_every_flag_is_in_a_table_on_exactly_one_page():
 
 
 def test_the_tree_names_every_product_file():
-    named = re.findall(r"^(?:  )?(\w+\.py|\w+/) ", pages.tree(), re.MULTILINE)
+    named = re.findall(r"^(?:  )?(\w+\.[\w.]+|\w+/) ", pages.tree(), re.MULTILINE)
     folders = [path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests"] + [ROOT / "bench"]
-    files = [path.name for folder in (ROOT, *folders) for path in folder.glob("*.py") if path.name != "__init__.py"]
+    files = [path.name for path in ROOT.glob("*.py")]
+    files += [path.name for folder in folders for path in folder.glob("*.*") if path.name != "__init__.py"]
     assert sorted(named) == sorted(files + [f"{folder.name}/" for folder in folders])
     assert ("tree", pages.tree()) in pages.generated(ROOT / "docs/development.md")
 
