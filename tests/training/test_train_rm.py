@@ -8,8 +8,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -220,37 +218,40 @@ def test_a_run_logs_every_tag_once_a_step_and_says_what_to_type_next(run_script,
     assert "step 6/6" in result.stdout
 
 
-def test_switched_off_periodic_work_still_happens_at_the_end(run_script, base, small_dataset, tmp_path):
-    result = run_script("train_rm.py", "--model", base, "--dataset", small_dataset, "--run_name", "end", *TINY)
+@pytest.fixture(scope="module")
+def trained(script_server, base, small_dataset, tmp_path_factory):
+    """The folder of a run named "one", of a single step, with periodic work switched off."""
+    folder = tmp_path_factory.mktemp("trained")
+    words = ["train_rm.py", "--model", base, "--dataset", small_dataset, "--run_name", "one", *TINY]
+    result = script_server.run(words, folder)
     assert result.returncode == 0, result.stderr
-    assert [path.name for path in (tmp_path / "checkpoints/rm/end").glob("step-*")] == ["step-1"]
-    assert [step for step, _ in scalars(tmp_path / "logs/rm/end")[0]["eval/accuracy"]] == [1]
+    return folder
+
+
+@pytest.fixture
+def run_one(trained, tmp_path, monkeypatch):
+    """A copy of that run in a folder of its own, which is the working folder."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "checkpoints/rm/one"
+
+
+def test_switched_off_periodic_work_still_happens_at_the_end(trained):
+    assert [path.name for path in (trained / "checkpoints/rm/one").glob("step-*")] == ["step-1"]
+    assert [step for step, _ in scalars(trained / "logs/rm/one")[0]["eval/accuracy"]] == [1]
 
 
 @pytest.mark.parametrize("switches", [[], ["--lora", "--lora_dropout", "0.2"]], ids=["full", "lora"])
-def test_killed_and_resumed_equals_straight_bitwise(run_script, base, small_dataset, tmp_path, switches):
+def test_killed_and_resumed_equals_straight_bitwise(script_server, run_script, base, small_dataset, tmp_path, switches):
     common = ["--model", base, "--dataset", small_dataset, "--batch_size", 4, "--grad_accum", 2, "--lr", "1e-3",
-              "--lr_schedule", "cosine", "--eval_steps", 3, *switches]  # fmt: skip
+              "--lr_schedule", "cosine", "--eval_steps", 3, "--no_report", *switches]  # fmt: skip
     straight = run_script("train_rm.py", *common, "--run_name", "straight", "--save_steps", 0)
     assert straight.returncode == 0, straight.stderr
 
-    arguments = [
-        sys.executable,
-        str(ROOT / "train_rm.py"),
-        *map(str, common),
-        "--run_name",
-        "killed",
-        "--save_steps",
-        "3",
-    ]
-    with subprocess.Popen(
-        arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        for line in process.stdout:
-            if line.startswith("step 5/"):  # past the checkpoint of step 3, short of that of step 6
-                process.send_signal(signal.SIGKILL)
-                break
-        process.stdout.read()
+    script = script_server.start(["train_rm.py", *common, "--run_name", "killed", "--save_steps", 3], tmp_path)
+    script.wait_for("\nstep 5/")  # past the checkpoint of step 3, short of that of step 6
+    script.send_signal(signal.SIGKILL)
+    assert script.wait().returncode == -signal.SIGKILL
     run = tmp_path / "checkpoints/rm/killed"
     assert [path.name for path in run.glob("step-*")] == ["step-3"]
 
@@ -267,21 +268,16 @@ def test_killed_and_resumed_equals_straight_bitwise(run_script, base, small_data
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_saves_its_last_completed_step_and_goes_on_exactly(
-    run_script, base, small_dataset, tmp_path, number, code
+    script_server, run_script, base, small_dataset, tmp_path, number, code
 ):
     common = ["--model", base, "--dataset", small_dataset, "--batch_size", 4, "--grad_accum", 2, "--lora",
               "--lora_dropout", "0.2", *TINY]  # fmt: skip
-    arguments = [sys.executable, str(ROOT / "train_rm.py"), *map(str, common), "--run_name", "stopped"]
-    with subprocess.Popen(
-        arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        for line in process.stdout:
-            if line.startswith("step 2/"):
-                process.send_signal(number)
-                break
-        output, errors = process.stdout.read(), process.stderr.read()
-    assert process.returncode == code, errors
-    assert "the last completed step" in output and "Traceback" not in errors
+    script = script_server.start(["train_rm.py", *common, "--run_name", "stopped"], tmp_path)
+    script.wait_for("\nstep 2/")
+    script.send_signal(number)
+    stopped = script.wait()
+    assert stopped.returncode == code, stopped.stderr
+    assert "the last completed step" in stopped.stdout and "Traceback" not in stopped.stderr
     saved = manifest.find(str(tmp_path / "checkpoints/rm/stopped"))
     assert 2 <= checkpoint.read_position(saved).step < 8
     assert run_script("train_rm.py", "--resume_from", saved).returncode == 0
@@ -307,19 +303,14 @@ def test_a_crash_saves_the_last_completed_step_and_names_the_cause(base, small_d
     assert checkpoint.read_position(manifest.find("checkpoints/rm/crash")).step == 2
 
 
-def test_a_finished_run_says_so_and_goes_on_with_more_epochs(run_script, base, small_dataset, tmp_path):
-    run = tmp_path / "checkpoints/rm/one"
-    assert (
-        run_script("train_rm.py", "--model", base, "--dataset", small_dataset, "--run_name", "one", *TINY).returncode
-        == 0
-    )
-    again = run_script("train_rm.py", "--resume_from", run)
+def test_a_finished_run_says_so_and_goes_on_with_more_epochs(run_script, run_one):
+    again = run_script("train_rm.py", "--resume_from", run_one)
     assert again.returncode == 0 and "nothing to do: step 1 of 1 is done" in again.stdout
-    more = run_script("train_rm.py", "--resume_from", run, "--epochs", 3, "--lr", "2e-3")
+    more = run_script("train_rm.py", "--resume_from", run_one, "--epochs", 3, "--lr", "2e-3")
     assert more.returncode == 0, more.stderr
     assert re.search(r"setting +stored +asked +used\n", more.stdout)
     assert re.search(r"epochs +1 +3 +3", more.stdout) and re.search(r"lr +0.001 +0.002 +0.002", more.stdout)
-    assert json.loads((run / "step-3/train_config.json").read_text())["lr"] == 0.002
+    assert json.loads((run_one / "step-3/train_config.json").read_text())["lr"] == 0.002
 
 
 def test_resuming_from_an_older_step_sets_later_ones_aside(run_script, base, small_dataset, tmp_path):
@@ -334,19 +325,14 @@ def test_resuming_from_an_older_step_sets_later_ones_aside(run_script, base, sma
     assert same_bytes(aside, run / "step-4", *names)
 
 
-def test_resuming_with_other_data_or_model_is_refused(run_script, base, small_dataset, demo_folder, tmp_path):
-    run = tmp_path / "checkpoints/rm/one"
-    assert (
-        run_script("train_rm.py", "--model", base, "--dataset", small_dataset, "--run_name", "one", *TINY).returncode
-        == 0
-    )
+def test_resuming_with_other_data_or_model_is_refused(run_script, run_one, demo_folder):
     for flags, word in ((["--seed", 1], "--seed"), (["--batch_size", 3], "--batch_size"), (["--lora"], "--lora")):
-        result = run_script("train_rm.py", "--resume_from", run, "--epochs", 2, *flags)
+        result = run_script("train_rm.py", "--resume_from", run_one, "--epochs", 2, *flags)
         assert result.returncode == 2 and word in result.stderr, result.stderr
-    result = run_script("train_rm.py", "--resume_from", run, "--epochs", 2, "--dataset", demo_folder[1])
+    result = run_script("train_rm.py", "--resume_from", run_one, "--epochs", 2, "--dataset", demo_folder[1])
     assert result.returncode == 2 and "--allow_data_change" in result.stderr
     result = run_script(
-        "train_rm.py", "--resume_from", run, "--max_steps", 2, "--dataset", demo_folder[1], "--allow_data_change"
+        "train_rm.py", "--resume_from", run_one, "--max_steps", 2, "--dataset", demo_folder[1], "--allow_data_change"
     )
     assert result.returncode == 0, result.stderr
 
@@ -453,7 +439,7 @@ def test_running_out_of_memory_in_an_evaluation_cuts_the_batches_and_gives_the_s
     base, small_dataset, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    flags = ["--model", base, "--dataset", small_dataset, "--precision", "fp32", "--max_steps", "1"]
+    flags = ["--model", base, "--dataset", small_dataset, "--precision", "fp32", "--max_steps", "1", "--no_report"]
     train_rm.main([*flags, "--run_name", "roomy"])
     roomy = re.search(r"held-out.*", capsys.readouterr().out).group()
     original = train_rm.score
@@ -551,17 +537,13 @@ def test_moved_data_and_a_moved_base_of_an_adapter_are_known_by_their_content(
     assert (tmp_path / "checkpoints/rm/one/step-3").is_dir()
 
 
-def test_a_step_named_inside_its_runs_folder_resumes(base, small_dataset, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    train_rm.main(["--model", base, "--dataset", small_dataset, "--run_name", "one", *TINY])
-    monkeypatch.chdir(tmp_path / "checkpoints/rm/one")
+def test_a_step_named_inside_its_runs_folder_resumes(run_one, tmp_path, monkeypatch):
+    monkeypatch.chdir(run_one)
     train_rm.main(["--resume_from", "step-1", "--epochs", "2"])
-    assert (tmp_path / "checkpoints/rm/one/step-2").is_dir() and (tmp_path / "logs/rm/one").is_dir()
+    assert (run_one / "step-2").is_dir() and (tmp_path / "logs/rm/one").is_dir()
 
 
-def test_a_copied_checkpoint_goes_on_under_a_new_name(base, small_dataset, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    train_rm.main(["--model", base, "--dataset", small_dataset, "--run_name", "one", *TINY])
+def test_a_copied_checkpoint_goes_on_under_a_new_name(run_one, tmp_path):
     shutil.copytree("checkpoints/rm/one", "checkpoints/rm/one (copy)")
     with pytest.raises(utils.UserError, match="add --run_name NAME"):
         train_rm.main(["--resume_from", "checkpoints/rm/one (copy)", "--epochs", "2"])
@@ -592,10 +574,8 @@ def test_what_stands_in_the_way_of_a_folder_is_named_before_the_model_is_loaded(
     assert not (tmp_path / "checkpoints/rm/blocked").exists()
 
 
-def test_a_file_at_a_checkpoints_place_is_seen_before_training(base, small_dataset, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    train_rm.main(["--model", base, "--dataset", small_dataset, "--run_name", "one", *TINY])
-    (tmp_path / "checkpoints/rm/one/step-2").touch()
+def test_a_file_at_a_checkpoints_place_is_seen_before_training(run_one):
+    (run_one / "step-2").touch()
     with pytest.raises(utils.UserError, match="something that is no folder stands where a checkpoint goes"):
         train_rm.main(["--resume_from", "checkpoints/rm/one", "--epochs", "2"])
 
@@ -636,12 +616,12 @@ def test_skipped_steps_stand_in_the_summary(base, small_dataset, tmp_path, monke
     assert "2 of these steps were skipped" in capsys.readouterr().out
 
 
-def test_a_run_resumes_from_another_folder(run_script, base, small_dataset, tmp_path):
+def test_a_run_resumes_from_another_folder(script_server, run_script, base, small_dataset, tmp_path):
     shutil.copytree(small_dataset, tmp_path / "pairs")
     assert run_script("train_rm.py", "--model", base, "--dataset", "pairs", "--run_name", "one", *TINY).returncode == 0
     (tmp_path / "elsewhere").mkdir()
-    arguments = [sys.executable, ROOT / "train_rm.py", "--resume_from", "../checkpoints/rm/one", "--epochs", "2"]
-    moved = subprocess.run(arguments, cwd=tmp_path / "elsewhere", capture_output=True, text=True, timeout=300)
+    words = ["train_rm.py", "--resume_from", "../checkpoints/rm/one", "--epochs", "2"]
+    moved = script_server.run(words, tmp_path / "elsewhere")
     assert moved.returncode == 0, moved.stderr
     assert (tmp_path / "checkpoints/rm/one/step-2").is_dir()
     assert [step for step, _ in scalars(tmp_path / "logs/rm/one")[0]["train/loss"]] == [1, 2]
@@ -677,9 +657,7 @@ def test_a_log_that_cannot_be_written_does_not_stop_training(run_script, base, s
         "sys.exit(utils.run_script(train_rm.main))\n"
     )
     (tmp_path / "full_log.py").write_text(program)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    arguments = [sys.executable, "full_log.py", *map(str, flags)]
-    result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    result = run_script(tmp_path / "full_log.py", *flags, env={"PYTHONPATH": ROOT})
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("training goes on without") == 1
     assert (tmp_path / "checkpoints/rm/one/step-1").is_dir()
@@ -694,20 +672,18 @@ def test_the_head_of_any_architecture_comes_from_the_seed(tokenizer, tmp_path):
         backbone.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
         heads = [
-            models.RewardModel.create(str(tmp_path / name), tokenizer, seed).hf_model.hf_model.weight
+            models.RewardModel.create(str(tmp_path / name), tokenizer, seed).hf_model.classifier.weight
             for seed in (1, 1, 2)
         ]
         assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2]), name
 
 
-def test_two_processes_cannot_train_one_run(run_script, base, small_dataset, tmp_path):
-    flags = ["--model", base, "--dataset", small_dataset, *TINY]
-    assert run_script("train_rm.py", *flags, "--run_name", "one").returncode == 0
-    lock = file_locks.RunLock(tmp_path / "checkpoints/rm/one")
-    held = run_script("train_rm.py", "--resume_from", tmp_path / "checkpoints/rm/one", "--epochs", 2)
+def test_two_processes_cannot_train_one_run(run_script, run_one):
+    lock = file_locks.RunLock(run_one)
+    held = run_script("train_rm.py", "--resume_from", run_one, "--epochs", 2)
     assert held.returncode == 2 and f"process {os.getpid()} on" in held.stderr, held.stderr
     lock.release()
-    free = run_script("train_rm.py", "--resume_from", tmp_path / "checkpoints/rm/one", "--epochs", 2)
+    free = run_script("train_rm.py", "--resume_from", run_one, "--epochs", 2)
     assert free.returncode == 0, free.stderr
 
 
@@ -720,7 +696,8 @@ def test_an_unreachable_hub_is_said_within_ten_seconds(run_script, tmp_path, kin
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}" if kind == "stays silent" else "127.0.0.1:9"
         started = time.monotonic()
-        run_script("train_rm.py", "--model", "./nowhere")  # what importing alone takes on this machine just now
+        # what importing alone takes on this machine just now
+        run_script("train_rm.py", "--model", "./nowhere", env=hub_at(address, tmp_path))
         importing = time.monotonic() - started
         started = time.monotonic()
         result = run_script(
