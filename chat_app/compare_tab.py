@@ -41,7 +41,7 @@ class CompareTab:
                 write = gr.Button("Write both", size="md", elem_id="write-both")
                 stop = gr.Button("Stop", size="md", variant="stop", visible=False, elem_id="stop-writing")
                 from_chat = gr.Button("Copy the chat's last reply", size="md", elem_id="from-chat")
-        system_prompt_note = gr.HTML()
+        system_prompt_note = gr.HTML(visible=False)
         replies, token_texts = [], []
         with gr.Row():
             for letter in "AB":
@@ -171,9 +171,10 @@ def no_results() -> list[Any]:
     return ["", gr.LinePlot(visible=False), [], []]
 
 
-def note_on(system_prompt: str) -> str:
+def note_on(system_prompt: str) -> gr.HTML:
     text = html.escape(system_prompt.strip())
-    return f"The chat's system prompt applies here too, and is saved with votes: <i>{text}</i>" if text else ""
+    note = f"The chat's system prompt applies here too, and is saved with votes: <i>{text}</i>"
+    return gr.HTML(note, visible=bool(text))
 
 
 def reward_plot(found: dict[str, Any]) -> gr.LinePlot:

@@ -461,6 +461,14 @@ def test_a_pair_of_the_demos_is_compared_token_by_token(open_page, demo_folder):
     picture(page, "compare", full_page=True)
 
 
+def test_the_comparison_says_that_the_chats_system_prompt_applies(open_page):
+    page = open_page()
+    page.get_by_role("button", name="Generation settings").click()
+    page.get_by_label("System prompt").fill("Be <b>kind</b>.")
+    page.get_by_role("tab", name="Compare").click()
+    expect(page.get_by_text("applies here too, and is saved with votes: Be <b>kind</b>.")).to_be_visible()
+
+
 def test_the_model_writes_both_replies_and_they_are_compared(open_page):
     page = open_page()
     write_both(page, length=24)
