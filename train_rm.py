@@ -7,7 +7,7 @@
     torchrun --nproc_per_node 4 train_rm.py
 
 Words: a *pair* is one preference; a *micro-batch* is one forward and backward; a *step* is one optimizer update.
-Several processes plan the same step, and each computes some of its micro-batches (distributed.py); one computes all.
+Several processes plan the same step, and each computes some of its micro-batches (training/distributed.py).
 Letters: N pairs.
 """
 
@@ -19,15 +19,15 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import utils
 from checkpointing.run_folder import step_folder
+from common.flags import flag
 from common.progress import ProgressBar
-from modeling import speedups
 from training import launch
-from training.config import TrainConfig, read_config
-from utils import StopRequest, UserError
+from training.config import TrainingConfig, read_config
+from utils import StopRequest
 
 with utils.lazy_imports():  # --help must not wait for torch
     import numpy as np
@@ -35,16 +35,37 @@ with utils.lazy_imports():  # --help must not wait for torch
     from torch import Tensor  # for annotations only
 
     import data
+    import models
     from checkpointing import checkpoint
     from data_pipeline import packing, sampler
     from evaluation import evaluator
-    from modeling import devices
-    from training import distributed, logger
-    from training import micro_batches as batching
+    from modeling import devices, pretrained, speedups
+    from training import distributed, logger, setup
     from training import run as runs
 
-MOST_SKIPPED_IN_A_ROW = 10
-MOST_KINDS_SHOWN = 20
+MAX_KINDS_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class RewardTrainingConfig(TrainingConfig):
+    """What training a reward model has beside the settings of every training; redefined ones keep their place."""
+
+    unit: ClassVar[str] = "pairs"
+    demo_settings: ClassVar[dict[str, Any]] = {
+        "batch_size": 32, "grad_accum": 1, "epochs": 7, "lr": 1e-3, "lr_schedule": "cosine", "warmup_steps": 20,
+        "gradient_checkpointing": False, "eval_steps": 50, "eval_num_batches": 0,
+    }  # fmt: skip
+
+    # fmt: off
+    batch_size: int = flag(32, "most pairs in a micro-batch", minimum=1, below=10**6, group="optimization", on_resume="exact")
+    grad_accum: int = flag(4, "an optimizer step takes batch_size x grad_accum pairs", minimum=1, below=10**6, group="optimization", on_resume="exact")
+    center_rewards: float = flag(0.0, "weight of the mean of (r_chosen + r_rejected)^2, which keeps rewards around zero (arXiv 2312.09244)", minimum=0, below=1000, group="optimization")
+    lora: bool = flag(False, "train low-rank adapters and the head instead of every parameter", group="LoRA", on_resume="fixed")
+    eval_num_batches: int = flag(32, "evaluation size in batches, the same pairs every time; 0 = the whole test split", minimum=0, below=10**12, group="evaluation and output")
+    output_dir: str = flag("./checkpoints/rm", "checkpoints go to OUTPUT_DIR/RUN_NAME/step-N", group="evaluation and output")
+    log_dir: str = flag("./logs/rm", "TensorBoard's files go to LOG_DIR/RUN_NAME", group="evaluation and output")
+    # fmt: on
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
@@ -62,7 +83,7 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margins: Tensor, center
 
 
 def score(model: torch.nn.Module, batch: packing.PackedBatch | packing.SeparateBatch) -> Tensor:
-    """Rewards (N, 2) of a micro-batch's pairs: chosen, rejected. `model` is a RewardModel, or DDP around one."""
+    """Rewards (N, 2) of a micro-batch's pairs, chosen and rejected. `model` is a RewardModel, or DDP around one."""
     return model(*batch.inputs()).view(-1, 2)
 
 
@@ -79,27 +100,27 @@ def label_margins(pairs: data.PairDataset, plans: list[packing.MicroBatchPlan], 
 def accumulate_gradients(
     world: distributed.World,
     model: torch.nn.Module,
-    micro_batches: Iterable[tuple[distributed.Turn, Any]],
+    micro_batches: Iterable[tuple[distributed.RankBatch, Any]],
     label_margins: Tensor,
     center_rewards: float,
     stop: StopRequest,
 ) -> Tensor:
     """Forward and backward of a step's micro-batches; each pair's loss and two rewards, (N, 3).
 
-    `label_margins` (N,) are those of the whole step's pairs, in the order of the micro-batches' plans.
-    Each micro-batch's losses are summed and divided by the pairs in the *whole step*, so the gradient does not depend
-    on how the step was cut, nor on who computed which part. Pairs of other processes stay 0 in what is returned.
+    `label_margins` (N,) are those of the whole step's pairs, in the order of the micro-batches' plans. Each
+    micro-batch's losses are summed and divided by the pairs in the *whole step*, so the gradient does not depend on how
+    the step was cut, nor on which rank computed which part. Pairs of other ranks stay 0 in what is returned.
     """
     results = torch.zeros(len(label_margins), 3, device=model.device)
-    for turn, batch in micro_batches:
+    for rank_batch, batch in micro_batches:
         world.check(stop)
-        with world.adding_up(model, turn):
+        with world.sync_gradients(model, rank_batch):
             rewards = score(model, batch)  # (n, 2)
-            margins = label_margins[turn.places]  # (n,)
+            margins = label_margins[rank_batch.positions]  # (n,)
             losses = bradley_terry_loss(rewards[:, 0], rewards[:, 1], margins, center_rewards)  # (n,)
-            (losses.sum() * turn.weight / len(label_margins)).backward()
-        if turn.weight:
-            results[turn.places] = torch.column_stack([losses, rewards]).detach()
+            (losses.sum() * rank_batch.weight / len(label_margins)).backward()
+        if rank_batch.weight:
+            results[rank_batch.positions] = torch.column_stack([losses, rewards]).detach()
     return results
 
 
@@ -108,41 +129,31 @@ def gradients_of_step(
 ) -> tuple[list[packing.MicroBatchPlan], Tensor, Tensor]:
     """The gradient of a step's pairs: its plans, and in their order losses (N,) and rewards (N, 2).
 
-    If the device runs out of memory, the step begins again with half the token budget: the gradient is the same, and
-    the smaller budget stays.
+    If the device runs out of memory, the step begins again in smaller micro-batches: the gradient is the same.
     """
-    world, indices = run.world, run.plan.indices_for(step)
-    while True:
-        plans = batching.plans_of(run, run.train_pairs, indices)
-        micro_batches = batching.built(run, run.train_pairs, world.share(plans, is_training=True))
-        world.seed_dropout(run.config.seed, step)
-        try:
-            margins = label_margins(run.train_pairs, plans, run.model.device)
-            results = accumulate_gradients(world, run.module, micro_batches, margins, run.config.center_rewards, stop)
-            results = world.combine(results, stop)
-            speedups.densify_embedding_gradient(run.model)
-            return plans, results[:, 0], results[:, 1:]
-        except RuntimeError as error:
-            batching.halve_token_budget(run, plans, error)
-        devices.free(run.model.device)  # not in the `except`, where the traceback still holds activations
+
+    def compute(plans: list[packing.MicroBatchPlan], micro_batches: Iterable[Any]) -> Tensor:
+        run.world.seed_dropout(run.config.seed, step)
+        margins = label_margins(run.train_data, plans, run.model.device)  # (N,)
+        results = accumulate_gradients(run.world, run.module, micro_batches, margins, run.config.center_rewards, stop)
+        results = run.world.all_reduce(results, stop)  # (N, 3)
+        speedups.densify_embedding_gradient(run.model)
+        return results
+
+    def forget_first_try() -> None:
         run.optimizer.zero_grad(set_to_none=True)
         checkpoint.set_random_state(run.random_state)  # the same dropout as in the first try
 
-
-def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
-    """The rate of one step (from 1): a linear warm-up, then constant, linear or cosine decay towards 0."""
-    if step <= config.warmup_steps:
-        return config.lr * step / config.warmup_steps
-    done = (step - 1 - config.warmup_steps) / max(1, total_steps - config.warmup_steps)  # 0 ... <1
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    return config.lr * shape[config.lr_schedule]
+    indices = run.sampler.indices_for(step)
+    plans, results = run.batcher.run(run.train_data, indices, compute, is_training=True, before_retry=forget_first_try)
+    return plans, results[:, 0], results[:, 1:]
 
 
 def pair_metrics(losses: Tensor, rewards: Tensor) -> dict[str, float]:
     """Means over pairs, in one transfer from the device."""
     chosen, rejected = rewards.unbind(dim=1)  # (N,) each
-    right = (chosen > rejected).float()
-    values = torch.stack([losses, right, chosen - rejected, chosen, rejected]).mean(dim=1).tolist()
+    is_correct = (chosen > rejected).float()
+    values = torch.stack([losses, is_correct, chosen - rejected, chosen, rejected]).mean(dim=1).tolist()
     return dict(zip(("loss", "accuracy", "margin", "reward_chosen", "reward_rejected"), values, strict=True))
 
 
@@ -161,8 +172,13 @@ class Evaluation:
     rewards: Tensor  # (N, 2), on the CPU
     by_kind: dict[str, tuple[int, int]]  # kind -> (correct, pairs), where the data names kinds
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The accuracy's 95 % confidence interval."""
+        return utils.wilson_interval(self.correct, self.pairs)
+
     def line(self) -> str:
-        low, high = utils.wilson_interval(self.correct, self.pairs)
+        low, high = self.interval
         return (
             f"held-out accuracy {self.correct / self.pairs:.1%} (95 % interval {low:.1%} to {high:.1%}), "
             f"loss {self.metrics['loss']:.4f}, {self.pairs:,} pairs"
@@ -177,36 +193,33 @@ def evaluate(run: runs.Run, indices: Any, stop: StopRequest) -> Evaluation:
         losses, rewards, order = score_test_pairs(run, indices, stop)
     finally:
         run.model.train(was_training)
-    is_right = (rewards[:, 0] > rewards[:, 1]).cpu().numpy()  # (N,)
-    kinds = run.test_pairs.kinds[order]
+    is_correct = (rewards[:, 0] > rewards[:, 1]).cpu().numpy()  # (N,)
+    kinds = run.eval_data.kinds[order]
     by_kind = {
-        run.test_pairs.kind_names[kind]: (int(is_right[kinds == kind].sum()), int((kinds == kind).sum()))
+        run.eval_data.kind_names[kind]: (int(is_correct[kinds == kind].sum()), int((kinds == kind).sum()))
         for kind in np.unique(kinds)
-        if run.test_pairs.kind_names[kind]
+        if run.eval_data.kind_names[kind]
     }
-    return Evaluation(pair_metrics(losses, rewards), int(is_right.sum()), len(is_right), rewards.cpu(), by_kind)
+    return Evaluation(pair_metrics(losses, rewards), int(is_correct.sum()), len(is_correct), rewards.cpu(), by_kind)
 
 
 def score_test_pairs(run: runs.Run, indices: Any, stop: StopRequest) -> tuple[Tensor, Tensor, Any]:
-    """Losses (N,), rewards (N, 2) and indices (N,) of test pairs; out of memory as in `gradients_of_step`."""
-    while True:
-        plans = batching.plans_of(run, run.test_pairs, indices)
-        order = np.concatenate([plan.indices for plan in plans])
-        margins = label_margins(run.test_pairs, plans, run.model.device)
-        results = torch.zeros(len(order), 3, device=run.model.device)
-        try:
-            for turn, batch in batching.built(run, run.test_pairs, run.world.share(plans, is_training=False)):
-                run.world.check(stop)
-                with torch.no_grad():
-                    rewards = score(run.model, batch)
-                    losses = bradley_terry_loss(rewards[:, 0], rewards[:, 1], margins[turn.places])
-                if turn.weight:
-                    results[turn.places] = torch.column_stack([losses, rewards])
-            results = run.world.combine(results, stop)
-            return results[:, 0], results[:, 1:], order
-        except RuntimeError as error:
-            batching.halve_token_budget(run, plans, error)
-        devices.free(run.model.device)
+    """Losses (N,), rewards (N, 2) and indices (N,) of test pairs, in the order of the micro-batches."""
+
+    def compute(plans: list[packing.MicroBatchPlan], micro_batches: Iterable[Any]) -> Tensor:
+        margins = label_margins(run.eval_data, plans, run.model.device)  # (N,)
+        results = torch.zeros(len(margins), 3, device=run.model.device)
+        for rank_batch, batch in micro_batches:
+            run.world.check(stop)
+            with torch.no_grad():
+                rewards = score(run.model, batch)  # (n, 2)
+                losses = bradley_terry_loss(rewards[:, 0], rewards[:, 1], margins[rank_batch.positions])
+            if rank_batch.weight:
+                results[rank_batch.positions] = torch.column_stack([losses, rewards])
+        return run.world.all_reduce(results, stop)
+
+    plans, results = run.batcher.run(run.eval_data, indices, compute, is_training=False)
+    return results[:, 0], results[:, 1:], np.concatenate([plan.indices for plan in plans])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,94 +230,88 @@ def score_test_pairs(run: runs.Run, indices: Any, stop: StopRequest) -> tuple[Te
 def main(argv: list[str]) -> None:
     with launch.joined() as world:
         with world.first_on_each_machine():
-            config, resumed_from = read_config(argv, __doc__.split("\n\n")[0])
-        rows_to_report_on = train_to_the_end(runs.set_up(config, resumed_from, world), resumed_from)
-    if rows_to_report_on is not None:  # when the run's memory is free again
-        evaluator.report_run(*rows_to_report_on)
+            config, resumed_from = read_config(RewardTrainingConfig, argv, __doc__.split("\n\n")[0])
+        run = setup.set_up(config, resumed_from, world, open_parts, Path(__file__).name)
+        to_report_on = train_to_the_end(run, resumed_from)
+        del run
+    if to_report_on is not None:  # when the run's memory is free again
+        evaluator.report_run(*to_report_on)
+
+
+def open_parts(config: RewardTrainingConfig, resumed_from: Path | None, world: distributed.World) -> setup.Parts:
+    """The pairs and the reward model of a run; everything else of it is the same for every training."""
+    with world.first_on_each_machine():  # it fills the token cache
+        tokenizer = pretrained.load_tokenizer(str(resumed_from or config.model))
+        train_pairs, test_pairs = data.load_pairs(config.dataset, tokenizer, config.max_length)
+    setup.check_data(config, world, train_pairs, test_pairs)
+    if resumed_from:
+        model = models.RewardModel.restore(resumed_from, config.model if config.lora else None)
+    else:
+        model = models.RewardModel.create(config.model, tokenizer, config.seed, setup.lora_settings(config))
+    return setup.Parts(model, train_pairs, test_pairs)
 
 
 def train_to_the_end(run: runs.Run, resumed_from: Path | None) -> tuple[Path, str, Any] | None:
-    """Train and say how it went; returns what the report is to be on: run, dataset, rows of its test split."""
-    config = run.config
-    # an evaluation that was interrupted is made up for, but only at a run's very end
-    is_at_its_end = evaluation_is_missing(run) and not checkpoint.later_steps(run.folder, run.step)
-    if run.step >= run.plan.total_steps and not is_at_its_end:
-        run.mend_record()
-        more = "a larger --max_steps, or 0 for none" if config.max_steps else "more --epochs"
-        print(f"nothing to do: step {run.step} of {run.plan.total_steps} is done; to go on: {more}")
+    """Train and print how it went; returns what to report on: the run, its dataset, rows of the test split."""
+    if run.has_nothing_to_do():
         return None
-    run.world.barrier()  # all have looked at the later steps
-    if run.world.is_main and (aside := checkpoint.set_aside_later_steps(run.folder, run.step)):
-        print(f"the steps after step {run.step} now lie in {aside}")
-    with StopRequest(is_silent=not run.world.is_main) as stop:
-        run.begin_record(resumed_from)
-        try:
-            last = train(run, stop)
-            run.end_record()
-        except BaseException as cause:
-            raise runs.end_early(run, launch.explained(cause, run.world), stop)  # noqa: B904
-        finally:
-            run.release()
+    with runs.supervised(run, resumed_from) as stop:
+        last = train(run, stop)
     print(summary(run, last), flush=True)
-    if last is None or not run.world.is_main or not config.report:
+    if last is None or not run.world.is_main or not run.config.report:
         return None
-    return run.folder, config.dataset, run.test_pairs.rows[evaluated_pairs(run)]
+    return run.folder, run.config.dataset, run.eval_data.rows[evaluated_pairs(run)]
 
 
 def train(run: runs.Run, stop: StopRequest) -> Evaluation | None:
     """From the step after the last completed one to the end; returns the last evaluation."""
-    config, model, optimizer, plan = run.config, run.model, run.optimizer, run.plan
-    logs = Path(config.log_dir) / run.folder.name if run.world.is_main else None
-    log = logger.TensorBoardLogger(logs, run.step, run.examples_seen(run.step))
+    config, total_steps = run.config, run.sampler.total_steps
+    log = logger.TensorBoardLogger(run.log_folder, run.step, run.examples_seen(run.step))
     log.table("config", dataclasses.asdict(config), run.step)
-    shown = ProgressBar("step", plan.total_steps, done=run.step, is_shown=run.world.is_main)
-    parameters = list(model.trained_parameters().values())
+    shown = ProgressBar("step", total_steps, done=run.step, is_shown=run.world.is_main)
+    parameters = list(run.model.trained_parameters().values())
     checkpoint.set_random_state(run.random_state)
     evaluation = None
     try:
-        if evaluation_is_missing(run):  # the run was stopped in the middle of it
+        if run.is_evaluation_missing:  # the run was stopped in the middle of it
             evaluation = evaluate_and_show(run, log, shown, stop)
-        for step in range(run.step + 1, plan.total_steps + 1):
+        for step in range(run.step + 1, total_steps + 1):
             started = time.perf_counter()
-            is_last = step == plan.total_steps
 
             # choose pairs, forward and backward
             plans, losses, rewards = gradients_of_step(run, step, stop)
 
             # clip; max_norm infinity measures without clipping
-            grad_norm = run.world.whole(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+            grad_norm = float(run.world.gather_full(grad_norm))
 
             # the step's only wait for the device: .item() in the inner loop would stall a GPU
             metrics = {f"train/{name}": value for name, value in pair_metrics(losses, rewards).items()}
-            metrics["train/grad_norm"] = float(grad_norm)
-            is_finite = math.isfinite(metrics["train/loss"]) and math.isfinite(metrics["train/grad_norm"])
+            is_finite = math.isfinite(metrics["train/loss"]) and math.isfinite(grad_norm)
 
-            # update, fenced: an interruption on either side finds whole weights
-            metrics["train/lr"] = optimizer.param_groups[0]["lr"] = learning_rate(step, plan.total_steps, config)
-            run.is_updating = True
-            if is_finite:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            run.step, run.random_state, run.eval_accuracy = step, checkpoint.random_state(), None
-            run.is_updating = False
+            # update
+            run.complete_step(step, is_finite)
             if not is_finite:
-                shown.say(note_skipped_step(run, plans, losses))
-            run.skipped_in_a_row = 0 if is_finite else run.skipped_in_a_row
-            metrics["train/skipped_steps"] = run.skipped_steps
+                indices = np.concatenate([plan.indices for plan in plans])
+                shown.say(run.explain_skipped_step(indices, losses.isfinite().cpu().numpy()))
 
             # log
-            examples = run.examples_seen(step)
-            metrics |= speed(plans, time.perf_counter() - started, model.device)
-            log.scalars(metrics, step, examples)
+            metrics |= {
+                "train/grad_norm": grad_norm,
+                "train/lr": run.optimizer.param_groups[0]["lr"],
+                "train/skipped_steps": run.skipped_steps,
+                **speed(plans, time.perf_counter() - started, run.model.device),
+            }
+            log.scalars(metrics, step, run.examples_seen(step))
             shown.update(step, *figures(metrics))
 
             # evaluate
-            if evaluation_is_missing(run):
+            if run.is_evaluation_missing:
                 log.histogram("train/rewards", rewards, step)
                 evaluation = evaluate_and_show(run, log, shown, stop)
 
             # save
-            if is_last or (config.save_steps and step % config.save_steps == 0):
+            if run.is_save_due:
                 shown.say(f"saved {run.save()}")
             run.world.check(stop)
     finally:
@@ -318,50 +325,25 @@ def train(run: runs.Run, stop: StopRequest) -> Evaluation | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def evaluation_is_missing(run: runs.Run) -> bool:
-    """Whether the last completed step is one to evaluate after, and has not been."""
-    config = run.config
-    is_due = run.step == run.plan.total_steps or (config.eval_steps and run.step % config.eval_steps == 0)
-    return bool(run.step and is_due and len(run.test_pairs) and run.eval_accuracy is None)
-
-
 def evaluated_pairs(run: runs.Run) -> Any:
-    """Indices (N,) of the test pairs that every evaluation of a run is on."""
+    """Indices (N,) of the test pairs that every evaluation of a run uses."""
     config = run.config
-    return sampler.fixed_sample(len(run.test_pairs), config.eval_num_batches * config.batch_size, config.seed)
+    return sampler.fixed_sample(len(run.eval_data), config.eval_num_batches * config.batch_size, config.seed)
 
 
 def evaluate_and_show(
     run: runs.Run, log: logger.TensorBoardLogger, shown: ProgressBar, stop: StopRequest
 ) -> Evaluation:
-    """Evaluate after the last completed step, always on the same pairs, and write it where people look."""
+    """Evaluate after the last completed step, always on the same pairs; record, log and print the result."""
     step = run.step
     evaluation = evaluate(run, evaluated_pairs(run), stop)
-    run.eval_accuracy, run.eval_pairs = evaluation.metrics["accuracy"], evaluation.pairs
-    run.note_evaluation(evaluation.correct, evaluation.pairs)
+    run.record_evaluation(evaluation.metrics["accuracy"], evaluation.interval, evaluation.pairs)
     values = {f"eval/{name}": value for name, value in evaluation.metrics.items()}
     log.scalars(values, step, run.examples_seen(step))
     log.histogram("eval/rewards_chosen", evaluation.rewards[:, 0], step)
     log.histogram("eval/rewards_rejected", evaluation.rewards[:, 1], step)
     shown.say(f"step {step}: {evaluation.line()}")
     return evaluation
-
-
-def note_skipped_step(run: runs.Run, plans: list[packing.MicroBatchPlan], losses: Tensor) -> str:
-    """Count a step whose loss or gradient is not finite and say which rows; too many in a row end the run."""
-    run.skipped_steps += 1
-    run.skipped_in_a_row += 1
-    indices = np.concatenate([plan.indices for plan in plans])
-    guilty = indices[~losses.isfinite().cpu().numpy()]
-    rows = ", ".join(str(row) for row in sorted(run.train_pairs.rows[guilty if len(guilty) else indices])[:8])
-    if run.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
-        raise UserError(
-            f"{run.skipped_in_a_row} steps in a row had a loss or gradient that is not finite",
-            found=f"the last one at step {run.step}, rows {rows}",
-            safe=f"no such gradient reached the weights; they are those of step {run.step - run.skipped_in_a_row}",
-            next="resume from an earlier step with a smaller --lr, more --warmup_steps, or --precision fp32",
-        )
-    return f"step {run.step} skipped: its loss or gradient is not finite (rows {rows}, {len(guilty) or 'all'} of them)"
 
 
 def speed(plans: list[packing.MicroBatchPlan], seconds: float, device: Any) -> dict[str, float]:
@@ -385,14 +367,14 @@ def figures(metrics: dict[str, float]) -> tuple[str, ...]:
 
 
 def summary(run: runs.Run, evaluation: Evaluation | None) -> str:
-    """The end of a run: how good, where it lies, what to type next."""
+    """The end of a run: how good the model is, where it was saved, what to type next."""
     lines = [f"done: {run.step:,} steps, {run.examples_seen(run.step):,} pairs"]
     if run.skipped_steps:
         lines.append(f"{run.skipped_steps:,} of these steps were skipped: their loss or gradient was not finite")
     if evaluation:
         lines.append(evaluation.line())
         width = max(map(len, evaluation.by_kind), default=0)
-        for kind, (correct, pairs) in sorted(evaluation.by_kind.items())[:MOST_KINDS_SHOWN]:
+        for kind, (correct, pairs) in sorted(evaluation.by_kind.items())[:MAX_KINDS_SHOWN]:
             lines.append(f"  {kind:<{width}}  {correct / pairs:6.1%} of {pairs}")
     saved = step_folder(run.folder, run.step)
     return "\n".join(

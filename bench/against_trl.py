@@ -75,15 +75,17 @@ class Comparison:
     def __init__(self, arguments: Any, qwen3: str, dataset: str, work: Path):
         self.arguments, self.dataset, self.work = arguments, dataset, work
         self.key = harness.CLOCKS[arguments.clock]
-        self.pairs_per_step = arguments.batch_size * arguments.grad_accum
+        self.examples_per_step = arguments.batch_size * arguments.grad_accum
         self.shape = harness.Shape(arguments.hidden, arguments.layers)
         self.base = str(harness.write_base(qwen3, work / "base", self.shape))
         self.pairs, _ = project_worker.load_pairs(dataset, self.base)
         self.warm_up = 4 if arguments.compile else 1  # new shapes: guards of compiled code fail once or twice more
         self.steps = self.warm_up + max(1, arguments.steps)
-        if self.steps * self.pairs_per_step > len(self.pairs):
-            sys.exit(f"{self.steps} steps of {self.pairs_per_step} pairs are more than the {len(self.pairs)} there are")
-        self.indices = project_worker.pairs_of_steps(len(self.pairs), self.pairs_per_step, self.steps)
+        if self.steps * self.examples_per_step > len(self.pairs):
+            sys.exit(
+                f"{self.steps} steps of {self.examples_per_step} pairs are more than the {len(self.pairs)} there are"
+            )
+        self.indices = project_worker.pairs_of_steps(len(self.pairs), self.examples_per_step, self.steps)
         lengths = self.pairs.longest_sides()
         order = [step[lengths[step].argsort()] if arguments.sorted else step for step in self.indices]
         self.ids = str(trl_worker.write_ids(self.pairs, np.concatenate(order), work / "ids.json"))
@@ -93,7 +95,7 @@ class Comparison:
         checkpointing = "with" if a.gradient_checkpointing else "without"
         order = ", sorted by length within a step for TRL" if a.sorted else ""
         return (
-            f"{a.layers} layers × {a.hidden}, {self.pairs_per_step} pairs a step{order}, {checkpointing} gradient "
+            f"{a.layers} layers × {a.hidden}, {self.examples_per_step} pairs a step{order}, {checkpointing} gradient "
             f"checkpointing, {'with' if a.compile else 'without'} torch.compile, {a.steps} timed steps of each side in "
             f"turn after {self.warm_up} to warm up, {a.clock} time"
         )
@@ -107,7 +109,7 @@ class Comparison:
         )
 
     def theirs(self, batch_size: int) -> Side:
-        accumulated = self.pairs_per_step // batch_size
+        accumulated = self.examples_per_step // batch_size
         a = self.arguments
         switches = a.gradient_checkpointing, a.compile
         return trl_worker.side("train", self.base, self.ids, self.work, batch_size, accumulated, *switches)
@@ -122,9 +124,9 @@ class Comparison:
             with self.theirs(batch_size) as side:
                 answer = harness.in_turn({f"TRL at {batch_size}": side}, 2, do="step")[f"TRL at {batch_size}"][-1]
                 side.end()
-            rate = self.pairs_per_step / answer[self.key]
+            rate = self.examples_per_step / answer[self.key]
             found[batch_size] = {"pairs_per_second": rate, "peak_gib": answer["peak_gib"]}
-            accumulated = f"{batch_size} × {self.pairs_per_step // batch_size}"
+            accumulated = f"{batch_size} × {self.examples_per_step // batch_size}"
             rows.append([accumulated, f"{rate:.1f}", f"{answer['cpu_seconds']:.1f} s", f"{answer['peak_gib']:.2f} GiB"])
         columns = ("TRL, batch × accumulated", "pairs/s", "processor time", "peak memory")
         print(harness.table(columns, rows) + "\n", flush=True)
@@ -162,7 +164,7 @@ class Comparison:
         return measured
 
     def goals(self, timed: dict[str, Any], ends: dict[str, Any], best: int) -> list[Goal]:
-        default, pairs = self.arguments.batch_size, self.pairs_per_step
+        default, pairs = self.arguments.batch_size, self.examples_per_step
 
         def rate(name: str) -> str:
             return f"{pairs / median(timed[name], self.key):.1f} pairs/s"

@@ -111,7 +111,7 @@ def main() -> None:
     def step() -> float:
         started = now(model.device)
         plans = packing.plan_step(pairs, indices, 4096, 32, model.attention_crossover_length())
-        turns = world.share(plans, is_training=True)
+        turns = world.assign(plans, is_training=True)
         batches = prefetch.prefetched(turns, lambda turn: (turn, packing.build(pairs, turn.plan, pad_id)))
         on_device = ((turn, batch.to(model.device)) for turn, batch in batches)
         margins = train_rm.label_margins(pairs, plans, model.device)

@@ -29,24 +29,24 @@ def device() -> Any:
 def load_pairs(dataset: str, base: str) -> tuple[Any, Any]:
     """The train and test pairs as the project tokenizes them, with its default --max_length."""
     import data
-    from training import config as train_config
+    import train_rm
 
-    return data.load_pairs(dataset, pretrained.load_tokenizer(base), train_config.TrainConfig().max_length)
+    return data.load_pairs(dataset, pretrained.load_tokenizer(base), train_rm.RewardTrainingConfig().max_length)
 
 
 def pairs_of_steps(num_pairs: int, pairs_per_step: int, steps: int) -> list[np.ndarray]:
     """The pairs of a run's first steps, in order."""
+    import train_rm
     from data_pipeline import sampler
-    from training import config as train_config
 
-    plan = sampler.StepSampler(num_pairs, pairs_per_step, 1, train_config.TrainConfig().seed)
+    plan = sampler.StepSampler(num_pairs, pairs_per_step, 1, train_rm.RewardTrainingConfig().seed)
     return [plan.indices_for(step) for step in range(1, steps + 1)]
 
 
 def defaults() -> Any:
-    from training import config as train_config
+    import train_rm
 
-    return train_config.TrainConfig()
+    return train_rm.RewardTrainingConfig()
 
 
 def side(job: str, base: str, dataset: str, work: Path, checkpointing: bool = False, *flags: str) -> harness.Side:
@@ -70,12 +70,12 @@ class Ended(Exception):
 
 def open_run(flags: list[str]) -> Any:
     """A run as it is in `train_rm.py` with these flags when training begins."""
-    from training import distributed
-    from training import run as runs
+    import train_rm
+    from training import distributed, setup
     from training.config import read_config
 
-    config, resumed_from = read_config(flags, "")
-    run = runs.set_up(config, resumed_from, distributed.World())
+    config, resumed_from = read_config(train_rm.RewardTrainingConfig, flags, "")
+    run = setup.set_up(config, resumed_from, distributed.World(), train_rm.open_parts, "train_rm.py")
     run.begin_record(resumed_from)
     return run
 
@@ -121,7 +121,7 @@ def evaluate(run: Any, channel: harness.Channel) -> None:
     """Run the real evaluation of the whole test split, once per message."""
     import train_rm
 
-    indices, clock = np.arange(len(run.test_pairs)), harness.Clock(run.model.device)
+    indices, clock = np.arange(len(run.eval_data)), harness.Clock(run.model.device)
     while channel.receive()["do"] != "end":
         clock.start()
         evaluation = train_rm.evaluate(run, indices, utils.StopRequest())
@@ -203,7 +203,7 @@ def log_steps(run: Any, times: int) -> None:
     board = logger.TensorBoardLogger(Path(run.config.log_dir) / f"{run.folder.name}-steps")
     shown = ProgressBar("step", times)
     for step in range(1, times + 1):
-        board.scalars(metrics, step, run.config.pairs_per_step * step)
+        board.scalars(metrics, step, run.config.examples_per_step * step)
         shown.update(step, *train_rm.figures(metrics))
     board.close()
     shown.close()
@@ -214,7 +214,7 @@ def sample_of_rewards(run: Any, pairs: int) -> Any:
     import train_rm
 
     wanted = run.config.eval_num_batches * run.config.batch_size
-    rewards = train_rm.evaluate(run, np.arange(min(pairs, len(run.test_pairs))), utils.StopRequest()).rewards
+    rewards = train_rm.evaluate(run, np.arange(min(pairs, len(run.eval_data))), utils.StopRequest()).rewards
     return rewards.repeat(-(-wanted // len(rewards)), 1)[:wanted]
 
 
@@ -225,8 +225,8 @@ def note_evaluations(run: Any, rewards: Any, times: int) -> None:
     board = logger.TensorBoardLogger(Path(run.config.log_dir) / f"{run.folder.name}-evaluations")
     names = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected")
     for step in range(1, times + 1):
-        board.histogram("train/rewards", rewards[: run.config.pairs_per_step], step)
-        run.note_evaluation(len(rewards) // 2, len(rewards))
+        board.histogram("train/rewards", rewards[: run.config.examples_per_step], step)
+        run.record_evaluation(0.5, (0.4, 0.6), len(rewards))
         board.scalars(dict.fromkeys((f"eval/{name}" for name in names), 0.5), step, step)
         board.histogram("eval/rewards_chosen", rewards[:, 0], step)
         board.histogram("eval/rewards_rejected", rewards[:, 1], step)

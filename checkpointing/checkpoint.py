@@ -1,23 +1,24 @@
-"""Checkpoints: what makes a training resumable, published all or nothing.
+"""Checkpoints: what makes a training resumable, written completely or not at all.
 
-A checkpoint is a folder `<output_dir>/<run>/step-N` that anyone's tools can load as a model; beside the weights and the
-tokenizer lie
+A checkpoint is a folder `<output_dir>/<run>/step-N` that any tool can load as a model. Beside the weights and the
+tokenizer it holds
 
     optimizer.safetensors     AdamW's moments, by parameter name
-    random_state.safetensors  the generators' states (dropout) as they were after step N
-    training_state.json       the position: step, examples seen, what data it was
+    random_state.safetensors  the random generators' states (dropout) after step N
+    training_state.json       the position: step, examples seen, the data's fingerprint
     train_config.json         every setting of the run
-    manifest.json             size and SHA-256 of every other file; written last (records.py)
+    manifest.json             size and SHA-256 of every other file; written last (manifest.py)
 
 Nothing in it is a pickle.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,31 +26,50 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import utils
-from checkpointing.manifest import OPTIMIZER, check_has_optimizer, write_manifest
-from checkpointing.run_folder import best_step, step_folder, step_folders, step_of
-from common import atomic_files
-from models import RewardModel
-from training.distributed import World
+from checkpointing.manifest import OPTIMIZER, RANDOM_STATE, SETTINGS, STATE, write_manifest
+from checkpointing.run_folder import best_step, resume_command, step_folder, step_folders, step_of
+from common import atomic_files, json_records
 from utils import CheckpointError, DiskOrNetworkError
 
-RANDOM_STATE = "random_state.safetensors"
 SMALL_FILES_BYTES = 2**18  # random state and JSON files
-POSITION, CONFIG = "training_state.json", "train_config.json"
 
 
 @dataclass(frozen=True)
-class Position:
-    """Where a training stands after `step`."""
+class TrainingState:
+    """Where a training is after `step`."""
 
     step: int
     examples_seen: int
-    data_fingerprint: str  # SHA-256 of the training pairs' token ids
-    num_pairs: int
+    data_fingerprint: str  # SHA-256 of the training examples' token ids
+    num_examples: int
     tokens_per_batch: int  # the budget in use, which is smaller than the one asked for if memory ran out
     skipped_steps: int = 0  # steps whose loss or gradient was not finite
-    eval_accuracy: float | None = None  # if this step was evaluated
+    eval_value: float | None = None  # of the run's metric, if this step was evaluated
+    eval_count: int | None = None  # how many examples that is over
     base_fingerprint: str | None = None  # of the model under an adapter
-    eval_pairs: int | None = None  # how many pairs eval_accuracy is of
+
+
+OLD_NAMES = {"num_pairs": "num_examples", "eval_accuracy": "eval_value", "eval_pairs": "eval_count"}
+
+
+class Trainable(Protocol):
+    """What a checkpoint needs of a model; those of models.py have it."""
+
+    tokenizer: Any
+
+    def state(self) -> dict[str, Tensor]: ...
+    def names_in_file(self, state: dict[str, Tensor]) -> dict[str, Tensor]: ...
+    def trained_parameters(self) -> dict[str, torch.nn.Parameter]: ...
+    def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None: ...
+
+
+class Sharding(Protocol):
+    """What a checkpoint needs to know of several processes: a `training.distributed.World`."""
+
+    is_main: bool
+
+    def gather_full(self, tensor: Tensor) -> Tensor: ...
+    def shard_like(self, tensor: Tensor, parameter: Tensor) -> Tensor: ...
 
 
 def random_state() -> dict[str, Tensor]:
@@ -72,58 +92,58 @@ def set_random_state(states: dict[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint holds of the model and the optimizer: whole tensors, wherever they came from."""
+    """What a checkpoint holds of the model and the optimizer, as full tensors."""
 
     model: dict[str, Tensor]  # by the module's names
     optimizer: dict[str, Tensor]
 
 
-def gather_state(model: RewardModel, optimizer: torch.optim.Optimizer, world: World) -> State:
-    """Whole tensors of model and optimizer; what lies spread over processes comes to the CPU of the main one.
+def gather_state(model: Trainable, optimizer: torch.optim.Optimizer, world: Sharding) -> State:
+    """Full tensors of model and optimizer; sharded ones are gathered on the CPU of the main rank.
 
-    All processes must call it where the weights are spread; the others get an empty state.
+    All ranks must call it where the weights are sharded; the others get an empty state.
     """
-    state = State(*({} for _ in range(2)))
+    state = State({}, {})
     for tensors, found in ((model.state(), state.model), (_optimizer_tensors(model, optimizer), state.optimizer)):
         for name, tensor in tensors.items():
-            whole = world.whole(tensor)
+            full = world.gather_full(tensor)
             if world.is_main:
-                found[name] = whole
+                found[name] = full
     return state
 
 
 def save(
     run_folder: Path,
-    model: RewardModel,
+    model: Trainable,
     state: State,
     states: dict[str, Tensor],
-    position: Position,
+    training_state: TrainingState,
     config: dict[str, Any],
 ) -> Path:
-    """Write `step-N` under a temporary name and publish it by renaming; returns its path once it is on disk.
+    """Write `step-N` under a temporary name, then rename it; returns its path once it is on disk.
 
     Before the renaming every tensor is read back and compared with the one in memory, one at a time. Raises
-    DiskOrNetworkError if the disk is full, or would be; whatever was published before stays as it was.
+    DiskOrNetworkError if the disk is full, or would be; whatever was saved before stays as it was.
     """
-    final = step_folder(run_folder, position.step)
+    final = step_folder(run_folder, training_state.step)
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
-        refuse_full_disk(run_folder, model)
+        check_free_space(run_folder, model)
         with atomic_files.atomic_folder(final) as folder:
             model.save(folder, state.model)
             save_file(state.optimizer, folder / OPTIMIZER)
             save_file(states, folder / RANDOM_STATE)
             _compare_with_memory(folder, model.names_in_file(state.model) | state.optimizer | states)
-            utils.write_json(folder / POSITION, asdict(position))
-            utils.write_json(folder / CONFIG, config)
-            write_manifest(folder, position.step)
+            utils.write_json(folder / STATE, dataclasses.asdict(training_state))
+            utils.write_json(folder / SETTINGS, config)
+            write_manifest(folder, training_state.step)
     except (OSError, SafetensorError) as error:
         # safetensors wraps the disk's own error in one of its own, as text
         is_disk = utils.disk_full_cause(error) is not None or "os error" in str(error)
         if isinstance(error, FileExistsError) or not is_disk:
             raise
         raise DiskOrNetworkError(
-            f"step {position.step} could not be saved",
+            f"step {training_state.step} could not be saved",
             where=final,
             found=f"{error}{_free_space(run_folder)}",
             safe=_newest_saved(run_folder),
@@ -139,7 +159,7 @@ def _free_space(folder: Path) -> str:
         return ""
 
 
-def refuse_full_disk(run_folder: Path, model: RewardModel) -> None:
+def check_free_space(run_folder: Path, model: Trainable) -> None:
     """Raise before anything is written if a checkpoint of this model will not fit."""
     # AdamW keeps two moments for each parameter that is trained
     tensors = [*model.names_in_file(model.state()).values(), *2 * list(model.trained_parameters().values())]
@@ -158,7 +178,7 @@ def refuse_full_disk(run_folder: Path, model: RewardModel) -> None:
 
 def _after_making_room(run_folder: Path) -> str:
     has_steps = bool(step_folders(run_folder))
-    return "make room, then " + (f"python train_rm.py --resume_from {run_folder}" if has_steps else "start again")
+    return "make room, then " + (resume_command(run_folder) if has_steps else "start again")
 
 
 def _newest_saved(run_folder: Path) -> str:
@@ -181,14 +201,14 @@ def _compare_with_memory(folder: Path, expected: dict[str, Tensor]) -> None:
 
 
 def _is_same(first: Tensor, second: Tensor) -> bool:
-    """Bit by bit: NaN is not equal to itself, and what is compared here is a disk."""
+    """Bit by bit, because NaN is not equal to itself."""
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
     return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)))
 
 
-def refuse_non_finite_weights(state: State, run_folder: Path, step: int) -> None:
-    """Raise before weights that are not finite would become a checkpoint: a huge learning rate can do that to them."""
+def check_weights_are_finite(state: State, run_folder: Path, step: int) -> None:
+    """Raise before non-finite weights become a checkpoint: a huge learning rate can produce them."""
     for name, weights in state.model.items():
         if not weights.isfinite().all():
             raise utils.UserError(
@@ -203,9 +223,9 @@ def prune(run_folder: Path, keep: int) -> list[Path]:
     """Delete all but the newest `keep` steps and the best one; 0 keeps all. Returns what was deleted."""
     steps = step_folders(run_folder)
     kept = {*steps[-keep:], best_step(run_folder)} if keep else set(steps)
-    pruned = [path for path in steps if path not in kept and not path.is_symlink()]  # a link is not ours
+    pruned = [path for path in steps if path not in kept and not path.is_symlink()]  # links are left alone
     for path in pruned:
-        # out of sight first: a kill in the middle must not leave half a step behind
+        # hidden first: a kill in the middle must not leave half a step
         hidden = path.with_name(f".tmp-pruned-{path.name}")
         path.rename(hidden)
         shutil.rmtree(hidden)
@@ -217,7 +237,7 @@ def later_steps(run_folder: Path, step: int) -> list[Path]:
 
 
 def set_aside_later_steps(run_folder: Path, step: int) -> Path | None:
-    """Move the steps after `step` out of a resumed run's way."""
+    """Move the steps after `step` into a folder superseded-DATE; returns it, or None if there are none."""
     later = later_steps(run_folder, step)
     if not later:
         return None
@@ -228,7 +248,7 @@ def set_aside_later_steps(run_folder: Path, step: int) -> Path | None:
     return aside
 
 
-def _optimizer_tensors(model: RewardModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(model: Trainable, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {}
     for name, parameter in model.trained_parameters().items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -236,7 +256,7 @@ def _optimizer_tensors(model: RewardModel, optimizer: torch.optim.Optimizer) -> 
     return tensors
 
 
-def restore_optimizer(folder: Path, model: RewardModel, optimizer: torch.optim.Optimizer, world: World) -> None:
+def restore_optimizer(folder: Path, model: Trainable, optimizer: torch.optim.Optimizer, world: Sharding) -> None:
     """Put AdamW's moments back. Raises CheckpointError if they are not those of this model's parameters."""
     tensors = load_file(folder / OPTIMIZER)
     for name, parameter in model.trained_parameters().items():
@@ -244,11 +264,11 @@ def restore_optimizer(folder: Path, model: RewardModel, optimizer: torch.optim.O
         state = {key: tensors.pop(f"{key}/{name}", None) for key in keys}
         if any(value is None for value in state.values()) or state["exp_avg"].shape != parameter.shape:
             raise CheckpointError("the optimizer's state does not fit the model", where=folder / OPTIMIZER, found=name)
-        # Adam's step counters stay where the optimizer wants them: on the device when fused, else on the CPU
+        # Adam's step counters belong on the device when fused, else on the CPU
         on_device = optimizer.defaults.get("fused") or parameter.device.type == "cpu"
         state["step"] = state["step"].to(parameter.device if on_device else "cpu")
         for key in ("exp_avg", "exp_avg_sq"):
-            state[key] = world.spread_like(state[key], parameter)
+            state[key] = world.shard_like(state[key], parameter)
         optimizer.state[parameter] = state
     if tensors:
         raise CheckpointError(
@@ -256,44 +276,18 @@ def restore_optimizer(folder: Path, model: RewardModel, optimizer: torch.optim.O
         )
 
 
-def read_position(folder: Path) -> Position:
-    content = utils.read_json(folder / POSITION)
+def read_training_state(folder: Path) -> TrainingState:
+    """A checkpoint's position. Raises CheckpointError if its file is not what a training wrote."""
+    content = utils.read_json(folder / STATE)
     try:
-        return Position(**content)
-    except TypeError as error:
-        raise _written_by_others(folder / POSITION, error) from error
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The settings stored with a checkpoint. Raises CheckpointError if they are none of a run's."""
-    content = utils.read_json(folder / CONFIG)
-    try:
-        return dict(content)
+        return json_records.from_json(TrainingState, {OLD_NAMES.get(name, name): content[name] for name in content})
     except (TypeError, ValueError) as error:
-        raise _written_by_others(folder / CONFIG, error) from error
-
-
-def _written_by_others(file: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        "the checkpoint does not hold what a training wrote",
-        where=file,
-        found=f"{type(error).__name__}: {error}",
-        next="bring the file back from a copy, or resume from another step",
-    )
-
-
-def refuse_missing_parts(folder: Path) -> None:
-    """Raise CheckpointError if a checkpoint, sound as it may be, lacks what going on from it takes."""
-    check_has_optimizer(folder)
-    for name in (OPTIMIZER, RANDOM_STATE, POSITION, CONFIG):
-        if not (folder / name).is_file():
-            raise CheckpointError(
-                "this checkpoint holds a model but not all of a training",
-                where=folder / name,
-                found="no such file, and the manifest names none",
-                safe="the model itself can be used",
-                next="resume from another step, or start a new run with --model and this folder",
-            )
+        raise CheckpointError(
+            "the checkpoint does not hold what a training wrote",
+            where=folder / STATE,
+            found=f"{type(error).__name__}: {error}",
+            next="restore the file from a copy, or resume from another step",
+        ) from error
 
 
 def read_random_state(folder: Path) -> dict[str, Tensor]:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import utils
-from checkpointing.run_folder import step_folders, step_of
+from checkpointing.run_folder import resume_command, step_folders, step_of
 from common import atomic_files, json_records
 from utils import CheckpointError
 
-MANIFEST, OPTIMIZER = "manifest.json", "optimizer.safetensors"
+MANIFEST = "manifest.json"
+OPTIMIZER, RANDOM_STATE = "optimizer.safetensors", "random_state.safetensors"
+STATE, SETTINGS = "training_state.json", "train_config.json"
 
 
 def write_manifest(folder: Path, step: int) -> None:
@@ -100,8 +102,28 @@ def find(resume_from: str) -> Path:
         "every checkpoint of this run is damaged",
         where=damaged[0][0],
         found=damaged[0][1],
-        next="bring the files back from a copy, or start a new run",
+        next="restore the files from a copy, or start a new run",
     )
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings stored with a checkpoint; {} if its file holds something else."""
+    content = utils.read_json(folder / SETTINGS)
+    return content if isinstance(content, dict) else {}
+
+
+def check_resumable(folder: Path) -> None:
+    """Raise CheckpointError if a checkpoint, even a sound one, lacks what resuming needs."""
+    check_has_optimizer(folder)
+    for name in (OPTIMIZER, RANDOM_STATE, STATE, SETTINGS):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                "this checkpoint holds a model but not all of a training",
+                where=folder / name,
+                found="no such file, and the manifest names none",
+                safe="the model itself can be used",
+                next="resume from another step, or start a new run with --model and this folder",
+            )
 
 
 def check_has_optimizer(folder: Path) -> None:
@@ -115,7 +137,7 @@ def check_has_optimizer(folder: Path) -> None:
         where=folder,
         found="manage_runs.py removed it: the step was shrunk to its weights",
         safe=f"the weights are whole (chat.py loads them); {others if sound else 'no other step of this run has it'}",
-        next=f"python train_rm.py --resume_from {sound[-1]}" if sound
+        next=resume_command(sound[-1]) if sound
         else "python manage_runs.py --undo, if that was its last deletion, brings it back",
     )  # fmt: skip
 
@@ -133,7 +155,7 @@ def verify(folder: Path) -> None:
         where=found[0],
         found=found[1],
         safe=f"{sound.name} is complete" if sound else "no earlier step of this run is complete",
-        next=f"python train_rm.py --resume_from {sound}" if sound else None,
+        next=resume_command(sound) if sound else None,
     )
 
 

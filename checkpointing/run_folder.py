@@ -6,6 +6,7 @@ Standard library only, so that manage_runs.py reads a thousand of them without i
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import utils
 from common import atomic_files, json_records
 
 RUN = "run.json"
+DEFAULT_SCRIPT = "train_rm.py"  # of runs whose record names none
 RUNNING, FINISHED, STOPPED, CRASHED = "running", "finished", "stopped", "crashed"
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,22 +60,54 @@ def step_folders(run_folder: Path) -> list[Path]:
     return sorted(steps, key=lambda path: step_of(path) or 0)
 
 
+def saved_evaluation(step_folder: Path) -> tuple[float, int | None] | None:
+    """The evaluation of a step: (value, examples it is over, if known); None if it was not evaluated when saved."""
+    content = json_records.read_own_json(step_folder / "training_state.json")
+    if not isinstance(content, dict):
+        return None
+    value = content.get("eval_value", content.get("eval_accuracy"))  # eval_accuracy, eval_pairs: names of old files
+    count = content.get("eval_count", content.get("eval_pairs"))
+    if type(value) is not float or not math.isfinite(value):
+        return None
+    return value, count if type(count) is int and count > 0 else None
+
+
 def best_step(run_folder: Path) -> Path | None:
-    """The step with the highest evaluation accuracy, the newest of equals; None if none was evaluated when saved."""
+    """The step with the highest evaluation, the newest of equals; None if none was evaluated when saved."""
     scored = []
     for path in step_folders(run_folder):
         try:
-            accuracy = utils.read_json(path / "training_state.json")["eval_accuracy"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # a damaged step is nobody's best
-        if isinstance(accuracy, float) and math.isfinite(accuracy):
-            scored.append((accuracy, step_of(path) or 0, path))
+            evaluation = saved_evaluation(path)
+        except (OSError, ValueError):
+            continue  # a damaged step cannot be the best
+        if evaluation:
+            scored.append((evaluation[0], step_of(path) or 0, path))
     return max(scored)[2] if scored else None
+
+
+def resume_command(folder: Path) -> str:
+    """What to type to go on from a run's folder or one of its steps, with the script that trains it."""
+    try:
+        record = read_record(folder.parent if step_of(folder) is not None else folder)
+    except (OSError, ValueError):
+        record = None
+    return f"python {record.script if record else DEFAULT_SCRIPT} --resume_from {folder}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # run.json
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EvalPoint:
+    """One evaluation: a metric's value with its 95 % interval, over `count` examples."""
+
+    step: int
+    value: float
+    low: float
+    high: float
+    count: int
 
 
 @dataclass
@@ -95,15 +129,27 @@ class RunRecord:
     resumed_from: str | None = None  # the step of *another* run, as seen from output_dir
     config: dict[str, Any] = dataclasses.field(default_factory=dict)  # as in train_config.json
     changed: dict[str, Any] = dataclasses.field(default_factory=dict)  # setting -> the default that it departs from
-    evaluations: list[list[int]] = dataclasses.field(default_factory=list)  # [step, correct, pairs]
+    script: str = DEFAULT_SCRIPT  # that trains it
+    evaluations: dict[str, list[EvalPoint]] = dataclasses.field(default_factory=dict)  # by metric: accuracy, reward
 
 
-def new_record(step: int, planned_steps: int, config: dict[str, Any], defaults: dict[str, Any]) -> RunRecord:
+def new_record(
+    script: str, step: int, planned_steps: int, config: dict[str, Any], defaults: dict[str, Any]
+) -> RunRecord:
     """The record of a run that begins now in this process."""
     now = time_text()
     changed = {name: defaults[name] for name, value in config.items() if name in defaults and value != defaults[name]}
     return RunRecord(
-        RUNNING, now, now, os.getpid(), platform.node(), step, planned_steps, config=config, changed=changed
+        RUNNING,
+        now,
+        now,
+        os.getpid(),
+        platform.node(),
+        step,
+        planned_steps,
+        config=config,
+        changed=changed,
+        script=script,
     )
 
 
@@ -113,12 +159,15 @@ def time_text() -> str:
 
 def read_record(run_folder: Path) -> RunRecord | None:
     """A run's record, None if it has none; ValueError says what is wrong with the file."""
-    record = json_records.load(RunRecord, run_folder / RUN)
-    if record is None:
+    content = json_records.read_own_json(run_folder / RUN)
+    if content is None:
         return None
-    for entry in record.evaluations:
-        if len(entry) != 3 or not 0 <= entry[1] <= entry[2] or entry[2] == 0:
-            raise ValueError(f"{entry!r} is not an evaluation")
+    if isinstance(content, dict) and isinstance(content.get("evaluations"), list):
+        content["evaluations"] = {"accuracy": [_old_evaluation(entry) for entry in content["evaluations"]]}
+    record = json_records.from_json(RunRecord, content)
+    for point in itertools.chain.from_iterable(record.evaluations.values()):
+        if not point.low <= point.value <= point.high or point.count <= 0:
+            raise ValueError(f"{point!r} is not an evaluation")
     for text in (record.started, record.began, record.ended or record.began):
         when = datetime.fromisoformat(text)
         if when.tzinfo is None or not 1970 < when.year < 9999:
@@ -128,12 +177,22 @@ def read_record(run_folder: Path) -> RunRecord | None:
     return record
 
 
+def _old_evaluation(entry: Any) -> dict[str, Any]:
+    """An evaluation of records before there were other metrics than accuracy: [step, correct, pairs]."""
+    is_triple = isinstance(entry, list) and [type(number) for number in entry] == [int] * 3
+    if not is_triple or not 0 <= entry[1] <= entry[2] or entry[2] == 0:
+        raise ValueError(f"{entry!r} is not an evaluation")
+    step, correct, pairs = entry
+    low, high = utils.wilson_interval(correct, pairs)
+    return {"step": step, "value": correct / pairs, "low": low, "high": high, "count": pairs}
+
+
 def write_record(run_folder: Path, record: RunRecord) -> None:
-    """Replace run.json, all or nothing. A disk that does not take it is said, and no reason to end a training."""
-    # a line a key, so that a person can read it too
+    """Replace run.json, all or nothing. If that fails, a line says so, and the training goes on."""
+    # one line per key, so that a person can read it too
     lines = (f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in dataclasses.asdict(record).items())
     try:
         atomic_files.replace_text(run_folder / RUN, "{\n" + ",\n".join(lines) + "\n}\n")
     except OSError as error:
-        print(f"{run_folder / RUN} could not be written ({error.strerror}); manage_runs.py will miss it",
+        print(f"{run_folder / RUN} could not be written ({error.strerror}); manage_runs.py will show an older state",
               file=sys.stderr)  # fmt: skip

@@ -60,11 +60,11 @@ class Step:
 
     def accuracy(self) -> Accuracy | None:
         """Its evaluation, if it has one that can be read."""
-        content = read_object(self.folder / "training_state.json")
-        value, pairs = content.get("eval_accuracy"), content.get("eval_pairs")
-        if type(value) is not float or not 0 <= value <= 1:
+        try:
+            found = run_folder.saved_evaluation(self.folder)
+        except (OSError, ValueError):
             return None
-        return Accuracy(self.number, value, pairs if type(pairs) is int and pairs > 0 else None)
+        return Accuracy(self.number, *found) if found and 0 <= found[0] <= 1 else None
 
 
 @dataclass
@@ -108,7 +108,8 @@ class RunInfo:
     def evaluations(self) -> list[Accuracy]:
         """All evaluations by step: from the record, or without one from the checkpoints."""
         if self.record:
-            return [Accuracy(step, correct / pairs, pairs) for step, correct, pairs in self.record.evaluations]
+            points = self.record.evaluations.get("accuracy", [])
+            return [Accuracy(point.step, point.value, point.count) for point in points]
         return [found for step in self.steps if (found := step.accuracy())]
 
     def last_and_best(self) -> tuple[Accuracy | None, Accuracy | None]:

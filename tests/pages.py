@@ -19,12 +19,12 @@ from pathlib import Path
 from chat import ChatConfig
 from eval_rm import EvalConfig
 from manage_runs import ManageConfig
-from training.config import TrainConfig
+from train_rm import RewardTrainingConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = {
-    "train_rm.py": TrainConfig,
+    "train_rm.py": RewardTrainingConfig,
     "eval_rm.py": EvalConfig,
     "chat.py": ChatConfig,
     "manage_runs.py": ManageConfig,

@@ -1,13 +1,13 @@
-"""One process or many: who computes which micro-batches, and how gradients and figures come together.
+"""One process or many: which rank computes which micro-batches, and how gradients and metrics are combined.
 
     torchrun --nproc_per_node 4 train_rm.py            DDP: every process holds the model
     torchrun --nproc_per_node 4 train_rm.py --fsdp     FSDP2: every process holds a part of it
 
-Every process plans the whole step and computes its share of the micro-batches; Accelerate connects the processes, DDP
-or FSDP2 adds up, and the gradient is that of one process. `World()` is that one process: nothing is added up, nothing
-waits, and Accelerate is not imported.
+Every process plans the whole step and computes its share of the micro-batches. Accelerate connects the processes, DDP
+or FSDP2 sums the gradients, and the result is that of one process. `World()` is a single process: it neither sums nor
+waits, and does not import Accelerate.
 
-Words, as in torch.distributed: *rank* is a process's number, *world size* how many there are.
+As in torch.distributed, *rank* is a process's number and *world size* is how many there are.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from typing import TYPE_CHECKING, Any
 import utils
 from utils import Stopped, StopRequest, UserError
 
-if TYPE_CHECKING:
+with utils.lazy_imports():  # the scripts need World before they know whether --help was asked for
     import torch
+
+if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from data_pipeline import packing
-else:  # --help must not wait for it
-    torch = utils.lazy_import("torch")
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One micro-batch that a process computes, and where its pairs stand among those of all micro-batches."""
+class RankBatch:
+    """One micro-batch that this rank computes, and the positions of its examples among those of the whole step."""
 
     plan: packing.MicroBatchPlan
-    first: int  # the place of its first pair
-    weight: int = 1  # of its losses: the world size, by which DDP and FSDP divide; 0 if it only keeps others company
+    first: int  # position of its first example
+    weight: int = 1  # of its losses: the world size, by which DDP and FSDP divide; 0 if computed only to keep in step
     is_last: bool = False
 
     @property
-    def places(self) -> slice:
+    def positions(self) -> slice:
         return slice(self.first, self.first + self.plan.num_examples)
 
 
-def deal(costs: Sequence[float], size: int, in_lockstep: bool = False) -> list[list[int]]:
-    """Deal micro-batches to `size` processes so that the busiest has as little to do as can be had quickly.
+def assign_to_ranks(costs: Sequence[float], size: int, in_lockstep: bool = False) -> list[list[int]]:
+    """Assign micro-batches to `size` ranks so that the busiest rank has as little work as a greedy rule can give it.
 
-    The dearest goes first and always to who has least so far (longest processing time first, at most 4/3 of the best
-    possible: Graham 1969, doi:10.1137/0117039); how many each gets may differ. `in_lockstep`, where all must start each
-    one together, deals round by round instead, so that those of one round cost about the same.
+    The most expensive micro-batch goes first, each to the rank with the least work so far (longest processing time
+    first, at most 4/3 of the optimum: Graham 1969, doi:10.1137/0117039); ranks may get different numbers of them. With
+    `in_lockstep`, where all ranks must start each one together, they are assigned round by round instead, so that those
+    of one round cost about the same.
 
     Returns:
-        For each process the numbers of its micro-batches, dearest first: memory peaks at once, and what is added up
-        over the processes last is the smallest.
+        For each rank the numbers of its micro-batches, most expensive first, so that memory peaks at the start.
     """
     shares: list[list[int]] = [[] for _ in range(size)]
     loads = [0.0] * size
@@ -67,7 +67,7 @@ def deal(costs: Sequence[float], size: int, in_lockstep: bool = False) -> list[l
 def even_budget(total_tokens: int, tokens_per_batch: int, size: int) -> int:
     """The token budget that cuts a step into a multiple of `size` micro-batches, never above the one given.
 
-    10 micro-batches on 4 processes would keep two of them waiting: 12 smaller ones do not. A few per cent are left for
+    With 10 micro-batches on 4 ranks two ranks would wait; 12 smaller ones keep all busy. A few per cent are added for
     rows that do not fill up.
     """
     if size == 1 or total_tokens == 0:
@@ -78,7 +78,7 @@ def even_budget(total_tokens: int, tokens_per_batch: int, size: int) -> int:
 
 @dataclass
 class World:
-    """The processes of this run as one of them sees it."""
+    """The processes of this run, as seen by one of them."""
 
     rank: int = 0
     size: int = 1
@@ -103,22 +103,22 @@ class World:
 
     @contextlib.contextmanager
     def first_on_each_machine(self) -> Iterator[None]:
-        """One process of each machine does it, then the others, who find it done (a cache, a file)."""
+        """One process of each machine runs the block first; the others then find its result (a cache, a file)."""
         if self.local_rank != 0:
             self.barrier()
         yield
         if self.local_rank == 0:
             self.barrier()
 
-    def from_main(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns in the main process, everywhere."""
+    def broadcast(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns on the main rank, on every rank."""
         if self.is_alone:
             return make()
         box = [make() if self.is_main else None]
         torch.distributed.broadcast_object_list(box)
         return box[0]
 
-    def refuse_differences(self, settings: Mapping[str, Any]) -> None:
+    def check_same_everywhere(self, settings: Mapping[str, Any]) -> None:
         """Raise UserError if the processes were not all started with the same settings, data and code."""
         if self.is_alone:
             return
@@ -137,18 +137,18 @@ class World:
     # -- the model --------------------------------------------------------------------------------------------------
 
     def prepare(self, model: nn.Module, is_packed: bool) -> nn.Module:
-        """The model whose gradients come out added up: DDP around it, or itself with its weights spread (FSDP2).
+        """The module to train, whose gradients are summed over ranks: DDP around it, or itself sharded (FSDP2).
 
-        The optimizer is made afterwards, of the parameters that the model has then.
+        Make the optimizer afterwards: sharding replaces the model's parameters.
         """
         if self.is_alone:
             return model
         if not self.is_sharded:
-            if not is_packed:  # an encoder's pooler may be left out by its head
+            if not is_packed:  # an encoder's head may not use its pooler
                 self.accelerator.ddp_handler.find_unused_parameters = True
             return self.accelerator.prepare_model(model)
-        # Accelerate has FSDP for GPUs only, so this is PyTorch's own, on every device. Weights travel in fp32, as
-        # autocast wants them: the numbers are those of one process.
+        # Accelerate has FSDP for GPUs only, so this is PyTorch's own. Weights are gathered in fp32, as autocast wants
+        # them: the numbers are those of one process.
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -160,30 +160,30 @@ class World:
         return fully_shard(model, mesh=mesh)
 
     @contextlib.contextmanager
-    def adding_up(self, model: nn.Module, turn: Turn) -> Iterator[None]:
-        """Around a backward pass: DDP adds up gradients over the processes in the last one only.
+    def sync_gradients(self, model: nn.Module, rank_batch: RankBatch) -> Iterator[None]:
+        """Around a backward pass: DDP sums gradients over the ranks in the last one of a step only.
 
-        FSDP2 in every one: a process has room for its own part of the gradient, not for all of it.
+        FSDP2 does in every one, because a rank has room for its shard of the gradient only.
         """
-        if self.is_alone or turn.is_last or self.is_sharded:
+        if self.is_alone or rank_batch.is_last or self.is_sharded:
             yield
         else:
             with self.accelerator.no_sync(model):
                 yield
 
     def seed_dropout(self, seed: int, step: int) -> None:
-        """Several processes draw each step's dropout from (seed, step, rank): nothing needs to be kept to resume."""
+        """Seed several processes' dropout with (seed, step, rank), so that resuming needs no stored state."""
         if not self.is_alone:
             import numpy as np
 
             torch.manual_seed(int(np.random.SeedSequence([seed, step, self.rank]).generate_state(1, np.uint64)[0]))
 
-    def whole(self, tensor: Tensor) -> Tensor:
-        """A tensor that lies spread over the processes, whole and on the CPU; others as they are. All must call it."""
+    def gather_full(self, tensor: Tensor) -> Tensor:
+        """A sharded tensor, full and on the CPU; any other as it is. All ranks must call it."""
         return tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
 
-    def spread_like(self, tensor: Tensor, parameter: Tensor) -> Tensor:
-        """The part of a whole tensor that this process holds of `parameter`; the opposite of `whole`."""
+    def shard_like(self, tensor: Tensor, parameter: Tensor) -> Tensor:
+        """This rank's shard of a full tensor, sharded as `parameter` is; the opposite of `gather_full`."""
         if not hasattr(parameter, "full_tensor"):
             return tensor.to(parameter.device)
         from torch.distributed.tensor import distribute_tensor
@@ -192,28 +192,28 @@ class World:
 
     # -- sharing work ----------------------------------------------------------------------------------------------
 
-    def share(self, plans: Sequence[packing.MicroBatchPlan], *, is_training: bool) -> list[Turn]:
-        """This process's micro-batches. Where all must take part in each one, or in the last, none has too few."""
+    def assign(self, plans: Sequence[packing.MicroBatchPlan], *, is_training: bool) -> list[RankBatch]:
+        """This rank's micro-batches. A rank that must take part in more than it got computes one with weight 0."""
         firsts = list(itertools.accumulate((plan.num_examples for plan in plans), initial=0))
         if self.is_alone:
-            return [Turn(plan, first) for plan, first in zip(plans, firsts, strict=False)]
-        shares = deal([plan.cost for plan in plans], self.size, in_lockstep=self.is_sharded)
-        turns = [Turn(plans[number], firsts[number], self.size) for number in shares[self.rank]]
+            return [RankBatch(plan, first) for plan, first in zip(plans, firsts, strict=False)]
+        shares = assign_to_ranks([plan.cost for plan in plans], self.size, in_lockstep=self.is_sharded)
+        assigned = [RankBatch(plans[number], firsts[number], self.size) for number in shares[self.rank]]
         least = max(map(len, shares)) if self.is_sharded else int(is_training)
         cheapest = min(plans, key=lambda plan: plan.cost)
-        turns += [Turn(cheapest, 0, weight=0)] * (least - len(turns))
-        return [*turns[:-1], replace(turns[-1], is_last=True)] if turns else []
+        assigned += [RankBatch(cheapest, 0, weight=0)] * (least - len(assigned))
+        return [*assigned[:-1], replace(assigned[-1], is_last=True)] if assigned else []
 
     def check(self, stop: StopRequest) -> None:
-        """Raise Stopped if somebody asked to stop; several processes agree on it in `combine` instead."""
+        """Raise Stopped if a stop was requested; several processes agree on that in `all_reduce` instead."""
         if self.is_alone:
             stop.check()
 
-    def combine(self, results: Tensor, stop: StopRequest) -> Tensor:
-        """Add up `results` over all processes.
+    def all_reduce(self, results: Tensor, stop: StopRequest) -> Tensor:
+        """The sum of `results` over all ranks.
 
-        Raises Stopped in every process if one of them was asked to stop: a signal reaches some before others, and all
-        must stop after the same step, or the slower ones would wait for the others for ever.
+        Raises Stopped on every rank if one of them was asked to stop: a signal reaches some before others, and all must
+        stop after the same step, or the slower ones would wait for the others forever.
         """
         if self.is_alone:
             return results
@@ -226,7 +226,7 @@ class World:
         return everything[: -self.size].view_as(results)
 
     def smallest(self, number: int) -> int:
-        """The smallest of a number over all processes."""
+        """The minimum of a number over all ranks."""
         if self.is_alone:
             return number
         found = torch.tensor(number, device=self.accelerator.device)

@@ -1,4 +1,4 @@
-"""Connecting the processes that a launcher started, refusing wrong launches, and parting when one of them ends."""
+"""Connects the processes that a launcher started, rejects wrong launches, and explains a lost rank."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ import traceback
 import typing
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import utils
 from training.distributed import World
 from utils import EXIT_DISK_OR_NETWORK, Stopped, UserError
 
-if TYPE_CHECKING:
+with utils.lazy_imports():  # a single process needs none of it, and --help must not wait for it
     import torch
-else:  # one process does without, and --help must not wait for it
-    torch = utils.lazy_import("torch")
 
-# A process that dies is noticed by its launcher and by the broken connection; this is for those that wait while one
-# tokenises, evaluates or saves.
+# The launcher and a broken connection tell of a process that dies; this limit is for those that wait while one
+# tokenizes, evaluates or saves.
 MOST_SECONDS_OF_WAITING = 4 * 3600
 OTHERS_SPEAK_AFTER_SECONDS = 2.0
 # Launchers that start copies without connecting them, and where they say how many.
@@ -33,7 +31,7 @@ COUNTS_OF_OTHER_LAUNCHERS = {
     "PMI_SIZE": "mpiexec",
     "MV2_COMM_WORLD_SIZE": "mpirun",
 }
-LAUNCH = "torchrun --nproc_per_node N train_rm.py …   (docs/distributed.md has more)"
+LAUNCH = f"torchrun --nproc_per_node N {Path(sys.argv[0]).name} …   (docs/distributed.md has more)"
 
 
 class PeerLost(UserError):
@@ -49,7 +47,7 @@ class PeerLost(UserError):
 
 @contextlib.contextmanager
 def joined() -> Iterator[World]:
-    """The world of this process, connected while the context lasts; errors that come of others' end are explained."""
+    """The world of this process, connected inside the block; errors that another process caused are explained."""
     world = join()
     try:
         yield world
@@ -63,15 +61,15 @@ def joined() -> Iterator[World]:
         raise explained(error, world)  # noqa: B904
     finally:
         if not world.is_alone:
-            gc.collect()  # the model's part in the connection
+            gc.collect()  # DDP and FSDP2 hold on to the connection
             torch.distributed.destroy_process_group()
 
 
 def join() -> World:
-    """Connect with the other processes that a launcher started, or be alone. Raises UserError for a wrong launch."""
+    """Connect to the other processes that a launcher started, if any. Raises UserError for a wrong launch."""
     size = _number("WORLD_SIZE", 1)
     if size == 1:
-        refuse_lonely_copies()
+        check_no_unconnected_copies()
         return World()
     if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UserError(
@@ -99,7 +97,7 @@ def join() -> World:
             found=utils.first_line(error),
             next="see that this address is reached from every machine, and that its port is free",
         ) from error
-    if state.num_processes != size:  # connected, but not to those who were asked for
+    if state.num_processes != size:  # connected, but not to the processes that were asked for
         raise UserError(f"{size} processes were asked for, and {state.num_processes} are connected", next=LAUNCH)
     return world
 
@@ -110,7 +108,7 @@ def connect_model(world: World, is_sharded: bool) -> None:
         if is_sharded:
             raise UserError(
                 "--fsdp spreads the model over several processes, and this is one",
-                next=LAUNCH.replace("train_rm.py", "train_rm.py --fsdp"),
+                next=LAUNCH.replace(" …", " --fsdp …"),
             )
         return
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -123,36 +121,36 @@ def connect_model(world: World, is_sharded: bool) -> None:
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, "").strip()
     if text and not text.isdecimal():
-        raise UserError(f"{name} is set to something that is no number", found=repr(text), next=f"unset {name}")
+        raise UserError(f"{name} is not a number", found=repr(text), next=f"unset {name}")
     return int(text or default)
 
 
-def refuse_lonely_copies() -> None:
-    """Raise UserError if a launcher started several copies unconnected, or one where several were asked for."""
+def check_no_unconnected_copies() -> None:
+    """Raise UserError if a launcher started several unconnected copies, or one where several were asked for."""
     for name, launcher in COUNTS_OF_OTHER_LAUNCHERS.items():
         if _number(name, 1) > 1:
             raise UserError(
-                f"{launcher} started {os.environ[name]} copies of this script that do not know of each other",
+                f"{launcher} started {os.environ[name]} copies of this script without connecting them",
                 safe="nothing was trained",
                 next=f"one {launcher} task a machine, and in it {LAUNCH}",
             )
     asked = _asked_of_accelerate() if "ACCELERATE_MIXED_PRECISION" in os.environ else 1
     if asked > 1:
         raise UserError(
-            f"{asked} processes were asked of `accelerate launch`, and it started one",
-            found="on a machine without GPUs it starts one, whatever --num_processes says",
+            f"`accelerate launch` was asked for {asked} processes and started one",
+            found="without GPUs it starts one process, whatever --num_processes says",
             safe="nothing was trained",
             next=LAUNCH.replace("N", str(asked), 1),
         )
 
 
 def _asked_of_accelerate() -> int:
-    """What stands behind --num_processes in the command that started us."""
+    """The value of --num_processes in the command of the process that started this one."""
     import psutil
 
     try:
         words = psutil.Process().parent().cmdline()
-    except (psutil.Error, AttributeError):  # gone, or none of ours to ask
+    except (psutil.Error, AttributeError):  # it is gone, or belongs to another user
         return 1
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, _, value = word.partition("=")
@@ -168,29 +166,29 @@ def _asked_of_accelerate() -> int:
 
 
 def explained(error: BaseException, world: World) -> BaseException:
-    """A broken connection as what it means: another process ended; any other error as it is."""
+    """A broken connection as what it means, that another process ended; any other error unchanged."""
     if world.is_alone or not isinstance(error, RuntimeError) or not _is_broken_connection(error):
         return error
     lost = PeerLost(
         "another process of this run has ended, so this one cannot go on",
         where=f"process {world.rank} of {world.size}",
         found=utils.first_line(error),
-        next="see what the other one said; when that is mended, --resume_from and the run's folder",
+        next="fix what the other process reported, then resume with --resume_from and the run's folder",
     )
     lost.__cause__ = error
     return lost
 
 
 def leave(exit_code: int) -> typing.NoReturn:
-    """End this process; one of several at once, without the interpreter's tidying up.
+    """End this process; if it is one of several, without the interpreter's own shutdown.
 
-    DDP and FSDP2 hold on to gloo's threads whatever is let go of, and a process whose peers have gone may abort in them
-    while the interpreter takes itself down: a finished run would look like a failed one to its launcher.
+    DDP and FSDP2 keep gloo's threads alive, and a process whose peers are gone may abort in them during shutdown: the
+    launcher would take a finished run for a failed one.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(exit_code)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+        with contextlib.suppress(OSError, ValueError):  # its reader may be gone
             stream.flush()
     os._exit(exit_code)
 
@@ -203,11 +201,11 @@ def _is_broken_connection(error: BaseException) -> bool:
 
 
 def let_main_speak_first(error: BaseException) -> None:
-    """Most errors happen in every process alike: the main one says it, and then the launcher ends the others."""
+    """Most errors happen on every rank: the main one reports it, and then the launcher ends the others."""
     try:
         if isinstance(error, Exception):
             time.sleep(OTHERS_SPEAK_AFTER_SECONDS)
             return
     except Stopped:
-        pass  # which is what was waited for
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115  one says that it was stopped
+        pass  # the launcher ends this process, as expected
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115  the main rank reports the stop

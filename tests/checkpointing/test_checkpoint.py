@@ -10,12 +10,14 @@ import models
 import utils
 from checkpointing import checkpoint, manifest
 from checkpointing.run_folder import step_folders
+from train_rm import RewardTrainingConfig
+from training.config import read_config
 from training.distributed import World
 
 
 def save(run, model, optimizer, step, config):
     state = checkpoint.gather_state(model, optimizer, World())
-    position = checkpoint.Position(step, 8 * step, "data", 64, 4096)
+    position = checkpoint.TrainingState(step, 8 * step, "data", 64, 4096)
     return checkpoint.save(run, model, state, checkpoint.random_state(), position, config)
 
 
@@ -43,8 +45,8 @@ def test_everything_comes_back(saved, base):
         assert torch.equal(old, new), name
         for key in ("step", "exp_avg", "exp_avg_sq"):
             assert torch.equal(optimizer.state[old][key], other.state[new][key]), (name, key)
-    assert checkpoint.read_position(folder) == checkpoint.Position(2, 16, "data", 64, 4096)
-    assert checkpoint.read_config(folder) == {"lr": 1e-3}
+    assert checkpoint.read_training_state(folder) == checkpoint.TrainingState(2, 16, "data", 64, 4096)
+    assert manifest.read_settings(folder) == {"lr": 1e-3}
 
 
 def test_random_numbers_go_on_where_they_were():
@@ -118,7 +120,7 @@ def test_an_existing_step_is_never_written_into(saved):
     with pytest.raises(FileExistsError):
         save(run, model, optimizer, 2, {"lr": 1})
     assert (run / "step-2" / "manifest.json").stat().st_mtime_ns == before
-    assert checkpoint.read_config(run / "step-2") == {"lr": 1e-3}
+    assert manifest.read_settings(run / "step-2") == {"lr": 1e-3}
 
 
 def test_a_disk_without_room_is_foreseen_with_needed_and_free_bytes(saved, monkeypatch):
@@ -189,12 +191,10 @@ def test_a_damaged_newest_step_is_named_when_an_older_one_is_taken(saved, capsys
         ("train_config.json", None, "no such file"),
         ("train_config.json", "[]", "no 'model'; no 'dataset'"),
         ("train_config.json", '{"lr": "abc", "log_dir": "x"}', "'lr': got 'abc', wants a number"),
-        ("training_state.json", '{"step": 2}', "missing 4 required"),
+        ("training_state.json", '{"step": 2}', "'examples_seen' is missing"),
     ],
 )
 def test_a_sound_manifest_over_a_checkpoint_that_is_none_exits_3(saved, name, content, found):
-    from training import config as train_config
-
     run, *_ = saved
     folder = run / "step-2"
     (folder / "manifest.json").unlink()
@@ -202,6 +202,6 @@ def test_a_sound_manifest_over_a_checkpoint_that_is_none_exits_3(saved, name, co
     manifest.write_manifest(folder, 2)
     with pytest.raises(utils.CheckpointError, match=found) as caught:
         if name == "training_state.json":
-            checkpoint.read_position(folder)
-        train_config.read_config(["--resume_from", str(folder)], "A test.")
+            checkpoint.read_training_state(folder)
+        read_config(RewardTrainingConfig, ["--resume_from", str(folder)], "A test.")
     assert caught.value.exit_code == 3 and name in str(caught.value)

@@ -233,11 +233,11 @@ def test_a_checkpoint_stores_how_many_pairs_its_accuracy_is_of_and_old_ones_stay
     from checkpointing import checkpoint
 
     step = work / "checkpoints/rm/first/step-2"
-    assert checkpoint.read_position(step).eval_pairs == 8
+    assert checkpoint.read_training_state(step).eval_count == 8
     content = utils.read_json(step / "training_state.json")
     del content["eval_pairs"]
     utils.write_json(step / "training_state.json", content)
-    assert checkpoint.read_position(step).eval_pairs is None
+    assert checkpoint.read_training_state(step).eval_count is None
     assert scanned(work)["first"].steps[1].accuracy().interval is None
 
 

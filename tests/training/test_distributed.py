@@ -63,7 +63,7 @@ def farthest(one, other):
 @pytest.mark.parametrize("in_lockstep", [False, True])
 def test_every_micro_batch_is_dealt_once_and_nobody_has_much_more_than_others(size, in_lockstep):
     costs = [float(cost) for cost in torch.randint(100, 4000, (41,), generator=torch.Generator().manual_seed(0))]
-    shares = distributed.deal(costs, size, in_lockstep)
+    shares = distributed.assign_to_ranks(costs, size, in_lockstep)
     assert sorted(number for share in shares for number in share) == list(range(41))
     for share in shares:
         assert [costs[number] for number in share] == sorted((costs[number] for number in share), reverse=True)
@@ -75,8 +75,8 @@ def test_every_micro_batch_is_dealt_once_and_nobody_has_much_more_than_others(si
 
 
 def test_shares_are_uneven_where_one_micro_batch_outweighs_others():
-    assert distributed.deal([10, 1, 1, 1], 2) == [[0], [1, 2, 3]]
-    assert distributed.deal([10, 1, 1, 1], 2, in_lockstep=True) == [[0, 2], [1, 3]]
+    assert distributed.assign_to_ranks([10, 1, 1, 1], 2) == [[0], [1, 2, 3]]
+    assert distributed.assign_to_ranks([10, 1, 1, 1], 2, in_lockstep=True) == [[0, 2], [1, 3]]
 
 
 @pytest.mark.parametrize(
@@ -97,12 +97,12 @@ def plan_of(cost):
 @pytest.mark.parametrize("is_sharded, turns", [(False, [1, 1, 1, 2]), (True, [2, 2, 2, 2])])
 def test_a_process_without_work_keeps_the_others_company(is_sharded, turns):
     plans = [plan_of(cost) for cost in (5, 4, 3, 2, 1)]
-    shares = [distributed.World(rank, 4, rank, is_sharded).share(plans, is_training=True) for rank in range(4)]
+    shares = [distributed.World(rank, 4, rank, is_sharded).assign(plans, is_training=True) for rank in range(4)]
     assert [len(share) for share in shares] == turns
     assert [share[-1].is_last for share in shares] == [True] * 4
-    places = [turn.places for share in shares for turn in share if turn.weight]
+    places = [turn.positions for share in shares for turn in share if turn.weight]
     assert sorted((place.start, place.stop) for place in places) == [(0, 2), (2, 4), (4, 6), (6, 8), (8, 10)]
-    alone = [distributed.World(rank, 4, rank, is_sharded).share(plans[:1], is_training=True) for rank in range(4)]
+    alone = [distributed.World(rank, 4, rank, is_sharded).assign(plans[:1], is_training=True) for rank in range(4)]
     assert [[turn.weight for turn in share] for share in alone] == [[4], [0], [0], [0]]
 
 

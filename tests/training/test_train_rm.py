@@ -25,8 +25,7 @@ from checkpointing.run_folder import best_step, step_folders
 from common import file_locks
 from data_pipeline import packing
 from tests.conftest import ROOT
-from training import distributed
-from training import run as runs
+from training import distributed, setup
 
 TINY = ["--no_report", "--eval_num_batches", "1", "--save_steps", "0", "--eval_steps", "0", "--lr", "1e-3"]
 
@@ -76,12 +75,12 @@ def test_loss_survives_huge_differences():
 
 
 def test_learning_rate_warms_up_and_decays():
-    config = train_rm.TrainConfig(lr=1.0, warmup_steps=2, lr_schedule="linear")
-    assert [train_rm.learning_rate(step, 6, config) for step in range(1, 7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
-    config = train_rm.TrainConfig(lr=1.0, lr_schedule="cosine")
-    assert [train_rm.learning_rate(step, 4, config) for step in (1, 3)] == pytest.approx([1.0, 0.5])
-    config = train_rm.TrainConfig(lr=1.0)
-    assert {train_rm.learning_rate(step, 4, config) for step in range(1, 5)} == {1.0}
+    config = train_rm.RewardTrainingConfig(lr=1.0, warmup_steps=2, lr_schedule="linear")
+    assert [config.learning_rate(step, 6) for step in range(1, 7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    config = train_rm.RewardTrainingConfig(lr=1.0, lr_schedule="cosine")
+    assert [config.learning_rate(step, 4) for step in (1, 3)] == pytest.approx([1.0, 0.5])
+    config = train_rm.RewardTrainingConfig(lr=1.0)
+    assert {config.learning_rate(step, 4) for step in range(1, 5)} == {1.0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,7 +91,7 @@ def test_learning_rate_warms_up_and_decays():
 def accumulate(model, pairs, plans):
     """Forward and backward of a step of one process; the losses, in the order of the plans."""
     world = distributed.World()
-    turns = world.share(plans, is_training=True)
+    turns = world.assign(plans, is_training=True)
     batches = [(turn, packing.build(pairs, turn.plan, model.tokenizer.pad_token_id)) for turn in turns]
     margins = train_rm.label_margins(pairs, plans, model.device)
     return train_rm.accumulate_gradients(world, model, batches, margins, 0.0, utils.StopRequest())[:, 0]
@@ -118,7 +117,7 @@ def step_with(base, tokenizer, pairs, indices, cuts, make_optimizer):
 
 # At the default rate Adam moves a weight by 1e-5; plain SGD at this rate moves weights by up to 0.1 and shows more.
 OPTIMIZERS = {
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=train_rm.TrainConfig().lr, fused=True),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=train_rm.RewardTrainingConfig().lr, fused=True),
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
 }
 
@@ -279,7 +278,7 @@ def test_a_stopped_run_saves_its_last_completed_step_and_goes_on_exactly(
     assert stopped.returncode == code, stopped.stderr
     assert "the last completed step" in stopped.stdout and "Traceback" not in stopped.stderr
     saved = manifest.find(str(tmp_path / "checkpoints/rm/stopped"))
-    assert 2 <= checkpoint.read_position(saved).step < 8
+    assert 2 <= checkpoint.read_training_state(saved).step < 8
     assert run_script("train_rm.py", "--resume_from", saved).returncode == 0
     assert run_script("train_rm.py", *common, "--run_name", "straight").returncode == 0
     names = ["adapter_model.safetensors", "optimizer.safetensors", "random_state.safetensors"]
@@ -300,7 +299,7 @@ def test_a_crash_saves_the_last_completed_step_and_names_the_cause(base, small_d
     monkeypatch.setattr(train_rm, "accumulate_gradients", fail_in_third_step)
     with pytest.raises(RuntimeError, match="the cat"):
         train_rm.main(["--model", base, "--dataset", small_dataset, "--batch_size", "4", "--run_name", "crash", *TINY])
-    assert checkpoint.read_position(manifest.find("checkpoints/rm/crash")).step == 2
+    assert checkpoint.read_training_state(manifest.find("checkpoints/rm/crash")).step == 2
 
 
 def test_a_finished_run_says_so_and_goes_on_with_more_epochs(run_script, run_one):
@@ -344,7 +343,7 @@ def test_a_rewritten_data_file_is_noticed_on_resuming(run_script, base, write_ro
     assert run_script("train_rm.py", *arguments).returncode == 0
     write_rows(rows[1:])
     result = run_script("train_rm.py", "--resume_from", tmp_path / "checkpoints/rm/one", "--epochs", 2)
-    assert result.returncode == 2 and "not the ones this run was started with" in result.stderr
+    assert result.returncode == 2 and "not what this run was started with" in result.stderr
 
 
 def test_a_run_name_in_use_is_refused_and_nothing_is_touched(run_script, base, small_dataset, tmp_path):
@@ -379,7 +378,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(base, small_data
     assert len(re.findall(r"step [24] skipped: .* \(rows \d+, 1 of them\)", capsys.readouterr().out)) == 2
     assert [value for _, value in scalars("logs/rm/nan")[0]["train/skipped_steps"]] == [0, 1, 1, 2, 2, 2, 2, 2]
     saved = manifest.find("checkpoints/rm/nan")
-    assert checkpoint.read_position(saved).skipped_steps == 2
+    assert checkpoint.read_training_state(saved).skipped_steps == 2
     assert all(tensor.isfinite().all() for tensor in loaded(saved, "model.safetensors").values())
     moments = loaded(saved, "optimizer.safetensors")
     assert {value.item() for key, value in moments.items() if key.startswith("step/")} == {6.0}
@@ -391,7 +390,7 @@ def test_ten_skipped_steps_in_a_row_stop_the_run_and_name_the_last_good_step(
     monkeypatch.chdir(tmp_path)
     poison(monkeypatch, set(range(4, 100)))
     flags = ["--model", base, "--dataset", small_dataset, "--batch_size", "4", "--grad_accum", "1", "--run_name", "nan"]
-    with pytest.raises(train_rm.UserError, match=r"10 steps in a row(.|\n)*the last one at step 13(.|\n)*of step 3"):
+    with pytest.raises(utils.UserError, match=r"10 steps in a row(.|\n)*the last one at step 13(.|\n)*of step 3"):
         train_rm.main([*flags, *TINY])
     saved = manifest.find("checkpoints/rm/nan")
     assert all(tensor.isfinite().all() for tensor in loaded(saved, "model.safetensors").values())
@@ -425,7 +424,7 @@ def test_out_of_memory_halves_the_budget_and_gives_the_same_gradient(
     train_rm.main([*flags, *TINY, "--run_name", "tight", "--lr", "1e-5"])
     output = capsys.readouterr().out
     assert output.count("out of memory at") in (1, 2, 3), output
-    budget = checkpoint.read_position(manifest.find("checkpoints/rm/tight")).tokens_per_batch
+    budget = checkpoint.read_training_state(manifest.find("checkpoints/rm/tight")).tokens_per_batch
     assert f"going on with {budget:,}" in output and budget <= 800
     roomy, tight = (loaded(f"checkpoints/rm/{name}/step-4", "model.safetensors") for name in ("roomy", "tight"))
     for name, weights in roomy.items():
@@ -462,7 +461,7 @@ def test_a_pair_that_fits_no_memory_says_what_to_change(base, small_dataset, tmp
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train_rm, "score", no_memory)
-    with pytest.raises(train_rm.UserError, match=r"a single pair of \d+ tokens(.|\n)*--max_length"):
+    with pytest.raises(utils.UserError, match=r"a single example of \d+ tokens(.|\n)*--max_length"):
         train_rm.main(["--model", base, "--dataset", small_dataset, *TINY])
 
 
@@ -576,7 +575,7 @@ def test_what_stands_in_the_way_of_a_folder_is_named_before_the_model_is_loaded(
 
 def test_a_file_at_a_checkpoints_place_is_seen_before_training(run_one):
     (run_one / "step-2").touch()
-    with pytest.raises(utils.UserError, match="something that is no folder stands where a checkpoint goes"):
+    with pytest.raises(utils.UserError, match="something that is not a folder is in the place of a checkpoint"):
         train_rm.main(["--resume_from", "checkpoints/rm/one", "--epochs", "2"])
 
 
@@ -643,8 +642,8 @@ def test_a_sequence_beyond_the_models_positions_is_refused_before_training(
 
 def test_unnamed_runs_of_one_second_get_names_of_their_own(base, tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "timestamp", lambda: "20240115_143022")
-    config = train_rm.TrainConfig(output_dir=str(tmp_path))
-    claims = [runs.claim_run_folder(config, None) for _ in range(3)]
+    config = train_rm.RewardTrainingConfig(output_dir=str(tmp_path))
+    claims = [setup.claim_run_folder(config, None) for _ in range(3)]
     assert [folder.name for folder, _ in claims] == ["20240115_143022", "20240115_143022-2", "20240115_143022-3"]
 
 

@@ -1,4 +1,4 @@
-"""probe.py: `--tokens_per_batch auto` finds what fits, keeps it with the checkpoint, and changes nothing else."""
+"""training/micro_batches.py: `--tokens_per_batch auto` finds what fits and changes nothing else."""
 
 import json
 import re
@@ -14,81 +14,82 @@ import models
 import train_rm
 from checkpointing import checkpoint
 from modeling import devices
-from training import distributed, probe
-from training.config import TrainConfig
+from training import distributed, micro_batches
 from utils import UserError
 
 
 @pytest.fixture
-def made_up_run(base, tokenizer, demo_folder):
-    """A run as far as probing looks at it, with the demo's model and pairs."""
+def pairs(tokenizer, demo_folder):
+    return data.load_pairs(str(demo_folder[1]), tokenizer)[0]
+
+
+@pytest.fixture
+def batcher(base, tokenizer):
     model = models.RewardModel.create(base, tokenizer, seed=0).train()
-    return types.SimpleNamespace(
-        config=TrainConfig(batch_size=32),
-        model=model,
-        module=model,
-        world=distributed.World(),
-        optimizer=torch.optim.AdamW(model.hf_model.parameters()),
-        train_pairs=data.load_pairs(str(demo_folder[1]), tokenizer)[0],
-    )
+    return micro_batches.MicroBatcher(model, model, distributed.World(), batch_size=32, max_length=2048)
+
+
+@pytest.fixture
+def optimizer(batcher):
+    return torch.optim.AdamW(batcher.model.hf_model.parameters())
 
 
 def memory_of(monkeypatch, bytes_a_token, limit):
     """Make memory grow by `bytes_a_token` from 1,000 on; returns the budgets that are tried."""
     tried = []
 
-    def peak_of(run, budget):
+    def peak_bytes(batcher, dataset, optimizer, budget):
         tried.append(budget)
         return 1000 + bytes_a_token * budget
 
-    monkeypatch.setattr(probe, "peak_of", peak_of)
-    monkeypatch.setattr(probe, "memory_now", lambda device: 1000)
-    monkeypatch.setattr(probe, "memory_limit", lambda device, to_come: limit)
+    monkeypatch.setattr(micro_batches, "peak_bytes", peak_bytes)
+    monkeypatch.setattr(micro_batches, "memory_now", lambda device: 1000)
+    monkeypatch.setattr(micro_batches, "memory_limit", lambda device, to_come: limit)
     return tried
 
 
-def test_the_budget_is_the_largest_that_fits_and_none_is_tried_that_does_not(made_up_run, monkeypatch):
+def test_the_budget_is_the_largest_that_fits_and_none_is_tried_that_does_not(batcher, pairs, optimizer, monkeypatch):
     tried = memory_of(monkeypatch, bytes_a_token=10, limit=1000 + 10 * 3000)
-    found = probe.largest_budget(made_up_run)
-    assert 3000 / probe.LEAST_GAIN <= found <= 3000
-    assert tried[0] == probe.FIRST_BUDGET and max(tried) <= 3000
+    found = micro_batches.find_max_tokens_per_batch(batcher, pairs, optimizer)
+    assert 3000 / micro_batches.MIN_GAIN <= found <= 3000
+    assert tried[0] == micro_batches.FIRST_BUDGET and max(tried) <= 3000
 
 
-def test_no_budget_is_larger_than_what_a_micro_batch_can_hold(made_up_run, monkeypatch, capsys):
+def test_no_budget_is_larger_than_what_a_micro_batch_can_hold(batcher, pairs, optimizer, monkeypatch, capsys):
     memory_of(monkeypatch, bytes_a_token=1, limit=10**12)
-    largest = sum(sorted(made_up_run.train_pairs.packed_lengths)[-32:])
-    assert probe.largest_budget(made_up_run) == largest
+    largest = sum(sorted(pairs.lengths.sum(axis=1))[-32:])
+    assert micro_batches.find_max_tokens_per_batch(batcher, pairs, optimizer) == largest
     assert f"tokens a batch: {largest:,} (probed: " in capsys.readouterr().out
 
 
-def test_the_tightest_process_decides_for_all(made_up_run, monkeypatch):
+def test_the_tightest_process_decides_for_all(batcher, pairs, optimizer, monkeypatch):
     memory_of(monkeypatch, bytes_a_token=10, limit=10**12)
-    made_up_run.world.smallest = lambda number: min(number, 1500)
-    assert probe.largest_budget(made_up_run) == 1500
+    batcher.world.smallest = lambda number: min(number, 1500)
+    assert micro_batches.find_max_tokens_per_batch(batcher, pairs, optimizer) == 1500
 
 
-def test_a_first_try_that_does_not_fit_says_what_to_change(made_up_run, monkeypatch):
-    def no_memory(run, budget):
+def test_a_first_try_that_does_not_fit_says_what_to_change(batcher, pairs, optimizer, monkeypatch):
+    def no_memory(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(probe, "peak_of", no_memory)
+    monkeypatch.setattr(micro_batches, "peak_bytes", no_memory)
     with pytest.raises(UserError, match=r"1,024 tokens in a micro-batch do not fit(.|\n)*--gradient_checkpointing"):
-        probe.largest_budget(made_up_run)
+        micro_batches.find_max_tokens_per_batch(batcher, pairs, optimizer)
 
 
-def test_a_real_try_sees_the_memory_it_takes_and_leaves_no_trace(made_up_run):
-    before = {name: weights.clone() for name, weights in made_up_run.model.state_dict().items()}
+def test_a_real_try_sees_the_memory_it_takes_and_leaves_no_trace(batcher, pairs, optimizer):
+    before = {name: weights.clone() for name, weights in batcher.model.state_dict().items()}
     devices.free(torch.device("cpu"))  # earlier tests have the heap keep what they freed
-    now = probe.memory_now(torch.device("cpu"))
-    assert probe.peak_of(made_up_run, 2000) > now
-    assert all(parameter.grad is None for parameter in made_up_run.model.parameters())
-    assert all(torch.equal(weights, before[name]) for name, weights in made_up_run.model.state_dict().items())
+    now = micro_batches.memory_now(torch.device("cpu"))
+    assert micro_batches.peak_bytes(batcher, pairs, optimizer, 2000) > now
+    assert all(parameter.grad is None for parameter in batcher.model.parameters())
+    assert all(torch.equal(weights, before[name]) for name, weights in batcher.model.state_dict().items())
 
 
 def test_memory_is_watched_while_it_is_held():
     device = torch.device("cpu")
     devices.free(device)
-    with probe.watched_memory(device) as peak:
+    with micro_batches.watched_memory(device) as peak:
         before = peak[0]
         block = torch.ones(64 * 2**20)  # 256 MiB
         assert block.sum() > 0
@@ -96,18 +97,18 @@ def test_memory_is_watched_while_it_is_held():
     assert 200 * 2**20 < peak[0] - before < 400 * 2**20
 
 
-def test_what_adamw_will_hold_is_left_free(made_up_run, monkeypatch):
-    parameters = list(made_up_run.model.hf_model.parameters())
-    assert probe.bytes_to_come(made_up_run) == sum(8 * parameter.numel() for parameter in parameters)
+def test_what_adamw_will_hold_is_left_free(batcher, optimizer, monkeypatch):
+    parameters = list(batcher.model.hf_model.parameters())
+    assert micro_batches.bytes_of_optimizer_to_come(optimizer) == sum(8 * parameter.numel() for parameter in parameters)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    made_up_run.optimizer.step()
-    assert probe.bytes_to_come(made_up_run) == 0
+    optimizer.step()
+    assert micro_batches.bytes_of_optimizer_to_come(optimizer) == 0
     device = torch.device("cpu")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=8 * 2**30))
-    monkeypatch.setattr(probe, "memory_now", lambda device: 2**30)
-    assert probe.memory_limit(device, 0) == 2**30 + int(probe.SHARE_OF_MEMORY * 8 * 2**30)
-    assert probe.memory_limit(device, 2**30) == 2**30 + int(probe.SHARE_OF_MEMORY * 7 * 2**30)
+    monkeypatch.setattr(micro_batches, "memory_now", lambda device: 2**30)
+    assert micro_batches.memory_limit(device, 0) == 2**30 + int(micro_batches.SHARE_OF_MEMORY * 8 * 2**30)
+    assert micro_batches.memory_limit(device, 2**30) == 2**30 + int(micro_batches.SHARE_OF_MEMORY * 7 * 2**30)
 
 
 def test_auto_trains_what_a_number_trains_and_is_not_probed_again_on_resuming(
@@ -119,7 +120,7 @@ def test_auto_trains_what_a_number_trains_and_is_not_probed_again_on_resuming(
     train_rm.main([*flags, "--tokens_per_batch", "auto", "--run_name", "auto", "--save_steps", "2"])
     budget = int(re.search(r"tokens a batch: ([\d,]+)", capsys.readouterr().out).group(1).replace(",", ""))
     auto = tmp_path / "checkpoints/rm/auto"
-    assert checkpoint.read_position(auto / "step-2").tokens_per_batch == budget
+    assert checkpoint.read_training_state(auto / "step-2").tokens_per_batch == budget
     assert json.loads((auto / "step-2/train_config.json").read_text())["tokens_per_batch"] == "auto"
 
     train_rm.main([*flags, "--tokens_per_batch", str(budget), "--run_name", "number"])

@@ -1,0 +1,262 @@
+"""Opening a run, new or resumed: its folder and lock, its data, model and optimizer, back to where a checkpoint was.
+
+What depends on the training, its data and model, comes from an opener that each script brings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import utils
+from checkpointing import checkpoint, manifest, run_folder
+from checkpointing.run_folder import resume_command, step_of
+from common import atomic_files, file_locks
+from data_pipeline.sampler import StepSampler
+from modeling import devices, speedups
+from modeling.pretrained import LoraSettings
+from training import launch
+from training.config import AUTO, TrainingConfig
+from training.distributed import World
+from training.micro_batches import MicroBatcher, find_max_tokens_per_batch
+from training.run import Run
+from utils import UserError
+
+
+class Parts(NamedTuple):
+    """What a script's opener returns: the model, and its data as `data.PairDataset` has it."""
+
+    model: Any  # of models.py, on the CPU
+    train_data: Any
+    eval_data: Any
+
+
+Opener = Callable[[Any, Path | None, World], Parts]  # (config, checkpoint resumed from, world) -> Parts
+
+
+def set_up(config: TrainingConfig, resumed_from: Path | None, world: World, open_parts: Opener, script: str) -> Run:
+    """A run, new or resumed. What can fail early fails here, cheapest first: names, data, then the model."""
+    launch.connect_model(world, config.fsdp)
+    folder, lock = claim_run_folder(config, resumed_from) if world.is_main else (None, None)
+    folder = world.broadcast(lambda: folder)
+    config = dataclasses.replace(config, run_name=folder.name)
+    if lock is None:
+        return open_run(config, script, folder, None, resumed_from, world, open_parts)
+    log_folder = Path(config.log_dir) / folder.name
+    try:
+        check_no_strays(folder)
+        make_folder(log_folder, "--log_dir")
+        atomic_files.remove_dead_saves(folder)
+        atomic_files.temporary(folder / run_folder.RUN).unlink(missing_ok=True)
+        return open_run(config, script, folder, lock, resumed_from, world, open_parts)
+    except BaseException:
+        # leave nothing behind; Windows keeps a folder with an open file, which does no harm
+        if not has_begun(folder) and not (folder / run_folder.RUN).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds logs, or was never made
+                log_folder.rmdir()
+        lock.release()
+        raise
+
+
+def open_run(
+    config: TrainingConfig, script: str, folder: Path, lock: file_locks.RunLock | None, resumed_from: Path | None,
+    world: World, open_parts: Opener,
+) -> Run:  # fmt: skip
+    """Data, model and optimizer of a run that has its folder."""
+    model, train_data, eval_data = open_parts(config, resumed_from, world)
+    if not resumed_from:
+        torch.manual_seed(config.seed)
+    check_positions(model, train_data, eval_data)
+    checkpoint.check_free_space(folder, model)
+    base_fingerprint = model.base_fingerprint()
+    module = prepare_model(model, config, world)
+    optimizer = make_optimizer(model, config)
+    sampler = StepSampler(len(train_data), config.examples_per_step, config.epochs, config.seed, config.max_steps)
+    describe(config, model, sampler, world)
+    batcher = MicroBatcher(model, module, world, batch_size=config.batch_size, max_length=config.max_length)
+    run = Run(
+        config, script, world, model, module, optimizer, train_data, eval_data, sampler, batcher, folder, lock,
+        base_fingerprint, checkpoint.random_state(),
+    )  # fmt: skip
+    tokens_per_batch = config.tokens_per_batch
+    if resumed_from:
+        tokens_per_batch = go_back_to(resumed_from, run)
+    if tokens_per_batch == AUTO:
+        tokens_per_batch = find_max_tokens_per_batch(batcher, train_data, optimizer)
+    batcher.tokens_per_batch = tokens_per_batch
+    return run
+
+
+def prepare_model(model: Any, config: TrainingConfig, world: World) -> torch.nn.Module:
+    """Put a model on its device, ready to train; returns what training calls: itself, or DDP or FSDP2 around it."""
+    model.autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
+    model.to(devices.pick_device() if world.is_alone else world.accelerator.device).train()
+    devices.keep_heap(model.device)
+    if config.lora and model.autocast_dtype and not world.is_sharded:
+        speedups.cast_frozen_weights(model, model.autocast_dtype)  # (FSDP wants one dtype)
+    if world.is_alone:
+        speedups.use_sparse_embedding_gradients(model)
+    model.use_attention(config.attention)
+    if config.compile:
+        speedups.compile_layers(model)
+    if config.gradient_checkpointing:
+        speedups.enable_gradient_checkpointing(model)
+    return world.prepare(model, model.packs_up_to(config.max_length))
+
+
+def make_optimizer(model: Any, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW over the trained parameters, in fp32 even if the published weights are bf16, as Qwen3's are.
+
+    At a learning rate of 1e-5, bf16 would round most updates to nothing.
+    """
+    trained = list(model.trained_parameters().values())
+    fused = model.device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+
+
+def lora_settings(config: TrainingConfig) -> LoraSettings | None:
+    targets = tuple(name.strip() for name in config.lora_target_modules.split(","))
+    settings = LoraSettings(config.lora_r, config.lora_alpha, config.lora_dropout, targets)
+    return settings if config.lora else None
+
+
+def check_data(config: TrainingConfig, world: World, train_data: Any, eval_data: Any) -> None:
+    """Print what was kept of the data; UserError if ranks differ, too many rows are skipped or none is left."""
+    settings = {name: getattr(config, name) for name in config.stored()}
+    prints = {"the training data": train_data.fingerprint, "the test data": eval_data.fingerprint}
+    world.check_same_everywhere(settings | prints | {"the version of torch": torch.__version__})
+    for split, dataset in (("train", train_data), ("test", eval_data)):
+        if config.bad_rows == "stop":
+            dataset.check_skipped()
+        kept = f"{split}: {len(dataset):,} of {dataset.counts.rows:,} rows kept of {dataset.name}"
+        print("\n".join([kept, *dataset.counts.lines()]))
+    if len(eval_data) == 0:
+        print("nothing is held out: this run cannot say how good the model is", flush=True)
+    if len(train_data) == 0:
+        raise UserError("no training data is left", where=train_data.name, next="see the counts above")
+
+
+def go_back_to(folder: Path, run: Run) -> int | str:
+    """Put a new run where a checkpoint was; returns the token budget to go on with."""
+    state = checkpoint.read_training_state(folder)
+    if state.data_fingerprint != run.train_data.fingerprint and not run.config.allow_data_change:
+        raise UserError(
+            "the training data is not what this run was started with",
+            where=run.train_data.name,
+            found=f"{len(run.train_data):,} {run.config.unit}, was {state.num_examples:,}",
+            next="restore the old data, or add --allow_data_change to go on with this",
+        )
+    if state.base_fingerprint != run.base_fingerprint:
+        raise utils.CheckpointError(
+            "the adapter was trained on another base model",
+            where=folder,
+            found=f"{run.config.model} has changed: its weights differ",
+            next="restore the old base model, or name its new place with --model",
+        )
+    checkpoint.restore_optimizer(folder, run.model, run.optimizer, run.world)
+    run.step = run.saved_step = state.step
+    run.random_state, run.skipped_steps = checkpoint.read_random_state(folder), state.skipped_steps
+    run.eval_value, run.eval_count = state.eval_value, state.eval_count
+    run.examples_before = state.examples_seen - run.sampler.examples_seen(run.step)
+    print(f"resuming after step {run.step} of {run.sampler.total_steps} from {folder}")
+    if run.config.tokens_per_batch == manifest.read_settings(folder)["tokens_per_batch"]:
+        return state.tokens_per_batch  # the smaller one if memory ran out before
+    return run.config.tokens_per_batch
+
+
+def check_positions(model: Any, *datasets: Any) -> None:
+    """A sequence longer than the model's positions would fail in the middle of training, on a GPU beyond recovery."""
+    limit = model.most_positions()
+    longest = max((int(dataset.longest_sides().max()) for dataset in datasets if len(dataset)), default=0)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"the model has {limit:,} positions, and the longest sequence has {longest:,} tokens",
+            next=f"--max_length {limit} skips longer ones",
+        )
+
+
+def describe(config: TrainingConfig, model: Any, sampler: StepSampler, world: World) -> None:
+    total = sum(parameter.numel() for parameter in model.hf_model.parameters())
+    count = sum(parameter.numel() for parameter in model.trained_parameters().values())
+    print(f"model: {config.model}, {total:,} parameters, {count:,} trained, {config.precision} on {model.device}")
+    if not model.packs_up_to(config.max_length):
+        why_not = model.why_not or "its attention window is below --max_length"
+        print(f"  one sequence per row, because {why_not}: slower")
+    if not world.is_alone:
+        print(f"processes: {world.size}, {'FSDP2' if world.is_sharded else 'DDP'}")
+    print(f"plan: {sampler.total_steps:,} steps of {config.examples_per_step} {config.unit}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run's folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def claim_run_folder(config: TrainingConfig, resumed_from: Path | None) -> tuple[Path, file_locks.RunLock]:
+    """The run's folder, which no other run has, and its lock; a resumed run goes on in its own."""
+    root = Path(config.output_dir)
+    if resumed_from and (root / str(config.run_name)).resolve() == resumed_from.resolve().parent:
+        return resumed_from.parent, file_locks.RunLock(resumed_from.parent)
+    if config.run_name:
+        names = [config.run_name]
+    else:  # several runs may begin in one second
+        now = utils.timestamp()
+        names = [now, *(f"{now}-{number}" for number in range(2, 100))]
+    for name in names:
+        folder = root / name
+        make_folder(folder, "--output_dir with --run_name")
+        if has_begun(folder):
+            continue
+        try:
+            return folder, file_locks.RunLock(folder)
+        except UserError:
+            if config.run_name:
+                raise
+    raise UserError(
+        f"there is a run named {name!r} already",
+        where=folder,
+        safe="nothing in it was touched",
+        next=f"another --run_name, or resume it: {resume_command(folder)}",
+    )
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a run's folder holds anything but a lock, a record and what a killed first save left."""
+    bare = (file_locks.RunLock.FILE, run_folder.RUN)
+    return any(path.name not in bare and not path.name.startswith(".tmp-") for path in folder.iterdir())
+
+
+def make_folder(folder: Path, flag: str) -> None:
+    """Make a folder that a flag named; UserError says why that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise UserError(
+            f"{flag} names a folder that cannot be made",
+            where=folder.absolute(),
+            found=error.strerror,
+            safe="nothing was changed",
+            next=f"another {flag}, or move away what is in its place",
+        ) from error
+
+
+def check_no_strays(folder: Path) -> None:
+    """A file in the place of a checkpoint's folder would stop the training when that step is saved."""
+    for path in folder.iterdir():
+        if step_of(path) is not None and not path.is_dir():
+            raise UserError(
+                "something that is not a folder is in the place of a checkpoint",
+                where=path,
+                safe="nothing was changed",
+                next="move it away",
+            )
