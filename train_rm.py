@@ -337,7 +337,7 @@ def evaluate_and_show(
     """Evaluate after the last completed step, always on the same pairs; record, log and print the result."""
     step = run.step
     evaluation = evaluate(run, evaluated_pairs(run), stop)
-    run.record_evaluation(evaluation.metrics["accuracy"], evaluation.interval, evaluation.pairs)
+    run.record_evaluation(evaluation.correct / evaluation.pairs, evaluation.interval, evaluation.pairs)
     values = {f"eval/{name}": value for name, value in evaluation.metrics.items()}
     log.scalars(values, step, run.examples_seen(step))
     log.histogram("eval/rewards_chosen", evaluation.rewards[:, 0], step)

@@ -440,9 +440,13 @@ def test_a_checkpoint_of_ours_knows_its_data_base_model_logs_and_report_folder(
 
     step = trained_run / "step-2"
     before = {path.name: utils.sha256_of(path) for path in step.iterdir()}
-    ((at, correct, pairs),) = utils.read_json(trained_run / "run.json")["evaluations"]
+    (point,) = utils.read_json(trained_run / "run.json")["evaluations"]["accuracy"]
     content = utils.read_json(trained_run / "reports/step-2/report.json")  # which training wrote, of what it evaluated
-    assert (at, correct, pairs) == (2, content["right"], content["n"])
+    assert (point["step"], round(point["value"] * point["count"]), point["count"]) == (
+        2,
+        content["right"],
+        content["n"],
+    )
     eval_rm.main(["--model", str(trained_run)])  # a second report takes the first one's place
     assert {path.name: utils.sha256_of(path) for path in step.iterdir()} == before
     assert resolve.sound_checkpoint(str(step)) == step
@@ -481,10 +485,10 @@ def test_a_training_reports_on_its_best_checkpoint_too_or_not_at_all(base, small
     run = tmp_path / "checkpoints/rm/told"
     wanted = {"step-3", best_step(run).name}
     assert {path.name for path in (run / "reports").iterdir()} == wanted
-    for step, correct, pairs in utils.read_json(run / "run.json")["evaluations"]:
-        if f"step-{step}" in wanted:
-            content = utils.read_json(run / f"reports/step-{step}/report.json")
-            assert (content["right"], content["n"]) == (correct, pairs)
+    for point in utils.read_json(run / "run.json")["evaluations"]["accuracy"]:
+        if f"step-{point['step']}" in wanted:
+            content = utils.read_json(run / f"reports/step-{point['step']}/report.json")
+            assert (content["right"], content["n"]) == (round(point["value"] * point["count"]), point["count"])
 
 
 def test_a_report_that_cannot_be_written_does_not_fail_the_training(trained_run, capsys):

@@ -235,8 +235,11 @@ def test_a_checkpoint_stores_how_many_pairs_its_accuracy_is_of_and_old_ones_stay
     step = work / "checkpoints/rm/first/step-2"
     assert checkpoint.read_training_state(step).eval_count == 8
     content = utils.read_json(step / "training_state.json")
-    del content["eval_pairs"]
-    utils.write_json(step / "training_state.json", content)
+    value = content.pop("eval_value")
+    del content["eval_count"]
+    old = content | {"num_pairs": content.pop("num_examples"), "eval_accuracy": value}  # as it was written before
+    utils.write_json(step / "training_state.json", old)
+    assert checkpoint.read_training_state(step).eval_value == value
     assert checkpoint.read_training_state(step).eval_count is None
     assert scanned(work)["first"].steps[1].accuracy().interval is None
 
@@ -247,9 +250,10 @@ def test_a_resumed_run_keeps_its_start_and_drops_later_evaluations(manage, work)
     assert "done: 4 steps" in again.communicate()
     after = run_folder.read_record(work / "checkpoints/rm/first")
     assert (after.started, after.state) == (before.started, "finished") and after.began >= before.began
-    assert [entry[0] for entry in before.evaluations] == [1, 2, 3, 4]
-    assert [entry[0] for entry in after.evaluations] == [1, 2, 4]
-    assert after.evaluations[:2] == before.evaluations[:2]
+    before, after = before.evaluations["accuracy"], after.evaluations["accuracy"]
+    assert [point.step for point in before] == [1, 2, 3, 4]
+    assert [point.step for point in after] == [1, 2, 4]
+    assert after[:2] == before[:2]
 
 
 def test_a_run_killed_after_its_last_save_is_finished_by_resuming_it(work):
@@ -617,7 +621,7 @@ def test_an_invalid_list_of_steps_to_keep_is_rejected(manage, work, keep):
 
 def test_steps_that_were_never_evaluated_are_not_pruned_to_the_best(manage, work):
     for step in step_folders(work / "checkpoints/rm/first"):
-        content = utils.read_json(step / "training_state.json") | {"eval_accuracy": None}
+        content = utils.read_json(step / "training_state.json") | {"eval_value": None}
         utils.write_json(step / "training_state.json", content)
     result = manage("--prune", "keep=best,last", "--name", "first", "--yes")
     assert result.returncode == 0 and "none of its steps was evaluated" in result.stderr

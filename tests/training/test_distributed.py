@@ -145,7 +145,7 @@ def test_several_processes_reach_the_weights_of_one(work, base, demo_folder, alo
     assert farthest(final, final.parent / "step-5")[0] > 4e-5, "the steps changed next to nothing"
     assert len(list((work / "logs/rm" / name).glob("events.*"))) == 1
     figures = [json.loads((folder / "training_state.json").read_text()) for folder in (alone[kind], final)]
-    assert figures[0]["eval_accuracy"] == figures[1]["eval_accuracy"]
+    assert figures[0]["eval_value"] == figures[1]["eval_value"]
 
 
 def test_fewer_pairs_than_processes(work, base, small_dataset):
@@ -284,7 +284,7 @@ def refusal(folder, words, **environment):
         ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 copies"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 copies"),
         ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is set to something that is no number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is not a number"),
     ],
 )
 def test_unconnected_copies_are_refused(tmp_path, environment, wanted):
@@ -296,7 +296,7 @@ def test_unconnected_copies_are_refused(tmp_path, environment, wanted):
 def test_one_process_where_two_were_asked_of_accelerate_is_refused(tmp_path):
     words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, ROOT / "train_rm.py"]
     code, error = refusal(tmp_path, words)
-    assert code != 0 and "2 processes were asked of `accelerate launch`, and it started one" in error
+    assert code != 0 and "`accelerate launch` was asked for 2 processes and started one" in error
     assert not list(tmp_path.iterdir())
 
 
