@@ -295,8 +295,9 @@ def test_a_stop_while_encoding_ends_at_the_chunk_in_hand(empty_cache, real_data,
     (tmp_path / "train.jsonl").write_bytes(lines * 20)
     (tmp_path / "test.jsonl").write_text(json.dumps(TEST_ROW) + "\n")
     script = (
-        "import data, models, sys\n"
-        "tokenizer = models.load_tokenizer(sys.argv[1])\n"
+        "import data, sys\n"
+        "from transformers import AutoTokenizer\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
         "print('ready', flush=True)\n"
         "data.load_pairs(sys.argv[2], tokenizer)\n"
     )

@@ -161,9 +161,8 @@ def small_model(base, tokenizer):
 
 
 @pytest.mark.parametrize("completions", range(1, 17))
-@pytest.mark.parametrize("implementation", ["sdpa", "pieces"])
 def test_any_number_of_completions_has_the_rewards_and_gradients_of_separate_sequences(
-    small_model, monkeypatch, completions, implementation
+    small_model, monkeypatch, completions
 ):
     for name, value in (("TILE_QUERIES", 16), ("KEY_BLOCK", 4), ("MAX_KEPT_KEYS", 40)):
         monkeypatch.setattr(attention, name, value)
@@ -176,21 +175,23 @@ def test_any_number_of_completions_has_the_rewards_and_gradients_of_separate_seq
         found = {name: p.grad.clone() for name, p in small_model.hf_model.named_parameters() if p.grad is not None}
         return rewards.detach(), found
 
-    alone = [torch.from_numpy(sequence)[None] for index in range(5) for sequence in examples.sequences(index)]
-    plain = torch.cat([small_model.hf_model(input_ids=ids).logits[0] for ids in alone])
+    sequences = [torch.from_numpy(sequence) for index in range(5) for sequence in examples.sequences(index)]
+    input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    attention_mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in sequences], batch_first=True)
+    plain = small_model.hf_model(input_ids=input_ids, attention_mask=attention_mask).logits[:, 0]
     wanted, wanted_gradients = rewards_and_gradients(plain.view(5, completions))
 
     rows = [[1, 0, 4], [3, 2]]
     width = max(int(examples.lengths[row].sum()) for row in rows) + 3
     batch = packing.pack(examples, np.arange(5), rows, pad_id=0, width=width)
-    assert small_model.use_attention(implementation) == implementation
-    packed = small_model(*batch.inputs())[torch.from_numpy(np.argsort(batch.indices))]
-    got, got_gradients = rewards_and_gradients(packed)
-
-    assert (got - wanted).norm() <= 1e-6 * wanted.norm()
-    assert got_gradients.keys() == wanted_gradients.keys() and len(got_gradients) > 5
-    for name, gradient in wanted_gradients.items():
-        assert (got_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+    for implementation in ("sdpa", "pieces"):
+        assert small_model.use_attention(implementation) == implementation
+        packed = small_model(*batch.inputs())[torch.from_numpy(np.argsort(batch.indices))]
+        got, got_gradients = rewards_and_gradients(packed)
+        assert (got - wanted).norm() <= 1e-6 * wanted.norm()
+        assert got_gradients.keys() == wanted_gradients.keys() and len(got_gradients) > 5
+        for name, gradient in wanted_gradients.items():
+            assert (got_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
 
 
 def test_a_tile_skips_the_completions_before_its_own():
