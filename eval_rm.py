@@ -9,7 +9,6 @@ python eval_rm.py --model FOLDER --score replies.jsonl > scored.jsonl   rewards 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import sys
@@ -38,21 +37,21 @@ class EvalConfig:
 
     # fmt: off
     model: str | None = flag(None, "reward model: a checkpoint, a run's folder for its newest one, any folder or hub id with one label", group="model and data")
-    base_model: str | None = flag(None, "where a LoRA checkpoint's base model lies now, if not where it was", group="model and data")
-    dataset: str | None = flag(None, "hub id, file or folder as for train_rm.py, or a folder of files or of folders (default: what the checkpoint was trained on, else Anthropic/hh-rlhf)", group="model and data")
-    split: str = flag("test", "train, test, another split or file of that name, or all; of a single file test is what train_rm.py holds out", group="model and data")
+    base_model: str | None = flag(None, "where a LoRA checkpoint's base model is now, if it has moved", group="model and data")
+    dataset: str | None = flag(None, "hub id, file or folder as for train_rm.py, or a folder of files or folders (default: what the checkpoint was trained on, else Anthropic/hh-rlhf)", group="model and data")
+    split: str = flag("test", "train, test, all, or the name of another split or file; the test split of a single file is what train_rm.py holds out", group="model and data")
     subset_column: str | None = flag(None, "column to break the accuracy down by (default: subset, else kind, else the file)", group="model and data")
-    max_pairs: int = flag(0, "score so many rows, spread over the data, the same ones every time; 0 = all", minimum=0, below=10**12, group="model and data")
+    max_pairs: int = flag(0, "score only this many rows, spread over the data and always the same; 0 = all", minimum=0, below=10**12, group="model and data")
     against: str | None = flag(None, "another reward model, compared on the same pairs", group="model and data")
-    untrained_baseline: bool = flag(True, "also score with the model as it was before training, where that is known: it costs a second pass", group="model and data")
+    untrained_baseline: bool = flag(True, "also score with the model as it was before training, if that is known; takes a second pass", group="model and data")
 
-    report_dir: str | None = flag(None, "folder of report.json, report.html and TensorBoard's files (default: reports/step-N in the run's folder for a checkpoint, with the figures beside the training's, else ./report)", group="output")
-    scores_out: str | None = flag(None, "JSONL file for every pair's rewards, with the dialogue", group="output")
-    score: str | None = flag(None, "no report: read prompts and replies from this JSONL file, or - for standard input, and write them with their rewards to standard output", group="output")
-    best_of: bool = flag(False, "with --score: of each row's replies pick the one with the highest reward", group="output")
+    report_dir: str | None = flag(None, "folder for report.json, report.html and TensorBoard's files (default: for a checkpoint reports/step-N in the run's folder, with TensorBoard's files beside the training's; else ./report)", group="output")
+    scores_out: str | None = flag(None, "JSONL file for the rewards of every pair, with the dialogue", group="output")
+    score: str | None = flag(None, "instead of a report: read prompts and replies from this JSONL file (- for standard input) and write them with their rewards to standard output", group="output")
+    best_of: bool = flag(False, "with --score: pick the reply with the highest reward in each row", group="output")
 
     max_length: int | None = flag(None, "longest sequence in tokens; longer ones are skipped and counted (default: the checkpoint's, else 2048)", minimum=8, below=2**31, group="speed and memory")
-    batch_size: int = flag(64, "pairs per batch at most", minimum=1, below=10**6, group="speed and memory")
+    batch_size: int = flag(64, "maximum number of pairs per batch", minimum=1, below=10**6, group="speed and memory")
     tokens_per_batch: int = flag(8192, "token budget of one forward; changes speed and memory only", minimum=1, below=2**31, group="speed and memory")
     precision: str = flag("bf16", "arithmetic, as in training; fp32 gives transformers' own rewards to 1e-5", choices=("bf16", "fp32"), group="speed and memory")
 
@@ -60,17 +59,16 @@ class EvalConfig:
     # fmt: on
 
     def problems(self) -> list[str]:
-        """What no single field can tell is wrong."""
+        """Mistakes that no single field shows."""
         found = []
         if self.model is None:
             found.append("--model: wants a reward model, such as ./checkpoints/rm/RUN")
         if self.best_of and self.score is None:
-            found.append("--best_of: goes with --score")
+            found.append("--best_of: needs --score")
         if self.score is not None:
-            others = ("dataset", "subset_column", "against", "report_dir", "scores_out")
-            given = [name for name in others if getattr(self, name) is not None] + ["max_pairs"] * bool(self.max_pairs)
-            given += ["split"] * (self.split != "test")
-            found += [f"--{name}: goes without --score, which writes no report" for name in given]
+            of_reports = ("dataset", "split", "subset_column", "max_pairs", "against", "report_dir", "scores_out")
+            given = [name for name in of_reports if getattr(self, name) != getattr(EvalConfig, name)]
+            found += [f"--{name}: cannot be combined with --score, which writes no report" for name in given]
         if self.report_dir and Path(self.report_dir).is_file():
             found.append(f"--report_dir: {self.report_dir} is a file, wants a folder")
         if self.scores_out and Path(self.scores_out).is_dir():
@@ -113,10 +111,10 @@ def make_job(config: EvalConfig) -> evaluator.EvalJob:
     for place, name in ((report_dir, "the report's folder"), (tensorboard_dir, "TensorBoard's folder")):
         evaluator.check_writable(place, name, "--report_dir FOLDER")
     untrained, why_not = evaluator.untrained_model(folder) if config.untrained_baseline else (None, "")
-    notes = [f"{config.max_pairs:,} rows asked for, spread over all"] if config.max_pairs else []
-    notes += [why_not] if why_not else []
+    sampled = f"{config.max_pairs:,} rows asked for, spread over all" if config.max_pairs else ""
+    notes = [note for note in (sampled, why_not) if note]
     dataset = utils.seen_from_here(dataset)
-    for note in [*data.notes, *notes, *replacement_note(report_dir, dataset, config.split)]:
+    for note in filter(None, [*data.notes, *notes, replacement_note(report_dir, dataset, config.split)]):
         print(note, flush=True)
     return evaluator.EvalJob(
         model, data, dataset, config.split, report_dir, tensorboard_dir, scoring_config(config, settings),
@@ -124,17 +122,17 @@ def make_job(config: EvalConfig) -> evaluator.EvalJob:
     )  # fmt: skip
 
 
-def replacement_note(report_dir: Path, dataset: str, split: str) -> list[str]:
+def replacement_note(report_dir: Path, dataset: str, split: str) -> str | None:
     """A line if the report that is already there is about other data."""
     try:
         old = json.loads((report_dir / report.JSON).read_text(encoding="utf-8"))
         old_data = old["dataset"], old["split"]
     except (OSError, ValueError, KeyError, TypeError):
-        return []
+        return None
     if old_data == (dataset, split):
-        return []
+        return None
     what = f"the report in {report_dir} is on {old_data[0]}, {old_data[1]}"
-    return [f"{what}, and will be replaced; to keep both, choose another --report_dir"]
+    return f"{what}, and will be replaced; to keep both, choose another --report_dir"
 
 
 def display_name(name: str, folder: Path) -> str:
@@ -143,12 +141,11 @@ def display_name(name: str, folder: Path) -> str:
 
 
 def scoring_config(config: EvalConfig, settings: dict[str, Any]) -> evaluator.ScoringConfig:
-    chosen = evaluator.ScoringConfig(
-        batch_size=config.batch_size, tokens_per_batch=config.tokens_per_batch, precision=config.precision
-    )
     stored = settings.get("max_length")
-    max_length = config.max_length or (stored if isinstance(stored, int) and stored > 0 else chosen.max_length)
-    return dataclasses.replace(chosen, max_length=max_length)
+    default = stored if isinstance(stored, int) and stored > 0 else evaluator.ScoringConfig.max_length
+    return evaluator.ScoringConfig(
+        config.max_length or default, config.batch_size, config.tokens_per_batch, config.precision
+    )
 
 
 def show(content: dict[str, Any], job: evaluator.EvalJob) -> None:

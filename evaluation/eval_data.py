@@ -202,7 +202,8 @@ def _in_folder(folder: Path, split: str) -> tuple[list[Part], list[str]]:
         stems = [name for names in SPLITS.values() for name in names] if split == "all" else SPLITS.get(split, (split,))
         found_here = [path for stem in stems if (path := sources.file_in(inner, (stem,)))]
         parts += [Part(inner.name, _whole(path)) for path in found_here[: None if split == "all" else 1]]
-        without += [] if found_here else [inner.name]
+        if not found_here:
+            without.append(inner.name)
     if not parts:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise UserError(f"--dataset is a folder without a {split} file", where=folder, found=found)

@@ -106,9 +106,7 @@ def evaluate_model(job: EvalJob, check_stop: Callable[[], None]) -> dict[str, An
             "reading": analysis.readings(job.data, table, log, against, job.scores_out), "notes": notes,
             "settings": dataclasses.asdict(job.scoring), "made": utils.timestamp(),
         }  # fmt: skip
-        drawn = plots.plots(
-            content, table.rewards[:, 0] - table.rewards[:, 1], table.lengths[:, 0] - table.lengths[:, 1]
-        )
+        drawn = plots.plots(content, table.rewards, table.lengths)
         report.write_json(job.report_dir, content)
         html_report.write(job.report_dir, content, drawn)
         report.write_tensorboard(job.tensorboard_dir, content, drawn, job.step)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+BREAKDOWNS = {"by_subset": "subset", "by_turns": "number of user turns", "by_length": "tokens of the longest reply"}
 MOST_ROWS = 40  # of a breakdown
 MOST_POINTS = 800  # of a scatter plot: SVG keeps every one of them
 
@@ -47,24 +48,26 @@ class Plot:
     height: float = 3.0
 
 
-def plots(content: dict[str, Any], reward_margins: np.ndarray, longer_by: np.ndarray) -> list[Plot]:
-    """The plots of a report; reward_margins and longer_by (N,) are those of its pairs."""
-    found = [_intervals("accuracy", "Accuracy, compared with simple rules", _model_and_rules(content))]
-    for name, title in (("by_subset", "Accuracy by subset"), ("by_turns", "Accuracy by number of user turns"),
-                        ("by_length", "Accuracy by tokens of the longest reply")):  # fmt: skip
-        if len(content[name]) > 1:
-            found.append(_intervals(name, title, content[name]))
+def plots(content: dict[str, Any], rewards: np.ndarray, lengths: np.ndarray) -> list[Plot]:
+    """The plots of a report; rewards and lengths (N, 2) are those of its pairs: chosen, rejected."""
+    reward_margins, longer_by = (values[:, 0] - values[:, 1] for values in (rewards, lengths))  # (N,) each
     return [
-        *found,
+        _intervals("accuracy", "Accuracy, compared with simple rules", model_and_baselines(content)),
+        *(
+            _intervals(name, f"Accuracy by {what}", content[name])
+            for name, what in BREAKDOWNS.items()
+            if len(content[name]) > 1
+        ),
         Plot("margins", "Δr = chosen reward − rejected reward", lambda a, p: _margins(a, p, reward_margins)),
         Plot("reliability", "Calibration: claimed and actual agreement", lambda a, p: _reliability(a, p, content)),
         Plot("length", "Difference in reward and in length", lambda a, p: _length(a, p, reward_margins, longer_by)),
     ]
 
 
-def _model_and_rules(content: dict[str, Any]) -> dict[str, Any]:
+def model_and_baselines(content: dict[str, Any]) -> dict[str, Any]:
+    """The model's accuracy above those of the baselines, each with the fields of `metrics.Accuracy`."""
     low, high = content["interval"]
-    model = {"n": content["n"], "accuracy": content["accuracy"], "low": low, "high": high}
+    model = {key: content[key] for key in ("n", "right", "ties", "accuracy")} | {"low": low, "high": high}
     return {"this model": model, **content["baselines"]}
 
 

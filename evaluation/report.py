@@ -113,7 +113,7 @@ def scalars(content: dict[str, Any]) -> dict[str, float]:
     length, calibration = content["length"], content["calibration"]
     values = {
         "accuracy": content["accuracy"],
-        "ties": content["ties"] / content["n"] if content["n"] else None,
+        "ties": content["ties"] / content["n"],
         "length_controlled_accuracy": length["length_controlled"]["accuracy"],
         "length_correlation_within_prompts": length["within_prompts"]["pearson"],
         "model_prefers_longer": length["model_prefers_longer"],
@@ -135,7 +135,7 @@ def scalars(content: dict[str, Any]) -> dict[str, float]:
 def show(content: dict[str, Any]) -> None:
     """Print the report as tables."""
     from rich.console import Console
-    from rich.table import Table as Grid
+    from rich.table import Table
     from rich.text import Text
 
     # into memory first: rich would end the program if standard output is a pipe that was closed
@@ -144,7 +144,7 @@ def show(content: dict[str, Any]) -> None:
     console = Console(file=io.StringIO(), width=width, force_terminal=on_terminal, highlight=False)
 
     def grid(title: str, rows: list[tuple[str, ...]], columns: tuple[str, ...]) -> None:
-        shown = Grid(title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False)
+        shown = Table(title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False)
         for number, column in enumerate(columns):
             shown.add_column(column, justify="right" if number else "left", overflow="fold")
         for row in rows:
@@ -152,20 +152,13 @@ def show(content: dict[str, Any]) -> None:
         console.print()
         console.print(shown)
 
-    model = {"n": content["n"], "ties": content["ties"], "accuracy": content["accuracy"]}
-    model |= dict(zip(("low", "high"), content["interval"], strict=True))
     columns = ("", "accuracy", "95 % interval", "ties", "of")
-    rules = {"this model": model, **content["baselines"]}
-    grid("Accuracy", [_accuracy_row(*item) for item in rules.items()], columns)
-    for name, title in (("by_subset", "By subset"), ("by_turns", "By turns of the user"),
-                        ("by_length", "By tokens of the longest reply")):  # fmt: skip
+    grid("Accuracy", [_accuracy_row(*item) for item in plots.model_and_baselines(content).items()], columns)
+    for name, what in plots.BREAKDOWNS.items():
         if len(groups := content[name]) > 1:
             more = f" (the first {MOST_GROUPS_SHOWN} of {len(groups)}; all in {JSON})"
-            grid(
-                title + (more if len(groups) > MOST_GROUPS_SHOWN else ""),
-                [_accuracy_row(label or "(none)", one) for label, one in list(groups.items())[:MOST_GROUPS_SHOWN]],
-                columns,
-            )
+            rows = [_accuracy_row(label or "(none)", one) for label, one in groups.items()][:MOST_GROUPS_SHOWN]
+            grid(f"By {what}" + (more if len(groups) > MOST_GROUPS_SHOWN else ""), rows, columns)
     grid("Length and calibration", length_and_calibration(content), ("", ""))
     if benchmark := content["benchmark"]:
         grid(benchmark["name"], benchmark_scores(benchmark), ("", ""))

@@ -100,9 +100,8 @@ class ScoreLog:
 
     def items(self) -> Iterator[tuple[int, Scores]]:
         """(position, scores) of every row, in order."""
-        for position, *found in self._database.execute(
-            "SELECT position, rewards, lengths, skipped FROM scores ORDER BY position"
-        ):
+        rows = self._database.execute("SELECT position, rewards, lengths, skipped FROM scores ORDER BY position")
+        for position, *found in rows:
             yield position, _scores(*found)
 
     def add(self, rows: Iterable[tuple[int, Sequence[float], Sequence[int]]]) -> None:

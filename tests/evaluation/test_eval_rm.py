@@ -761,7 +761,7 @@ def test_all_bad_flags_are_reported_at_once():
         eval_rm.main(["--best_of", "--batch_size", "0", "--precision", "int8", "--scores_out", "/"])
     for name in ("--model", "--best_of", "--batch_size", "--precision", "--scores_out"):
         assert name in str(raised.value)
-    with pytest.raises(UserError, match="--against: goes without --score"):
+    with pytest.raises(UserError, match="--against: cannot be combined with --score"):
         eval_rm.main(["--model", "x", "--score", "-", "--against", "y"])
-    with pytest.raises(UserError, match="--split: goes without --score"):
+    with pytest.raises(UserError, match="--split: cannot be combined with --score"):
         eval_rm.main(["--model", "x", "--score", "-", "--split", "train"])
