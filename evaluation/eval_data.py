@@ -167,10 +167,8 @@ def find(dataset: str, split: str, subset_column: str | None) -> Data:
     else:
         parts = [Part("", source) for source in _on_hub(dataset, split)]
     for source in (part.source for part in parts if part.source.part != "all"):
-        whom = (
-            f"the {split} split of {source.name}: by prompt, 1 in {sources.HELD_OUT_IN} is held out, as in train_rm.py"
-        )
-        notes.append(f"{whom}; --split all takes every row")
+        held_out = f"by prompt, 1 in {sources.HELD_OUT_IN} is held out, as in train_rm.py"
+        notes.append(f"the {split} split of {source.name}: {held_out}; --split all takes every row")
     return Data(tuple(parts), subset_column, notes=tuple(notes))
 
 

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 from data_pipeline import parsing, sources
 from data_pipeline.parsing import Messages
 from data_pipeline.tokenization import tokenize_groups
-from modeling import scorer as scoring
+from modeling.scorer import Scorer
 from utils import UserError, nearest
 
 REPLY_COLUMNS = ("reply", "response", "completion")
@@ -104,7 +104,7 @@ def _line(row: dict[str, Any], dialogues: list[Messages], has_replies: bool) -> 
     return Line(row, faults[0] if faults else dialogues, has_replies)
 
 
-def score(scorer: scoring.Scorer, lines: Iterator[Line], best_of: bool, waits: bool, out: BinaryIO) -> Counter:
+def score(scorer: Scorer, lines: Iterator[Line], best_of: bool, waits: bool, out: BinaryIO) -> Counter:
     """Write each line with its rewards; returns how many were scored ("scored") and how many skipped, by reason.
 
     With `waits` lines are scored a thousand at a time. Without, whatever has arrived is scored at once, so that a

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import models
 import utils
 from data_pipeline import packing
 from data_pipeline.prefetch import prefetched
@@ -33,32 +31,29 @@ from utils import UserError
 class Scorer:
     """A reward model on its device, and how much it may compute at once."""
 
-    model: models.RewardModel
+    model: Any  # a models.RewardModel, which is built on this folder
     max_length: int
     batch_size: int
     tokens_per_batch: int
     fingerprint: str  # of weights, tokenizer, precision and maximum length
 
     @classmethod
-    def create(
-        cls, model: models.RewardModel, max_length: int, batch_size: int, tokens_per_batch: int, precision: str
-    ) -> Scorer:
+    def create(cls, model: Any, max_length: int, batch_size: int, tokens_per_batch: int, precision: str) -> Scorer:
         """Prepare a model for scoring: precision, device, attention. An accelerator is used if there is one."""
         model.autocast_dtype = torch.bfloat16 if precision == "bf16" else None
         model.eval()
-        limit = model.most_positions()
         tokenizer = model.tokenizer.backend_tokenizer
         tokenizer.no_padding()  # some published tokenizers pad or cut on their own
         tokenizer.no_truncation()
-        max_length = min(max_length, limit or max_length)
-        described = [fingerprint_of(model), precision, max_length]
+        max_length = min(max_length, model.most_positions() or max_length)
+        fingerprint = fingerprint_of(model, precision, max_length)
         if model.device.type == "cpu":
             model.to(devices.pick_device())
         devices.keep_heap(model.device)
         if model.peft_model is not None and model.autocast_dtype:
             speedups.cast_frozen_weights(model, model.autocast_dtype)
         model.use_attention()
-        return cls(model, max_length, batch_size, tokens_per_batch, _hash_of(described))
+        return cls(model, max_length, batch_size, tokens_per_batch, fingerprint)
 
     def rewards(
         self, jobs: list[list[np.ndarray]], check_stop: Callable[[], None] = lambda: None
@@ -137,19 +132,15 @@ def smaller_budget(tried: packing.MicroBatchPlan, device: Any, error: RuntimeErr
     return tried.computed_tokens // 2
 
 
-def fingerprint_of(model: models.RewardModel) -> str:
-    """A hash of a model's weights, tokenizer and chat template."""
+def fingerprint_of(model: Any, *settings: Any) -> str:
+    """A hash of a model's weights, tokenizer and chat template, and of settings that change its rewards."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.hf_model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     digest.update(model.tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(str(model.tokenizer.chat_template).encode())
+    digest.update(f"{model.tokenizer.chat_template} {settings}".encode())
     return digest.hexdigest()
-
-
-def _hash_of(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def check_finite(rewards: Sequence[float]) -> None:
@@ -167,8 +158,8 @@ class TokenPairs:
     def __init__(self, pairs: list[tuple[np.ndarray, np.ndarray]]):
         self._pairs = pairs
         prefixes = [shared_prefix(first, second) for first, second in pairs]
-        tails = [(p, len(a) - p, len(b) - p) for p, (a, b) in zip(prefixes, pairs, strict=True)]
-        self.lengths = np.array(tails, dtype=np.int32)  # (N, 3)
+        completions = [(p, len(a) - p, len(b) - p) for p, (a, b) in zip(prefixes, pairs, strict=True)]
+        self.lengths = np.array(completions, dtype=np.int32)  # (N, 3)
 
     def __len__(self) -> int:
         return len(self._pairs)
