@@ -28,6 +28,7 @@ import needed_arithmetic
 import project_worker
 import trl_worker
 from harness import Goal, Side, median
+from modeling import devices
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 LOSS_TOLERANCE = 0.01  # bf16 has 8 bits: rewards around 1 are off by up to 0.004 on either side
@@ -204,7 +205,7 @@ class Comparison:
         """Print processor time, memory and useful arithmetic of each side; return the latter."""
         import torch
 
-        device = project_worker.device()
+        device = devices.pick_device()
         lengths = self.pairs.lengths
         model = needed_arithmetic.skeleton(self.base)
         flops = [needed_arithmetic.needed_flops(model, lengths[step]) for step in self.indices[self.warm_up :]]

@@ -146,9 +146,9 @@ def machine() -> dict[str, Any]:
 
     import torch
 
-    import project_worker
+    from modeling import devices
 
-    device = project_worker.device()
+    device = devices.pick_device()
     names = ("torch", "transformers", "trl", "accelerate", "numpy")
     found = {name: _version(name, importlib.metadata) for name in names}
     return {

@@ -18,12 +18,7 @@ import numpy as np
 
 import harness
 import utils
-from modeling import devices, pretrained
-
-
-def device() -> Any:
-
-    return devices.pick_device()
+from modeling import pretrained
 
 
 def load_pairs(dataset: str, base: str) -> tuple[Any, Any]:

@@ -31,6 +31,7 @@ import needed_arithmetic
 import project_worker
 import trl_worker
 from harness import Goal, Shape, median
+from modeling import devices
 
 SWEEPS = {
     "length": ("tokens a side", (128, 256, 512, 1024, 2048)),
@@ -105,7 +106,7 @@ class Measuring:
         self.arguments, self.qwen3, self.dataset, self.work = arguments, qwen3, dataset, work
         self.key, self.bases = harness.CLOCKS[arguments.clock], {}
         quick = ((256,), 0.05) if arguments.quick else ()
-        self.product = harness.matmul_tflops(project_worker.device(), torch.bfloat16, *quick, key=self.key)
+        self.product = harness.matmul_tflops(devices.pick_device(), torch.bfloat16, *quick, key=self.key)
         self.real, _ = project_worker.load_pairs(dataset, self.base(arguments.hidden))
 
     def base(self, hidden: int) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import harness
 import project_worker
+from modeling import devices
 
 
 def write_ids(dataset: Any, indices: Any, path: Path) -> Path:
@@ -29,7 +30,7 @@ def side(
     return harness.Side(
         "trl_worker.py", job=job, base=base, ids=ids, folder=str(work / f"trl-{batch_size}"), batch_size=batch_size,
         grad_accum=grad_accum, lr=config.lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
-        gradient_checkpointing=checkpointing, compiled=compiled, device=project_worker.device().type,
+        gradient_checkpointing=checkpointing, compiled=compiled, device=devices.pick_device().type,
     )  # fmt: skip
 
 
