@@ -1,4 +1,4 @@
-"""What every script shares and no library gives: errors and exit codes, stopping, run folders, text.
+"""What every script shares and no library offers: errors and exit codes, stopping, lazy imports, text.
 
 Standard library only, so that `--help` and listing runs stay instant. Nothing here knows torch, models or losses.
 """
@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-EXIT_OUR_FAULT, EXIT_BAD_INPUT, EXIT_BAD_CHECKPOINT, EXIT_DISK_OR_NETWORK = 1, 2, 3, 4
+EXIT_BUG, EXIT_BAD_INPUT, EXIT_BAD_CHECKPOINT, EXIT_DISK_OR_NETWORK = 1, 2, 3, 4
 EXIT_CTRL_C, EXIT_SIGTERM = 130, 143
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,7 +34,7 @@ EXIT_CTRL_C, EXIT_SIGTERM = 130, 143
 
 
 class UserError(ValueError):
-    """Something the user can mend. Shown without a traceback; `exit_code` goes to the shell."""
+    """Something the user can fix. Shown without a traceback; `exit_code` goes to the shell."""
 
     exit_code = EXIT_BAD_INPUT
 
@@ -53,7 +53,7 @@ class CheckpointError(UserError):
 
 
 class DiskOrNetworkError(UserError):
-    """The disk or the network did not do what it should."""
+    """The disk or the network failed."""
 
     exit_code = EXIT_DISK_OR_NETWORK
 
@@ -72,7 +72,7 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SI
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a note that `check` reads; a second one leaves at once."""
+    """Turns the first Ctrl-C or SIGTERM into a request that `check` reports; a second one ends the process at once."""
 
     def __init__(self, is_silent: bool = False) -> None:
         self.signal_number: int | None = None
@@ -91,24 +91,24 @@ class StopRequest:
 
     def _note(self, number: int, frame: object) -> None:
         if self.signal_number is not None:
-            os._exit(128 + number)  # no clean-up: nothing visible on disk is ever half-written, see `atomic_folder`
+            os._exit(128 + number)  # no clean-up is needed: see `atomic_folder`
         self.signal_number = number
         if not self.is_silent:
-            say_if_heard("\nstopping at the next micro-batch; once more to leave without saving")
+            say_if_heard("\nstopping at the next micro-batch; press again to leave without saving")
 
     def check(self) -> None:
-        """Raise `Stopped` if somebody asked to stop."""
+        """Raise `Stopped` if a stop was requested."""
         if self.signal_number is not None:
             raise Stopped(self.signal_number)
 
 
 def _is_ignored(number: int) -> bool:
-    """Whether whoever started us asked for a signal to be left alone, as `nohup` does with a closed terminal."""
+    """Whether the parent process asked to ignore a signal, as `nohup` does with that of a closed terminal."""
     return signal.getsignal(number) is signal.SIG_IGN
 
 
 def say_if_heard(text: str, stream: typing.TextIO | None = None) -> None:
-    """Print, to standard error if not told otherwise; nothing happens if its reader has gone (a closed terminal)."""
+    """Print, by default to standard error; nothing happens if its reader has gone (a closed terminal)."""
     stream = stream or sys.stderr
     with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
         print(text, file=stream, flush=True)
@@ -117,79 +117,77 @@ def say_if_heard(text: str, stream: typing.TextIO | None = None) -> None:
 def run_script(main: Callable[[list[str]], None]) -> int:
     """Run a script's `main` and turn whatever leaves it into a message and an exit code."""
     argv = sys.argv[1:]
-    asked_to_stop: list[int] = []
+    stop_signals: list[int] = []
 
     def stop_now(number: int, frame: object) -> typing.NoReturn:
-        asked_to_stop.append(number)
+        stop_signals.append(number)
         raise Stopped(number)
 
     try:
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:  # started with it closed
                 setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-            # a terminal that lacks a letter must not end a training
+            # a character the terminal can't encode must not crash training
             getattr(sys, name).reconfigure(errors="backslashreplace")
         for number in STOP_SIGNALS:
             if not _is_ignored(number):
                 signal.signal(number, stop_now)
-        refuse_missing_working_folder()
+        check_working_folder()
         main(argv)
         return 0
-    except UserError as error:
-        if asked_to_stop and not isinstance(error, DiskOrNetworkError):  # see below
-            return _report(argv, error, "stopped", 128 + asked_to_stop[0])
-        return _report(argv, error, str(error), error.exit_code)
-    except (KeyboardInterrupt, Stopped) as error:
-        return _report(argv, error, "stopped", getattr(error, "exit_code", EXIT_CTRL_C))
-    except ModuleNotFoundError as error:
-        message = UserError(f"the package {error.name!r} is not installed", next="pip install -r requirements.txt")
-        return _report(argv, error, str(message), EXIT_BAD_INPUT)
-    except BrokenPipeError as error:  # `... | head`: the reader has left, and closing stdout must not complain again
+    except (Exception, KeyboardInterrupt, Stopped) as error:
+        explained, exit_code = explain(error, stop_signals)
+        if wants_debug(argv):
+            traceback.print_exception(error)
+        say_if_heard(explained)
+        return exit_code
+
+
+def explain(error: BaseException, stop_signals: list[int]) -> tuple[str, int]:
+    """What to tell the user of whatever ended a script, and the exit code."""
+    if isinstance(error, (KeyboardInterrupt, Stopped)):
+        return "stopped", getattr(error, "exit_code", EXIT_CTRL_C)
+    if isinstance(error, BrokenPipeError):  # `... | head`: closing stdout must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _report(argv, error, "stopped: nobody reads the output any more", EXIT_OUR_FAULT)
-    except Exception as error:
-        if (disk_error := disk_full_cause(error)) is not None:
-            explained = _explain_disk_error(disk_error)
-            return _report(argv, error, str(explained), explained.exit_code)
-        if is_out_of_memory(error):
-            message = str(
-                UserError(
-                    "the memory of this machine does not hold it",
-                    found=(str(error).strip() or "MemoryError").splitlines()[0],
-                    safe="what was saved before was not touched",
-                    next="a smaller model, a smaller --max_length or --tokens_per_batch, or --lora",
-                )
-            )
-            return _report(argv, error, message, EXIT_BAD_INPUT)
-        if asked_to_stop:  # an import that is interrupted complains of something else
-            return _report(argv, error, "stopped", 128 + asked_to_stop[0])
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        message = UserError(
-            f"{type(error).__name__}: {str(error).strip() or 'no message'}",
-            where=f"{frame.filename}:{frame.lineno}",
-            next="this is our fault; the same command with --debug shows the traceback for a bug report",
+        return "stopped: the reader of the output has gone", EXIT_BUG
+    if isinstance(error, ModuleNotFoundError):
+        error = UserError(f"the package {error.name!r} is not installed", next="pip install -r requirements.txt")
+    elif isinstance(error, UserError):
+        if stop_signals and not isinstance(error, DiskOrNetworkError):
+            return "stopped", 128 + stop_signals[0]
+    elif disk_error := disk_full_cause(error):
+        error = _explain_disk_error(disk_error)
+    elif is_out_of_memory(error):
+        error = UserError(
+            "out of memory",
+            found=(str(error).strip() or "MemoryError").splitlines()[0],
+            safe="everything saved before is untouched",
+            next="a smaller model, a smaller --max_length or --tokens_per_batch, or --lora",
         )
-        return _report(argv, error, str(message), EXIT_OUR_FAULT)
+    elif stop_signals:  # an interrupted import may report something else
+        return "stopped", 128 + stop_signals[0]
+    if isinstance(error, UserError):
+        return str(error), error.exit_code
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    bug = UserError(
+        f"{type(error).__name__}: {str(error).strip() or 'no message'}",
+        where=f"{frame.filename}:{frame.lineno}",
+        next="this is a bug: rerun with --debug and include the traceback in a report",
+    )
+    return str(bug), EXIT_BUG
 
 
-def refuse_missing_working_folder() -> None:
+def check_working_folder() -> None:
     try:
         os.getcwd()
     except OSError as error:
         raise UserError(
-            "the working folder was deleted", found=error.strerror, next="cd to a folder that is there"
+            "the working folder was deleted", found=error.strerror, next="cd to an existing folder"
         ) from error
 
 
-def _report(argv: list[str], error: BaseException, message: str, exit_code: int) -> int:
-    if wants_debug(argv):
-        traceback.print_exception(error)
-    say_if_heard(message)
-    return exit_code
-
-
 def wants_debug(argv: list[str]) -> bool:
-    """Whether --debug stands on a command line, in any of the forms that a switch has."""
+    """Whether a command line has --debug, in any of the forms of a switch."""
     for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         if word == "--debug":
             return following.lower() not in ("false", "0", "no")
@@ -199,22 +197,12 @@ def wants_debug(argv: list[str]) -> bool:
 
 
 def _explain_disk_error(error: OSError) -> UserError:
+    details = {"where": error.filename, "found": error.strerror, "safe": "everything saved before is untouched"}
     if error.errno in {getattr(errno, name) for name in PATH_ERRORS}:
-        return UserError(
-            "a path cannot be used",
-            where=error.filename,
-            found=error.strerror,
-            safe="nothing saved before was touched",
-            next="another name or folder",
-        )
+        return UserError("a path cannot be used", **details, next="another name or folder")
     is_limit = error.errno == errno.EFBIG
-    return DiskOrNetworkError(
-        "the disk did not take it",
-        where=error.filename,
-        found=error.strerror,
-        safe="nothing saved before was touched",
-        next="raise the limit on file sizes (ulimit -f)" if is_limit else "make room there, or name another folder",
-    )
+    advice = "raise the limit on file sizes (ulimit -f)" if is_limit else "free some space, or name another folder"
+    return DiskOrNetworkError("writing to disk failed", **details, next=advice)
 
 
 PATH_ERRORS = ("ENAMETOOLONG", "ENOTDIR", "EISDIR", "EEXIST")
@@ -233,20 +221,20 @@ def disk_full_cause(error: BaseException | None) -> OSError | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: CUDA has a class for it, known by name here; MPS and the CPU have words."""
+    """Whether memory ran out: CUDA has a class for it, MPS and the CPU only a message."""
     words = ("out of memory", "can't allocate memory", "not enough memory")
     is_named_so = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return is_named_so or any(word in str(error) for word in words)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind; libraries can be long-winded."""
+    """The first line of an error's message, or its type if it has none."""
     text = error.what if isinstance(error, UserError) else str(error)
     return (text.strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def printable(text: str) -> str:
-    """A name as one line that no terminal obeys: what is no ordinary sign stands as its code."""
+    """A name as one line without control characters, which are shown as escapes."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
@@ -270,7 +258,7 @@ def read_json(path: Path) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Small things
+# Lazy imports and text
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -305,11 +293,8 @@ def lazy_imports() -> Iterator[None]:
         builtins.__import__ = eager
 
 
-lazy_import = _LazyModule  # until every script uses lazy_imports
-
-
 def relative_path(path: str, start: str) -> str:
-    """`path` as seen from the folder `start`; as it is where no way leads there (another drive of Windows)."""
+    """`path` relative to the folder `start`; absolute if that is impossible (another drive of Windows)."""
     try:
         return os.path.relpath(path, start)
     except ValueError:
@@ -317,7 +302,7 @@ def relative_path(path: str, start: str) -> str:
 
 
 def seen_from_here(path: str) -> str:
-    """A path beneath the working folder as seen from there; anything else, a hub id too, as it is."""
+    """A path below the working folder, relative to it; anything else, a hub id too, unchanged."""
     return path.removeprefix(os.getcwd() + os.sep)
 
 

@@ -9,7 +9,7 @@ tokenizer it holds
     train_config.json         every setting of the run
     manifest.json             size and SHA-256 of every other file; written last (manifest.py)
 
-Nothing in it is a pickle.
+Nothing in it is a pickle. A `model` here is one of models.py, `world` a `training.distributed.World`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -52,26 +52,6 @@ class TrainingState:
 OLD_NAMES = {"num_pairs": "num_examples", "eval_accuracy": "eval_value", "eval_pairs": "eval_count"}
 
 
-class Trainable(Protocol):
-    """What a checkpoint needs of a model; those of models.py have it."""
-
-    tokenizer: Any
-
-    def state(self) -> dict[str, Tensor]: ...
-    def names_in_file(self, state: dict[str, Tensor]) -> dict[str, Tensor]: ...
-    def trained_parameters(self) -> dict[str, torch.nn.Parameter]: ...
-    def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None: ...
-
-
-class Sharding(Protocol):
-    """What a checkpoint needs to know of several processes: a `training.distributed.World`."""
-
-    is_main: bool
-
-    def gather_full(self, tensor: Tensor) -> Tensor: ...
-    def shard_like(self, tensor: Tensor, parameter: Tensor) -> Tensor: ...
-
-
 def random_state() -> dict[str, Tensor]:
     """The states of every generator that training draws from."""
     states = {"cpu": torch.get_rng_state()}
@@ -98,7 +78,7 @@ class State:
     optimizer: dict[str, Tensor]
 
 
-def gather_state(model: Trainable, optimizer: torch.optim.Optimizer, world: Sharding) -> State:
+def gather_state(model: Any, optimizer: torch.optim.Optimizer, world: Any) -> State:
     """Full tensors of model and optimizer; sharded ones are gathered on the CPU of the main rank.
 
     All ranks must call it where the weights are sharded; the others get an empty state.
@@ -114,7 +94,7 @@ def gather_state(model: Trainable, optimizer: torch.optim.Optimizer, world: Shar
 
 def save(
     run_folder: Path,
-    model: Trainable,
+    model: Any,
     state: State,
     states: dict[str, Tensor],
     training_state: TrainingState,
@@ -159,7 +139,7 @@ def _free_space(folder: Path) -> str:
         return ""
 
 
-def check_free_space(run_folder: Path, model: Trainable) -> None:
+def check_free_space(run_folder: Path, model: Any) -> None:
     """Raise before anything is written if a checkpoint of this model will not fit."""
     # AdamW keeps two moments for each parameter that is trained
     tensors = [*model.names_in_file(model.state()).values(), *2 * list(model.trained_parameters().values())]
@@ -248,7 +228,7 @@ def set_aside_later_steps(run_folder: Path, step: int) -> Path | None:
     return aside
 
 
-def _optimizer_tensors(model: Trainable, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {}
     for name, parameter in model.trained_parameters().items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -256,7 +236,7 @@ def _optimizer_tensors(model: Trainable, optimizer: torch.optim.Optimizer) -> di
     return tensors
 
 
-def restore_optimizer(folder: Path, model: Trainable, optimizer: torch.optim.Optimizer, world: Sharding) -> None:
+def restore_optimizer(folder: Path, model: Any, optimizer: torch.optim.Optimizer, world: Any) -> None:
     """Put AdamW's moments back. Raises CheckpointError if they are not those of this model's parameters."""
     tensors = load_file(folder / OPTIMIZER)
     for name, parameter in model.trained_parameters().items():

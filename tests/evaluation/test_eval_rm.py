@@ -665,7 +665,7 @@ def test_a_full_disk_exits_4_and_keeps_what_was_scored(tmp_path, reward_checkpoi
         ["bash", "-c", f"ulimit -f 20; exec {command}"], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 4, result.stderr
-    assert "the disk did not take it" in result.stderr and "are kept" in result.stderr
+    assert "writing to disk failed" in result.stderr and "are kept" in result.stderr
     assert "Traceback" not in result.stderr
     evaluate(reward_checkpoint, *WITHOUT_BASELINE, dataset=many_pairs)
     assert "going on after" in capsys.readouterr().err
