@@ -15,6 +15,7 @@ from chat import DEMO_RUN
 from tests import pages
 from tests.chat_server import free_port
 from tests.pages import CONFIGS, PAGES, ROOT
+from tests.test_structure import FLOORS
 
 README, *DOCS = PAGES
 SMALL = ["--max_steps", "1", "--eval_num_batches", "1"]
@@ -72,6 +73,12 @@ def test_the_tree_names_every_product_file():
     files += [path.name for folder in folders for path in folder.glob("*.*") if path.name != "__init__.py"]
     assert sorted(named) == sorted(files + [f"{folder.name}/" for folder in folders])
     assert ("tree", pages.tree()) in pages.generated(ROOT / "docs/development.md")
+
+
+def test_the_floors_are_those_of_the_structure_test():
+    drawn = pages.read(ROOT / "docs/development.md").split("## The floors")[1].split("```text\n")[1].split("\n```")[0]
+    floors = [set(re.findall(r"\w+", line.replace(".py", ""))) for line in drawn.splitlines()]
+    assert floors[::-1] == FLOORS
 
 
 @each_page
