@@ -21,9 +21,10 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 
 QUESTION = "What should I know about bread?"
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><b>bold</b> & </textarea> if a < b:\n    c &lt; d"
-# Gradio's own messages when a page is closed during a request
-ON_LEAVING = (
+# Gradio's own messages: a page was closed during a request, or a reply was cancelled before the server gave it an id
+FROM_GRADIO = (
     r"^AbortError: (signal is|BodyStreamBuffer was) aborted|^Unexpected error Connection errored out|^Failed to fetch"
+    r"|^Failed to load resource: .* 422 .*/gradio_api/cancel$"
 )
 # A tab that is constantly hidden and shown again, and so busy that pieces of a reply arrive together
 HIDING = """
@@ -75,12 +76,16 @@ def open_page(new_context, warm_context, server):
             page.evaluate("localStorage.clear()")
         if hiding:
             page.add_init_script(HIDING)
-        page.on("console", lambda message: message.type == "error" and problems.append(message.text))
+        page.on("console", note_error)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: is_foreign(request.url) and problems.append(f"asked for {request.url}"))
         page.goto(server.url)
         expect(message_box(page)).to_be_visible()
         return page
+
+    def note_error(message):
+        if message.type == "error":
+            problems.append(f"{message.text} {message.location['url']}")
 
     def is_foreign(url):
         return not url.startswith((server.url, server.url.replace("http", "ws"), "data:", "blob:"))
@@ -91,7 +96,7 @@ def open_page(new_context, warm_context, server):
             context.close()
     for page in warm_context.pages:
         page.close()
-    assert [problem for problem in problems if not re.search(ON_LEAVING, problem)] == []
+    assert [problem for problem in problems if not re.search(FROM_GRADIO, problem)] == []
 
 
 def message_box(page):
