@@ -179,8 +179,8 @@ def _tokenize(source: Source, tokenizer: Any, folder: Path) -> None:
     lengths, rows, margins, kinds, notes = [], [], [], [], []
     bar = ProgressBar(f"tokenizing {source.name}", None, unit="pairs", first_after=5, stream=sys.stderr)
     with (
-        (folder / "tokens.bin").open("wb") as tokens_file,
         contextlib.closing(bar),
+        (folder / "tokens.bin").open("wb") as tokens_file,
         contextlib.closing(tokenized_chunks(source, tokenizer)) as chunks,
     ):
         for chunk, ids in chunks:

@@ -135,7 +135,7 @@ def plan_packed_rows(
 
     Args:
         lengths: (N,) tokens of each packed example.
-        tokens_per_batch: the upper limit for rows · width; one longer example gets a micro-batch of its own.
+        tokens_per_batch: the upper limit for rows · width; a longer example gets its own micro-batch.
         batch_size: the most examples in a micro-batch.
         crossover_length: the row width at which a token costs twice what it does in a short row, because attention
             grows with the width. Wider rows are filled better and cost more; this weighs the two.

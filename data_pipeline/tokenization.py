@@ -167,7 +167,7 @@ def longest_sequences(lengths: np.ndarray) -> np.ndarray:
 
 
 def shared_prefix(chosen: np.ndarray, rejected: np.ndarray) -> int:
-    """How many tokens two sequences share from the start, leaving each at least one of its own.
+    """How many tokens two sequences share from the start, leaving each at least one token that is not shared.
 
     [a b c] and [a b d e] -> 2; [a b c] and [a b c d] -> 2, so that c is in both completions.
     """

@@ -501,7 +501,7 @@ def test_the_cache_is_below_the_users_unless_told(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 @pytest.mark.parametrize("name", ["tokens.bin", "lengths.npy", "notes.npy", "report.json"])
-def test_a_damaged_cache_entry_is_made_anew(load, empty_cache, name, damage):
+def test_a_damaged_cache_entry_is_made_again(load, empty_cache, name, damage):
     wanted = load([GOOD_ROW, TEST_ROW]).lengths.tolist()
     for path in empty_cache.glob(f"*/{name}"):
         if damage == "missing":
@@ -512,7 +512,7 @@ def test_a_damaged_cache_entry_is_made_anew(load, empty_cache, name, damage):
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "lengths.npy", "rows.npy"])
-def test_a_cache_entry_that_was_changed_is_made_anew(load, empty_cache, name):
+def test_a_cache_entry_that_was_changed_is_made_again(load, empty_cache, name):
     wanted = load([GOOD_ROW, TEST_ROW])
     for path in empty_cache.glob(f"*/{name}"):
         content = bytearray(path.read_bytes())

@@ -65,7 +65,7 @@ def test_writing_twice_gives_the_same_bytes_and_keeps_what_is_there(demo_folder,
     assert (model / "config.json").stat().st_mtime_ns == before
 
 
-def test_a_folder_of_somebody_elses_is_never_touched(run_script, tmp_path):
+def test_a_folder_that_holds_something_else_is_never_touched(run_script, tmp_path):
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "thesis.tex").write_text("years of work")
     result = run_script("train_rm.py", "--demo")
