@@ -165,12 +165,12 @@ def subfolders(root: Path, notes: list[str]) -> list[Path]:
         advice = "see --output_dir, --log_dir"
         raise kind("a root cannot be read", where=root, found=error.strerror, next=advice) from error
     entries = [entry for entry in entries if not entry.name.startswith(".")]
-    links = [entry.name for entry in entries if entry.is_symlink() or is_junction(Path(entry.path))]
+    links = [entry.name for entry in entries if entry.is_symlink() or is_junction(entry.path)]
     notes += [f"{printable(name)}: a symbolic link; left alone" for name in links]
     return [root / entry.name for entry in entries if entry.is_dir(follow_symlinks=False) and entry.name not in links]
 
 
-def is_junction(path: Path) -> bool:
+def is_junction(path: str | Path) -> bool:
     """Whether a path is Windows' other kind of link between folders, which Python does not call a symbolic link."""
     return hasattr(os.path, "isjunction") and os.path.isjunction(path)
 
@@ -187,7 +187,7 @@ def read_run(folder: Path) -> RunInfo | None:
         size, number = measure(path), step_of(path)
         run.checkpoint_bytes += size
         if number is not None and entry.is_dir(follow_symlinks=False):
-            run.steps.append(Step(path, number, size, measure(path / manifest.OPTIMIZER)))
+            run.steps.append(Step(path, number, size, measure(os.path.join(path, manifest.OPTIMIZER))))
         elif entry.name.startswith(("superseded-", ".tmp-")):
             run.leftovers.append((path, size))
         has_lock_or_record |= entry.name in (file_locks.RunLock.FILE, run_folder.RUN)
@@ -252,12 +252,12 @@ def event_files(folder: Path) -> list[str]:
         return []
 
 
-def measure(path: Path) -> int:
+def measure(path: str | Path) -> int:
     """Bytes of a file, or of all files below a folder; 0 if there is none. Links are not followed."""
     return sum(found.st_size for _, found in walk(path) if not stat.S_ISDIR(found.st_mode))
 
 
-def walk(path: Path) -> Iterator[tuple[str, os.stat_result]]:
+def walk(path: str | Path) -> Iterator[tuple[str, os.stat_result]]:
     """A path and everything below it with their lstat, following no link and skipping what vanishes meanwhile."""
     waiting = [os.fspath(path)]
     while waiting:
@@ -265,7 +265,7 @@ def walk(path: Path) -> Iterator[tuple[str, os.stat_result]]:
         try:
             found = os.lstat(current)
             yield current, found
-            if stat.S_ISDIR(found.st_mode) and not is_junction(Path(current)):
+            if stat.S_ISDIR(found.st_mode) and not is_junction(current):
                 waiting += [entry.path for entry in os.scandir(current)]
         except FileNotFoundError:
             continue
