@@ -39,9 +39,11 @@ def write_runs(work: Path, count: int) -> None:
                 (folder / f"step-{step}" / file).write_bytes(b"x" * 100)
             state = {"eval_accuracy": 0.6, "eval_pairs": 1024}
             (folder / f"step-{step}" / "training_state.json").write_text(json.dumps(state))
-        record = run_folder.new_record(1250, 1250, config, {})
+        record = run_folder.new_record("train_rm.py", 1250, 1250, config, {})
         record.state, record.ended = run_folder.FINISHED, record.started
-        record.evaluations = [[step, 600 + step % 97, 1024] for step in range(50, 1251, 50)]
+        shares = {step: (600 + step % 97) / 1024 for step in range(50, 1251, 50)}
+        points = [run_folder.EvalPoint(step, share, share - 0.03, share + 0.03, 1024) for step, share in shares.items()]
+        record.evaluations = {"accuracy": points}
         run_folder.write_record(folder, record)
         (folder / ".lock").write_text("process 1 on bench")
         logs.mkdir(parents=True)
