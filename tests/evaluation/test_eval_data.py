@@ -1,0 +1,239 @@
+"""Which rows are scored, how they are broken down, benchmarks, and broken data."""
+
+import gzip
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.evaluation.conftest import FP32, lines_of
+from tests.reward_models import save_length_model
+from utils import DiskOrNetworkError, UserError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_folder_of_folders_is_broken_down_by_folder(evaluate, constant_model, tmp_path, capsys):
+    """As HH-RLHF's own repository lies on a disk."""
+    dialogue = "\n\nHuman: Hello {}\n\nAssistant: {}"
+    for name, count in (("harmless-base", 3), ("helpful-online", 2)):
+        (tmp_path / "hh" / name).mkdir(parents=True)
+        for split, extra in (("test", 0), ("train", 5)):
+            rows = [
+                {"chosen": dialogue.format(n, "good day"), "rejected": dialogue.format(n, "no")}
+                for n in range(count + extra)
+            ]
+            with gzip.open(tmp_path / "hh" / name / f"{split}.jsonl.gz", "wt") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "hh" / "red-team-attempts").mkdir()
+    found = evaluate(constant_model, dataset=tmp_path / "hh")
+    assert {name: one["n"] for name, one in found["by_subset"].items()} == {"harmless-base": 3, "helpful-online": 2}
+    assert "skipped: red-team-attempts" in capsys.readouterr().out
+    assert evaluate(constant_model, "--split", "train", dataset=tmp_path / "hh")["n"] == 15
+    assert evaluate(constant_model, "--split", "all", dataset=tmp_path / "hh")["n"] == 20
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_folder_of_files_is_broken_down_by_file(evaluate, reward_checkpoint, write_rows, tmp_path):
+    rows = [{"prompt": f"Hello {n}", "chosen": "yes", "rejected": "no", "source": f"s{n % 2}"} for n in range(4)]
+    (tmp_path / "files").mkdir()
+    for name in ("first", "second"):
+        shutil.move(write_rows(rows), tmp_path / "files" / f"{name}.jsonl")
+    found = evaluate(reward_checkpoint, dataset=tmp_path / "files")
+    assert {name: one["n"] for name, one in found["by_subset"].items()} == {"first": 4, "second": 4}
+    found = evaluate(reward_checkpoint, "--subset_column", "source", dataset=tmp_path / "files")
+    assert {name: one["n"] for name, one in found["by_subset"].items()} == {"s0": 4, "s1": 4}
+    with pytest.raises(UserError, match=r"no column 'sourc' .*did you mean 'source'"):
+        evaluate(reward_checkpoint, "--subset_column", "sourc", dataset=tmp_path / "files")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_single_files_held_out_part_is_scored_and_a_note_says_so(evaluate, length_model, demo_folder, capsys):
+    file = demo_folder[1] / "train.jsonl"
+    held_out = evaluate(length_model, dataset=file)["rows"]["read"]
+    assert "1 in 20 is held out, as in train_rm.py; --split all takes every row" in capsys.readouterr().out
+    trained = evaluate(length_model, "--split", "train", "--max_pairs", 50, dataset=file)
+    assert trained["n"] == 50
+    everything = evaluate(length_model, "--split", "all", "--max_pairs", 10**6, dataset=file)["rows"]["read"]
+    assert 40 < held_out < 120 and everything == 1600
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_every_row_is_kept_or_counted(evaluate, reward_checkpoint, write_rows):
+    long_reply = "word " * 400
+    rows = [
+        {"prompt": "Hello", "chosen": "Good day", "rejected": "no"},
+        {"prompt": "Hello", "chosen": "", "rejected": "no"},
+        {"prompt": "Hello", "chosen": "same", "rejected": "same"},
+        {"prompt": "Hello", "chosen": long_reply, "rejected": "no"},
+        {"prompt": "Hello", "chosen": "a", "rejected": "b", "vote": "tie"},
+    ]
+    found = evaluate(
+        reward_checkpoint, "--split", "all", "--max_length", 200, "--scores_out", "s.jsonl", dataset=write_rows(rows)
+    )
+    assert found["n"] == 1 and found["rows"]["read"] == 5 and found["rows"]["left_out"] == 4
+    assert found["rows"]["why"] == {"no_reply": 1, "identical": 1, "too_long": 1, "no_preference": 1}
+    assert [one.get("left_out") for one in lines_of("s.jsonl")] == [
+        None, "no_reply", "identical", "too_long", "no_preference",
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_nothing_to_score_is_bad_input_and_keeps_the_earlier_report(evaluate, reward_checkpoint, write_rows):
+    evaluate(reward_checkpoint, "--max_pairs", 5)
+    before = Path("out/report.json").read_bytes()
+    for rows in ([{"chosen": "x", "rejected": "y"}], []):
+        with pytest.raises(UserError, match="no row could be scored") as caught:
+            evaluate(reward_checkpoint, "--split", "all", dataset=write_rows(rows))
+        assert "no earlier report was touched" in str(caught.value)
+    assert Path("out/report.json").read_bytes() == before
+    assert [path.name for path in Path("out").glob(".*")] == []
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_report_on_other_data_says_what_it_replaces_and_stays_out_of_the_training_logs(
+    evaluate, reward_checkpoint, write_rows, capsys
+):
+    evaluate(reward_checkpoint, "--max_pairs", 5)
+    assert "will be replaced" not in capsys.readouterr().out
+    evaluate(reward_checkpoint, "--split", "all", "--max_pairs", 5)
+    assert re.search(r"the report in out is on \S+, test, and will be replaced", capsys.readouterr().out)
+    assert len(list(Path("out/tensorboard").iterdir())) == 1
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_scores_are_written_through_links_but_never_over_other_files(
+    evaluate, reward_checkpoint, tmp_path, demo_folder
+):
+    target = tmp_path / "target.jsonl"
+    target.touch()
+    (tmp_path / "link.jsonl").symlink_to(target)
+    evaluate(reward_checkpoint, "--max_pairs", 5, "--scores_out", "link.jsonl")
+    assert len(lines_of(target)) == 5 and (tmp_path / "link.jsonl").is_symlink()
+    data = shutil.copy(demo_folder[1] / "test.jsonl", tmp_path / "mine.jsonl")
+    before = Path(data).read_bytes()
+    for name, message in ((data, "names the data"), ("out/report.json", "the report itself"), ("out", "is a folder")):
+        with pytest.raises(UserError, match=message):
+            evaluate(reward_checkpoint, "--split", "all", "--scores_out", name, dataset=data)
+    assert Path(data).read_bytes() == before
+    if hasattr(os, "mkfifo"):
+        os.mkfifo("pipe")
+        with pytest.raises(UserError, match="no regular file"):
+            evaluate(reward_checkpoint, "--scores_out", "pipe")
+    with pytest.raises(DiskOrNetworkError, match="--scores_out cannot be written: it is no folder"):
+        evaluate(reward_checkpoint, "--scores_out", "mine.jsonl/scores.jsonl")
+
+
+def test_control_characters_in_the_data_do_not_reach_the_terminal(evaluate, reward_checkpoint, write_rows, capsys):
+    asked = [{"role": "user", "content": "Bread?"}]
+    rows = [
+        {"prompt": asked, "chosen": f"Yes, {kind}.", "rejected": "No.", "kind": kind}
+        for kind in ("\x1b[31mred", "\u202eback", "plain")
+    ]
+    found = evaluate(reward_checkpoint, "--split", "all", dataset=write_rows(rows))
+    shown = capsys.readouterr().out
+    assert "\\x1b[31mred" in shown and "\x1b" not in shown and "\u202e" not in shown
+    assert set(found["by_subset"]) == {"\x1b[31mred", "\u202eback", "plain"}
+
+
+def test_real_pairs_with_the_real_tokenizer(evaluate, real_data, real_tokenizer_folder, tmp_path):
+    model = save_length_model(tmp_path / "long", real_tokenizer_folder, most_positions=4096)
+    found = evaluate(model, "--max_pairs", 60, *FP32, dataset=real_data)
+    assert found["n"] + found["rows"]["left_out"] == 60 and len(found["by_turns"]) > 2
+    assert found["length"]["model_prefers_longer"] > 0.9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmarks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_reward_bench_rows_are_aggregated_by_section(evaluate, length_model, write_rows):
+    rows = [
+        {"prompt": "a", "chosen": "a long reply to it", "rejected": "no", "subset": "math-prm", "id": 1},
+        {"prompt": "b", "chosen": "no", "rejected": "a long reply to it", "subset": "hep-go", "id": 2},
+        {"prompt": "c", "chosen": "a long reply to it", "rejected": "no", "subset": "alpacaeval-easy", "id": 3},
+    ]
+    found = evaluate(length_model, dataset=write_rows(rows, "reward-bench.jsonl"))
+    assert found["n"] == 3, "a benchmark is taken whole, not one prompt in 20"
+    benchmark = found["benchmark"]
+    assert benchmark["name"] == "RewardBench"
+    assert benchmark["parts"] == {"Chat": 1.0, "Reasoning": pytest.approx(984 / (984 + 164))}
+    assert benchmark["score"] == pytest.approx((1 + 984 / 1148) / 2)
+
+
+def test_reward_bench_2_rows_compare_one_with_several(evaluate, length_model, write_rows):
+    reply = {length: " ".join(["word"] * length) for length in range(1, 12)}
+
+    def row(subset, key, right, wrong):
+        return {
+            "prompt": f"Say {key}", "chosen": [reply[n] for n in right], "rejected": [reply[n] for n in wrong],
+            "subset": subset, "id": key,
+        }  # fmt: skip
+
+    rows = [
+        row("Math", "m1", [9], [1, 2, 3]),
+        row("Math", "m2", [2], [1, 8, 3]),
+        row("Focus", "f1", [5], [1, 2, 4]),
+        row("Ties", "ref:1", [9], [3]),
+        row("Ties", "tied:1", [8, 9, 10], [1, 2]),
+    ]
+    found = evaluate(length_model, "--scores_out", "s.jsonl", *FP32, dataset=write_rows(rows, "rb2.jsonl"))
+    benchmark = found["benchmark"]
+    assert benchmark["name"] == "RewardBench 2"
+    # gap of tied:1 is 6 words, the spread 2, the gap of ref:1 6 words: accurate, and both margins exceed the spread
+    ties = 1 + 0.01 * math.tanh(6 / 2 - 1)
+    assert benchmark["parts"] == {"Focus": 1.0, "Math": 0.5, "Ties": pytest.approx(ties, abs=1e-4)}
+    assert benchmark["score"] == pytest.approx((1 + 0.5 + ties) / 3, abs=1e-4)
+    assert (found["n"], found["right"], found["pairs"]) == (5, 4, 3 + 3 + 3 + 1 + 2)
+    # drawing lots: 1 in 4, 1 in 4, 1 in 4, 1 in 2, and of five replies the three right ones before both wrong ones
+    assert found["guessing"] == pytest.approx((3 / 4 + 1 / 2 + 1 / 10) / 5)
+    rules = found["baselines"]  # of rows, as the accuracy is: the reward is the length
+    assert (rules["longer wins"]["n"], rules["longer wins"]["right"], rules["shorter wins"]["right"]) == (5, 4, 0)
+    first = lines_of("s.jsonl")[0]
+    assert len(first["reward_rejected"]) == 3 and first["chosen"][0][-1]["content"] == reply[9]
+    page = Path("out/report.html").read_text(encoding="utf-8")
+    assert "RewardBench 2" in page and "not in this data: Factuality" in page
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Broken data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ('{"chosen": "a"', "the data is not JSON"),
+        ('{"prompt": "a", "chosen": "b"}', "no column 'rejected'"),
+        ('{"prompt": "a", "chosen": 3, "rejected": "b"}', "'chosen' is a int"),
+        ('{"prompt": "a", "chosen": [], "rejected": ["b"]}', "'chosen' is an empty list"),
+        ('{"prompt": "a", "chosen": ["c"], "rejected": ["b", 3]}', "'rejected' is a int"),
+        ("[1]", "it is a list, not an object"),
+        ('{"prompt": "\xff", "chosen": "c", "rejected": "b"}', "not UTF-8"),
+    ],
+)
+def test_a_broken_row_is_reported_with_its_place(text, wanted, evaluate, constant_model, tmp_path):
+    good = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+    (tmp_path / "rows.jsonl").write_bytes(good.encode() + text.encode("latin-1") + b"\n")
+    with pytest.raises(UserError, match=wanted) as raised:
+        evaluate(constant_model, "--split", "all", dataset=tmp_path / "rows.jsonl")
+    assert "rows.jsonl:2" in str(raised.value)
+    assert not (tmp_path / "out/report.json").exists()
+
+
+def test_missing_splits_and_folders_are_named(evaluate, constant_model, tmp_path, demo_folder):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="a folder without a test file"):
+        evaluate(constant_model, dataset=tmp_path / "none")
+    with pytest.raises(UserError, match="--split filtered: a single file has train, test and all"):
+        evaluate(constant_model, "--split", "filtered", dataset=demo_folder[1] / "test.jsonl")
+    with pytest.raises(UserError, match="--split filtered: no such file"):
+        evaluate(constant_model, "--split", "filtered", dataset=demo_folder[1])
