@@ -5,14 +5,12 @@ Nothing here knows where text comes from, what a loss is, or how anything is tra
 Letters: B rows, T tokens per row, N examples, D hidden size.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -167,9 +165,7 @@ class PretrainedModel(nn.Module):
         return getattr(self.text_config, "max_position_embeddings", None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The reward model
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The reward model --------------------------------------------------------------------------------------------------
 
 
 class RewardModel(PretrainedModel):
@@ -180,7 +176,7 @@ class RewardModel(PretrainedModel):
     """
 
     @classmethod
-    def create(cls, name: str, tokenizer: Any, seed: int, lora: LoraSettings | None = None) -> RewardModel:
+    def create(cls, name: str, tokenizer: Any, seed: int, lora: LoraSettings | None = None) -> Self:
         """A base model (hub id or folder) with a new head drawn from `seed`; a reward model's own head is kept.
 
         The head is normal with standard deviation 1/sqrt(D + 1), as in Stiennon et al. 2020 (arXiv 2009.01325).
@@ -207,7 +203,7 @@ class RewardModel(PretrainedModel):
         return cls(classifier, tokenizer, add_lora(classifier, lora, "SEQ_CLS", seed) if lora else None)
 
     @classmethod
-    def restore(cls, folder: Path, base: str | None = None) -> RewardModel:
+    def restore(cls, folder: Path, base: str | None = None) -> Self:
         """A saved reward model, full or LoRA. Raises CheckpointError if any weight, the head above all, is missing.
 
         `base` is where an adapter's base model is now, if it has moved.
@@ -328,16 +324,14 @@ class RewardModel(PretrainedModel):
             return self.hf_model.score(last_hidden).squeeze(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The policy model
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The policy model --------------------------------------------------------------------------------------------------
 
 
 class PolicyModel(PretrainedModel):
     """A causal language model: writes replies and says how likely it finds a text."""
 
     @classmethod
-    def create(cls, name: str, lora: LoraSettings | None = None, seed: int = 0) -> PolicyModel:
+    def create(cls, name: str, lora: LoraSettings | None = None, seed: int = 0) -> Self:
         """The causal LM of a hub id or folder, in fp32, with new adapters if `lora` is given."""
         from transformers import AutoModelForCausalLM
 
@@ -352,7 +346,7 @@ class PolicyModel(PretrainedModel):
         return cls(model, tokenizer, add_lora(model, lora, "CAUSAL_LM", seed) if lora else None)
 
     @classmethod
-    def restore(cls, folder: Path) -> PolicyModel:
+    def restore(cls, folder: Path) -> Self:
         """A saved policy: a whole model, or an adapter on its base."""
         if not is_adapter(folder):
             return cls.create(str(folder))

@@ -3,8 +3,6 @@
 Standard library only, so that `--help` and listing runs stay instant. Nothing here knows torch, models or losses.
 """
 
-from __future__ import annotations
-
 import builtins
 import contextlib
 import difflib
@@ -28,9 +26,7 @@ from typing import Any
 EXIT_BUG, EXIT_BAD_INPUT, EXIT_BAD_CHECKPOINT, EXIT_DISK_OR_NETWORK = 1, 2, 3, 4
 EXIT_CTRL_C, EXIT_SIGTERM = 130, 143
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors: what happened, where, what is safe, what to type next
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Errors: what happened, where, what is safe, what to type next -----------------------------------------------------
 
 
 class UserError(ValueError):
@@ -79,7 +75,7 @@ class StopRequest:
         self.is_silent = is_silent
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> typing.Self:
         for number in STOP_SIGNALS:
             if not _is_ignored(number):
                 self._previous[number] = signal.signal(number, self._note)
@@ -257,9 +253,7 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Lazy imports and text
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Lazy imports and text ---------------------------------------------------------------------------------------------
 
 
 class _LazyModule:

@@ -12,8 +12,6 @@ tokenizer it holds
 Nothing in it is a pickle. A `model` here is one of models.py, `world` a `training.distributed.World`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from dataclasses import dataclass

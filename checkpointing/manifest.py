@@ -3,8 +3,6 @@
 Standard library only: manage_runs.py and the list of models read manifests without importing torch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path
@@ -65,9 +63,7 @@ def has_optimizer(folder: Path) -> bool:
         return True  # a damaged step is reported as damaged
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding and checking
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Finding and checking ----------------------------------------------------------------------------------------------
 
 
 def find(resume_from: str) -> Path:

@@ -3,8 +3,6 @@
 Without torch: what a folder holds is told from its files.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 Standard library only, so that manage_runs.py reads a thousand of them without importing torch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json
@@ -25,9 +23,7 @@ RUN = "run.json"
 DEFAULT_SCRIPT = "train_rm.py"  # of runs whose record names none
 RUNNING, FINISHED, STOPPED, CRASHED = "running", "finished", "stopped", "crashed"
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Steps: RUN/step-N
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Steps: RUN/step-N -------------------------------------------------------------------------------------------------
 
 
 def run_name_problem(name: str) -> str | None:
@@ -94,9 +90,7 @@ def resume_command(folder: Path) -> str:
     return f"python {record.script if record else DEFAULT_SCRIPT} --resume_from {folder}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# run.json
-# ---------------------------------------------------------------------------------------------------------------------
+# -- run.json ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

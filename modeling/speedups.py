@@ -3,8 +3,6 @@
 The functions take a model of models.py: its `hf_model`, `backbone`, `device` and `packed_hidden` are used.
 """
 
-from __future__ import annotations
-
 import platform
 from typing import Any
 

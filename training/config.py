@@ -9,8 +9,6 @@ run is resumed:
     (none)       may change
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

@@ -1,7 +1,5 @@
 """TensorBoard's event file of a run, and rewriting it when a run is resumed."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

@@ -5,8 +5,6 @@ speed and memory, never the result, so what was found is kept with the checkpoin
 it was probed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import threading
 import time
@@ -111,9 +109,7 @@ class MicroBatcher:
         print(f"out of memory at {used:,} tokens a batch; going on with {self.tokens_per_batch:,}", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# --tokens_per_batch auto
-# ---------------------------------------------------------------------------------------------------------------------
+# -- --tokens_per_batch auto -------------------------------------------------------------------------------------------
 
 
 def find_max_tokens_per_batch(batcher: MicroBatcher, dataset: Examples, optimizer: torch.optim.Optimizer) -> int:

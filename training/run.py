@@ -3,8 +3,6 @@
 Nothing here depends on what is trained; setup.py opens a run, and each script brings its own loop.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 What depends on the training, its data and model, comes from an opener that each script brings.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import errno
@@ -47,52 +45,42 @@ def set_up(config: TrainingConfig, resumed_from: Path | None, world: World, open
     folder, lock = claim_run_folder(config, resumed_from) if world.is_main else (None, None)
     folder = world.broadcast(lambda: folder)
     config = dataclasses.replace(config, run_name=folder.name)
-    if lock is None:
-        return open_run(config, script, folder, None, resumed_from, world, open_parts)
     log_folder = Path(config.log_dir) / folder.name
     try:
-        check_no_strays(folder)
-        make_folder(log_folder, "--log_dir")
-        atomic_files.remove_dead_saves(folder)
-        atomic_files.temporary(folder / run_folder.RUN).unlink(missing_ok=True)
-        return open_run(config, script, folder, lock, resumed_from, world, open_parts)
+        if world.is_main:
+            check_no_strays(folder)
+            make_folder(log_folder, "--log_dir")
+            atomic_files.remove_dead_saves(folder)
+            atomic_files.temporary(folder / run_folder.RUN).unlink(missing_ok=True)
+        model, train_data, eval_data = open_parts(config, resumed_from, world)
+        if not resumed_from:
+            torch.manual_seed(config.seed)
+        check_positions(model, train_data, eval_data)
+        checkpoint.check_free_space(folder, model)
+        base_fingerprint = model.base_fingerprint()
+        module = prepare_model(model, config, world)
+        optimizer = make_optimizer(model, config)
+        sampler = StepSampler(len(train_data), config.examples_per_step, config.epochs, config.seed, config.max_steps)
+        describe(config, model, sampler, world)
+        batcher = MicroBatcher(model, module, world, batch_size=config.batch_size, max_length=config.max_length)
+        run = Run(
+            config, script, world, model, module, optimizer, train_data, eval_data, sampler, batcher, folder, lock,
+            base_fingerprint, checkpoint.random_state(),
+        )  # fmt: skip
+        tokens_per_batch = go_back_to(resumed_from, run) if resumed_from else config.tokens_per_batch
+        if tokens_per_batch == AUTO:
+            tokens_per_batch = find_max_tokens_per_batch(batcher, train_data, optimizer)
+        batcher.tokens_per_batch = tokens_per_batch
+        return run
     except BaseException:
-        # leave nothing behind; Windows keeps a folder with an open file, which does no harm
-        if not has_begun(folder) and not (folder / run_folder.RUN).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # it holds logs, or was never made
-                log_folder.rmdir()
-        lock.release()
+        if lock is not None:
+            # leave nothing behind; Windows keeps a folder with an open file, which does no harm
+            if not has_begun(folder) and not (folder / run_folder.RUN).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):  # it holds logs, or was never made
+                    log_folder.rmdir()
+            lock.release()
         raise
-
-
-def open_run(
-    config: TrainingConfig, script: str, folder: Path, lock: file_locks.RunLock | None, resumed_from: Path | None,
-    world: World, open_parts: Opener,
-) -> Run:  # fmt: skip
-    """Data, model and optimizer of a run that has its folder."""
-    model, train_data, eval_data = open_parts(config, resumed_from, world)
-    if not resumed_from:
-        torch.manual_seed(config.seed)
-    check_positions(model, train_data, eval_data)
-    checkpoint.check_free_space(folder, model)
-    base_fingerprint = model.base_fingerprint()
-    module = prepare_model(model, config, world)
-    optimizer = make_optimizer(model, config)
-    sampler = StepSampler(len(train_data), config.examples_per_step, config.epochs, config.seed, config.max_steps)
-    describe(config, model, sampler, world)
-    batcher = MicroBatcher(model, module, world, batch_size=config.batch_size, max_length=config.max_length)
-    run = Run(
-        config, script, world, model, module, optimizer, train_data, eval_data, sampler, batcher, folder, lock,
-        base_fingerprint, checkpoint.random_state(),
-    )  # fmt: skip
-    tokens_per_batch = config.tokens_per_batch
-    if resumed_from:
-        tokens_per_batch = go_back_to(resumed_from, run)
-    if tokens_per_batch == AUTO:
-        tokens_per_batch = find_max_tokens_per_batch(batcher, train_data, optimizer)
-    batcher.tokens_per_batch = tokens_per_batch
-    return run
 
 
 def prepare_model(model: Any, config: TrainingConfig, world: World) -> torch.nn.Module:
@@ -195,9 +183,7 @@ def describe(config: TrainingConfig, model: Any, sampler: StepSampler, world: Wo
     print(f"plan: {sampler.total_steps:,} steps of {config.examples_per_step} {config.unit}", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run's folder
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The run's folder --------------------------------------------------------------------------------------------------
 
 
 def claim_run_folder(config: TrainingConfig, resumed_from: Path | None) -> tuple[Path, file_locks.RunLock]:
