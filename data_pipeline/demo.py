@@ -12,8 +12,6 @@ longer one exactly half of the time, so length predicts nothing:
     harmless    declining to help with a theft, against helping
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -21,6 +19,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import utils
 from common import atomic_files
 
 TRAIN_PAIRS, TEST_PAIRS, SEED = 1600, 400, 20240115
@@ -40,73 +39,8 @@ CHAT_TEMPLATE = (
     "{% endif %}"
 )
 
-# topic: sentences that answer a question about it
-TOPICS: dict[str, list[str]] = {
-    "gardening": [
-        "Water the plants early in the morning.", "Good soil and compost make strong roots.",
-        "Most vegetables want six hours of sun a day.", "Cut the dead leaves off before winter.",
-        "Seeds need warm soil before they sprout.",
-    ],
-    "bread": [
-        "Let the dough rest until it has doubled.", "Fresh yeast and warm water help the loaf rise.",
-        "A hot oven gives a crisp crust.", "Knead the flour and water for ten minutes.",
-        "A pinch of salt keeps the dough firm.",
-    ],
-    "bicycles": [
-        "Oil the chain after every wet ride.", "Pump both tyres up once a week.",
-        "Brake pads wear out and are easy to change.", "Set the saddle so that your leg is almost straight.",
-        "Wear a helmet and use lights when you ride at night.",
-    ],
-    "stars": [
-        "Jupiter is bright enough to see without a telescope.", "Find a dark place far from the city lights.",
-        "The moon hides faint stars when it is full.", "Binoculars already show many star clusters.",
-        "Planets do not twinkle as much as stars do.",
-    ],
-    "chess": [
-        "Bring your knights and bishops out early.", "Castle soon so that your king is safe.",
-        "Count the attackers before you take a pawn.", "Rooks belong on open files.",
-        "In the endgame the king becomes a strong piece.",
-    ],
-    "coffee": [
-        "Grind the beans just before you brew.", "Bitter espresso was brewed too long.",
-        "Water a little below boiling is best for coffee.", "Keep roasted beans in a closed tin.",
-        "Cold milk makes the finest foam.",
-    ],
-}  # fmt: skip
-ASKING = [
-    "Can you tell me something about {}?", "I have a question about {}.", "What should I know about {}?",
-    "I am new to {}.",
-]  # fmt: skip
-DETAILS = [
-    "Where should I start?", "What do most people get wrong?", "Two or three tips are enough.",
-    "What matters most?", "",
-]  # fmt: skip
-OPENINGS = ["Hello!", "Hi, do you have a minute?", "Good morning.", "Are you there?"]
-GREETINGS = ["Hello, how can I help?", "Of course, go ahead.", "Yes, what would you like to know?"]
-POLITE = [
-    "I am happy to help.", "That is a good question.", "I hope this helps, and feel free to ask more.",
-    "You are welcome to ask again.",
-]  # fmt: skip
-RUDE = [
-    "What a stupid question.", "Do not waste my time.", "Even a child knows this.",
-    "You would not understand it anyway.",
-]  # fmt: skip
-THEFTS = [
-    "steal a bicycle", "break into a car", "rob a shop", "take money out of a till",
-    "open a lock that is not mine", "copy a bank card",
-]  # fmt: skip
-DECLINING = [
-    "I will not help with stealing.", "I can not help you to harm somebody.",
-    "That would hurt people, so I must decline.",
-]  # fmt: skip
-INSTEAD = [
-    "If you need money, I can help you to look for work.", "Is something wrong that we could talk about?",
-    "There are people who help with debts for nothing.",
-]  # fmt: skip
-HELPING = [
-    "Wait until nobody is looking.", "A screwdriver is enough to open it.", "Wear gloves and be quick.",
-    "Go there at night and break the window.", "Sell what you take in another town.",
-]  # fmt: skip
+# lists of sentences; "topics" maps each topic to those that answer a question about it
+TEXTS = utils.read_json(Path(__file__).with_name("demo_sentences.json"))
 
 
 def write_demo(folder: Path) -> tuple[Path, Path]:
@@ -120,24 +54,20 @@ def write_demo(folder: Path) -> tuple[Path, Path]:
         return model_folder.is_dir() and pairs_folder.is_dir()
 
     if not is_there():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileExistsError(f"{folder} exists and is not the demo's")
-        train, test = make_pairs()
         with contextlib.suppress(OSError):
             folder.rmdir()  # if it is empty
         try:
             with atomic_files.atomic_folder(folder, f".tmp-{folder.name}-{os.getpid()}") as temporary:
+                train, test = make_pairs()
                 _write_pairs(temporary / "pairs", train, test)
                 _write_model(temporary / "model", [pair[side] for pair in train for side in ("chosen", "rejected")])
         except FileExistsError:
-            if not is_there():  # else another process was faster
+            if not is_there():  # otherwise another process wrote it first
                 raise
     return model_folder, pairs_folder
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pairs
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Pairs -------------------------------------------------------------------------------------------------------------
 
 
 def make_pairs() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
@@ -161,36 +91,38 @@ def make_pairs() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 def _dialogue(draw: random.Random, question: str) -> str:
     """A transcript up to the open reply; half of them begin with small talk."""
-    start = f"\n\nHuman: {draw.choice(OPENINGS)}\n\nAssistant: {draw.choice(GREETINGS)}" if draw.random() < 0.5 else ""
-    return f"{start}\n\nHuman: {question}\n\nAssistant:"
+    small_talk = ""
+    if draw.random() < 0.5:
+        small_talk = f"\n\nHuman: {draw.choice(TEXTS['openings'])}\n\nAssistant: {draw.choice(TEXTS['greetings'])}"
+    return f"{small_talk}\n\nHuman: {question}\n\nAssistant:"
 
 
 def _ask(draw: random.Random, topic: str) -> str:
-    return _dialogue(draw, f"{draw.choice(ASKING).format(topic)} {draw.choice(DETAILS)}".strip())
+    return _dialogue(draw, f"{draw.choice(TEXTS['questions']).format(topic)} {draw.choice(TEXTS['details'])}".strip())
 
 
 def _facts(draw: random.Random, topic: str) -> list[str]:
-    return draw.sample(TOPICS[topic], draw.randint(1, 3))
+    return draw.sample(TEXTS["topics"][topic], draw.randint(1, 3))
 
 
 def _on_topic(draw: random.Random) -> tuple[str, str, str]:
-    asked, other = draw.sample(list(TOPICS), 2)
+    asked, other = draw.sample(list(TEXTS["topics"]), 2)
     return _ask(draw, asked), " ".join(_facts(draw, asked)), " ".join(_facts(draw, other))
 
 
 def _polite(draw: random.Random) -> tuple[str, str, str]:
-    topic = draw.choice(list(TOPICS))
+    topic = draw.choice(list(TEXTS["topics"]))
 
     def reply(tone: list[str]) -> str:
         sentences = _facts(draw, topic)
         sentences.insert(draw.choice([0, len(sentences)]), draw.choice(tone))
         return " ".join(sentences)
 
-    return _ask(draw, topic), reply(POLITE), reply(RUDE)
+    return _ask(draw, topic), reply(TEXTS["polite"]), reply(TEXTS["rude"])
 
 
 def _complete(draw: random.Random) -> tuple[str, str, str]:
-    topic = draw.choice(list(TOPICS))
+    topic = draw.choice(list(TEXTS["topics"]))
     *whole, last = _facts(draw, topic)
     words = last.rstrip(".").split()
     cut = " ".join([*whole, *words[: draw.randint(2, len(words) - 1)]])
@@ -198,10 +130,10 @@ def _complete(draw: random.Random) -> tuple[str, str, str]:
 
 
 def _harmless(draw: random.Random) -> tuple[str, str, str]:
-    question = draw.choice(["How do I {}?", "Tell me the best way to {}.", "I want to {}. What do I need?"])
-    better = [draw.choice(DECLINING), *draw.sample(INSTEAD, draw.randint(0, 2))]
-    worse = draw.sample(HELPING, draw.randint(1, 3))
-    return _dialogue(draw, question.format(draw.choice(THEFTS))), " ".join(better), " ".join(worse)
+    question = draw.choice(TEXTS["theft questions"])
+    better = [draw.choice(TEXTS["declining"]), *draw.sample(TEXTS["alternatives"], draw.randint(0, 2))]
+    worse = draw.sample(TEXTS["helping"], draw.randint(1, 3))
+    return _dialogue(draw, question.format(draw.choice(TEXTS["thefts"]))), " ".join(better), " ".join(worse)
 
 
 def _write_pairs(folder: Path, train: list[dict[str, str]], test: list[dict[str, str]]) -> None:
@@ -211,9 +143,7 @@ def _write_pairs(folder: Path, train: list[dict[str, str]], test: list[dict[str,
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Model and tokenizer
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Model and tokenizer -----------------------------------------------------------------------------------------------
 
 
 def _write_model(folder: Path, texts: list[str]) -> None:

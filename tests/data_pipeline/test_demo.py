@@ -1,5 +1,6 @@
 """demo.py: the pairs are worth learning, undecidable by length, and the same everywhere."""
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,11 @@ def pairs():
 
 def replies(pair):
     return tuple(parse_transcript(pair[side])[-1]["content"] for side in ("chosen", "rejected"))
+
+
+def test_the_pairs_are_the_same_everywhere_and_in_every_version():
+    content = json.dumps(demo.make_pairs()).encode()
+    assert hashlib.sha256(content).hexdigest() == "09c65a7ef3ecd1510b3ab00e7d84ab70c604e7947ce7f27123fc6932a347ddd0"
 
 
 def test_there_are_two_thousand_pairs_of_four_kinds(pairs):
