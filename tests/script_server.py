@@ -11,6 +11,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import runpy
 import select
 import signal
@@ -111,13 +112,15 @@ class Script:
     def read(self, stream):
         return (self.output / stream).read_text(encoding="utf-8", errors="replace")
 
-    def wait_for(self, text, timeout=240):
-        """Wait until the script has printed `text`, and fail if it ends without."""
+    def wait_for(self, pattern, timeout=240):
+        """Wait until a line of the script's output begins with `pattern`, and fail if it ends without."""
         deadline = time.monotonic() + timeout
-        while text not in self.read("stdout"):
-            has_ended = self.poll() is not None or time.monotonic() > deadline
-            if has_ended and text not in self.read("stdout"):
-                raise AssertionError(f"{text!r} was not printed\n{self.read('stdout')}\n{self.read('stderr')}")
+        while True:
+            has_ended = self.poll() is not None  # before reading: it may print and end in between
+            if re.search(f"^{pattern}", self.read("stdout"), re.MULTILINE):
+                return
+            if has_ended or time.monotonic() > deadline:
+                raise AssertionError(f"{pattern!r} was not printed\n{self.read('stdout')}\n{self.read('stderr')}")
             time.sleep(0.005)
 
     def wait(self, timeout=300):
@@ -209,6 +212,7 @@ def become(words, folder, env, output):
         exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
     elif words[0] == "-m":
         sys.argv, sys.path[0] = words[1:], folder
+        sys.modules.pop(words[1], None)  # it is `__main__` too
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv, sys.path[0] = words, str(Path(words[0]).parent)

@@ -1,4 +1,4 @@
-"""distributed.py and launch.py: several processes train what one would, under torchrun on the CPU."""
+"""distributed.py and launch.py: several processes on the CPU train what one would, and torchrun ends them well."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -30,16 +29,29 @@ def work(tmp_path_factory):
     return tmp_path_factory.mktemp("work")
 
 
-def command(processes, arguments):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", processes] if processes > 1 else []
-    return [sys.executable, *map(str, launcher), str(ROOT / "train_rm.py"), *map(str, arguments)]
+def torchrun(processes, *arguments):
+    return ["-m", "torch.distributed.run", "--nproc_per_node", processes, ROOT / "train_rm.py", *arguments]
 
 
-def run(folder, processes, *arguments):
-    """Train with so many processes; what it said, standard error behind standard output."""
-    result = subprocess.run(command(processes, arguments), cwd=folder, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return result.stdout + result.stderr
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def run(script_server):
+    """Train with so many processes, each told of the others as torchrun does it; returns all that they printed."""
+
+    def run(folder, processes, *arguments):
+        place = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        ranks = [place | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)] if processes > 1 else [{}]
+        scripts = [script_server.start(["train_rm.py", *arguments], folder, rank) for rank in ranks]
+        results = [script.wait() for script in scripts]
+        assert [result.returncode for result in results] == [0] * processes, [result.stderr for result in results]
+        return "".join(result.stdout + result.stderr for result in results)
+
+    return run
 
 
 def farthest(one, other):
@@ -112,7 +124,7 @@ def test_a_process_without_work_keeps_the_others_company(is_sharded, turns):
 
 
 @pytest.fixture(scope="module")
-def alone(work, base, demo_folder):
+def alone(run, work, base, demo_folder):
     """Ten steps of one process, full and LoRA: name -> checkpoint."""
     data = ["--model", base, "--dataset", demo_folder[1]]
     run(work, 1, *data, *TEN_STEPS, "--save_steps", 5, "--run_name", "full")
@@ -131,7 +143,7 @@ def alone(work, base, demo_folder):
         ("lora", "fsdp", 4),
     ],
 )
-def test_several_processes_reach_the_weights_of_one(work, base, demo_folder, alone, kind, sharing, processes):
+def test_several_processes_reach_the_weights_of_one(run, work, base, demo_folder, alone, kind, sharing, processes):
     name = f"{kind}-{sharing}-{processes}"
     flags = [*(LORA if kind == "lora" else []), *(["--fsdp"] if sharing == "fsdp" else [])]
     data = ["--model", base, "--dataset", demo_folder[1]]
@@ -148,7 +160,7 @@ def test_several_processes_reach_the_weights_of_one(work, base, demo_folder, alo
     assert figures[0]["eval_value"] == figures[1]["eval_value"]
 
 
-def test_fewer_pairs_than_processes(work, base, small_dataset):
+def test_fewer_pairs_than_processes(run, work, base, small_dataset):
     """64 pairs, 21 a step: the last step has one pair for four processes."""
     flags = ["--model", base, "--dataset", small_dataset, *FLAGS, "--batch_size", 7, "--grad_accum", 3]
     run(work, 1, *flags, "--run_name", "few-1")
@@ -157,7 +169,7 @@ def test_fewer_pairs_than_processes(work, base, small_dataset):
     assert max(farthest(runs / "few-1/step-4", runs / "few-4/step-4")) < 1e-5
 
 
-def test_an_encoder_trains_in_two_processes(work, tokenizer, small_dataset):
+def test_an_encoder_trains_in_two_processes(run, work, tokenizer, small_dataset):
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
@@ -180,7 +192,7 @@ def test_an_encoder_trains_in_two_processes(work, tokenizer, small_dataset):
 
 
 @pytest.mark.parametrize("processes, sharing", [(1, "--no_fsdp"), (4, "--no_fsdp")])
-def test_a_checkpoint_of_two_processes_goes_on_with_others(work, base, demo_folder, alone, processes, sharing):
+def test_a_checkpoint_of_two_processes_goes_on_with_others(run, work, base, demo_folder, alone, processes, sharing):
     two = work / "checkpoints/rm/two"
     if not two.exists():
         data = ["--model", base, "--dataset", demo_folder[1]]
@@ -191,7 +203,7 @@ def test_a_checkpoint_of_two_processes_goes_on_with_others(work, base, demo_fold
 
 
 @pytest.mark.parametrize("sharing", ["--no_fsdp", "--fsdp"])
-def test_two_processes_resume_bitwise_with_dropout(work, base, small_dataset, sharing):
+def test_two_processes_resume_bitwise_with_dropout(run, work, base, small_dataset, sharing):
     flags = ["--model", base, "--dataset", small_dataset, *FLAGS, "--lora", "--lora_dropout", 0.2, "--epochs", 2]
     straight = work / f"checkpoints/rm/straight{sharing}"
     run(work, 2, *flags, sharing, "--save_steps", 2, "--run_name", straight.name)
@@ -205,30 +217,28 @@ def test_two_processes_resume_bitwise_with_dropout(work, base, small_dataset, sh
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def begin(folder, name, *arguments):
-    """Start two processes and wait for their fourth step; (torchrun's process, the others by rank, their output)."""
-    output = folder / f"{name}.txt"
-    with output.open("w") as file:
-        words = command(2, [*arguments, "--run_name", name, "--save_steps", 0])
-        launcher = subprocess.Popen(words, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
-    give_up = time.monotonic() + 120
-    while not re.search(r"^step ([4-9]|\d\d)", output.read_text(), re.MULTILINE):
-        assert time.monotonic() < give_up and launcher.poll() is None, output.read_text()
-        time.sleep(0.1)
+def begin(script_server, folder, name, *arguments):
+    """Start torchrun with two processes and wait for their fourth step; (torchrun's script, the others by rank)."""
+    words = torchrun(2, *arguments, "--run_name", name, "--save_steps", 0)
+    launcher = script_server.start(words, folder)
+    launcher.wait_for(r"step ([4-9]|\d\d)")
     children = psutil.Process(launcher.pid).children()
     ranks = {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}
-    return launcher, ranks, output
+    return launcher, ranks
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 @pytest.mark.parametrize("number, sharing", [(signal.SIGINT, "--no_fsdp"), (signal.SIGTERM, "--fsdp")])
-def test_a_signal_to_torchrun_saves_the_last_completed_step(work, base, demo_folder, alone, number, sharing):
+def test_a_signal_to_torchrun_saves_the_last_completed_step(
+    script_server, run, work, base, demo_folder, alone, number, sharing
+):
     name = f"{number.name}{sharing}"
     data = ["--model", base, "--dataset", demo_folder[1]]
-    launcher, _, output = begin(work, name, *data, *FLAGS, "--epochs", 5, sharing)
+    launcher, _ = begin(script_server, work, name, *data, *FLAGS, "--epochs", 5, sharing)
     launcher.send_signal(number)
-    assert launcher.wait(60) != 0
-    text = output.read_text()
+    ended = launcher.wait(60)
+    assert ended.returncode not in (0, -signal.SIGKILL)
+    text = ended.stdout + ended.stderr
     (saved,) = (work / "checkpoints/rm" / name).glob("step-*")
     assert f"saved {saved.relative_to(work)} (the last completed step)" in text
     assert run_folder.read_record(saved.parent).state == run_folder.STOPPED
@@ -243,13 +253,16 @@ def test_a_signal_to_torchrun_saves_the_last_completed_step(work, base, demo_fol
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 @pytest.mark.parametrize("sharing, rank", [("--no_fsdp", 1), ("--fsdp", 0)])
-def test_a_process_that_dies_ends_the_run_within_a_minute_and_says_so(work, base, demo_folder, sharing, rank):
+def test_a_process_that_dies_ends_the_run_within_a_minute_and_says_so(
+    script_server, work, base, demo_folder, sharing, rank
+):
     name = f"dead-{rank}{sharing}"
     data = ["--model", base, "--dataset", demo_folder[1]]
-    launcher, ranks, output = begin(work, name, *data, *FLAGS, "--epochs", 5, sharing)
+    launcher, ranks = begin(script_server, work, name, *data, *FLAGS, "--epochs", 5, sharing)
     ranks[rank].send_signal(signal.SIGKILL)
-    assert launcher.wait(60) == 1
-    text = output.read_text()
+    ended = launcher.wait(60)
+    assert ended.returncode == 1
+    text = ended.stdout + ended.stderr
     assert f"rank      : {rank}" in text and "SIGKILL" in text
     survivor = ranks[1 - rank]
     assert not survivor.is_running() or survivor.status() == psutil.STATUS_ZOMBIE
@@ -266,18 +279,6 @@ def test_a_process_that_dies_ends_the_run_within_a_minute_and_says_so(work, base
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def refusal(folder, words, **environment):
-    result = subprocess.run(
-        list(map(str, words)),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **environment},
-    )
-    return result.returncode, result.stderr
-
-
 @pytest.mark.parametrize(
     "environment, wanted",
     [
@@ -287,51 +288,50 @@ def refusal(folder, words, **environment):
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is not a number"),
     ],
 )
-def test_unconnected_copies_are_refused(tmp_path, environment, wanted):
-    code, error = refusal(tmp_path, command(1, []), **environment)
-    assert code == 2 and wanted in error and "torchrun" in error + "torchrun" * ("two" in environment.values())
+def test_unconnected_copies_are_refused(run_script, tmp_path, environment, wanted):
+    result = run_script("train_rm.py", env=environment)
+    error = result.stderr
+    assert result.returncode == 2 and wanted in error
+    assert "torchrun" in error + "torchrun" * ("two" in environment.values())
     assert not list(tmp_path.iterdir())
 
 
 def test_one_process_where_two_were_asked_of_accelerate_is_refused(tmp_path):
     words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, ROOT / "train_rm.py"]
-    code, error = refusal(tmp_path, words)
-    assert code != 0 and "`accelerate launch` was asked for 2 processes and started one" in error
+    result = subprocess.run(list(map(str, words)), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert "`accelerate launch` was asked for 2 processes and started one" in result.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_fsdp_of_one_process_is_refused(tmp_path, base, small_dataset):
-    code, error = refusal(tmp_path, command(1, ["--model", base, "--dataset", small_dataset, "--fsdp"]))
-    assert code == 2 and "this is one" in error and "torchrun --nproc_per_node N train_rm.py --fsdp" in error
+def test_fsdp_of_one_process_is_refused(run_script, base, small_dataset):
+    result = run_script("train_rm.py", "--model", base, "--dataset", small_dataset, "--fsdp")
+    assert result.returncode == 2 and "this is one" in result.stderr
+    assert "torchrun --nproc_per_node N train_rm.py --fsdp" in result.stderr
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def test_processes_that_were_not_started_alike_are_refused(tmp_path, base, small_dataset):
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    started = []
-    for rank, rate in enumerate(("1e-4", "1e-5")):
-        words = command(1, ["--model", base, "--dataset", small_dataset, *FLAGS, "--lr", rate, "--run_name", "unlike"])
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        started.append(
-            subprocess.Popen(words, cwd=tmp_path, env=environment | ranks, stderr=subprocess.PIPE, text=True)
+def test_processes_that_were_not_started_alike_are_refused(script_server, tmp_path, base, small_dataset):
+    environment = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    flags = ["--model", base, "--dataset", small_dataset, *FLAGS, "--run_name", "unlike"]
+    started = [
+        script_server.start(
+            ["train_rm.py", *flags, "--lr", rate], tmp_path, environment | {"RANK": rank, "LOCAL_RANK": rank}
         )
-    errors = [process.communicate(timeout=120)[1] for process in started]
-    assert started[0].returncode == 2
-    assert "not started alike" in errors[0] and "lr: 0.0001 in process 0, 1e-05 in process 1" in errors[0]
+        for rank, rate in enumerate(("1e-4", "1e-5"))
+    ]
+    first, _ = (script.wait(120) for script in started)
+    assert first.returncode == 2
+    assert "not started alike" in first.stderr and "lr: 0.0001 in process 0, 1e-05 in process 1" in first.stderr
     assert not list((tmp_path / "checkpoints/rm").iterdir()), "a run folder was left"
 
 
-def test_a_bad_flag_is_said_once(tmp_path):
-    result = subprocess.run(command(2, ["--epochs", 0]), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+def test_a_bad_flag_is_said_once(script_server, tmp_path):
+    result = script_server.run(torchrun(2, "--epochs", 0), tmp_path)
     assert result.returncode != 0 and result.stderr.count("wants at least 1") == 1
 
 
-def test_nobody_to_connect_with_is_said(tmp_path):
+def test_nobody_to_connect_with_is_said(run_script):
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "no port"}
-    code, error = refusal(tmp_path, command(1, []), WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", **place)
-    assert code == 4 and "cannot be connected" in error and "127.0.0.1:no port" in error
+    result = run_script("train_rm.py", env={"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1, **place})
+    assert result.returncode == 4
+    assert "cannot be connected" in result.stderr and "127.0.0.1:no port" in result.stderr

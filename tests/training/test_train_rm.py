@@ -248,7 +248,7 @@ def test_killed_and_resumed_equals_straight_bitwise(script_server, run_script, b
     assert straight.returncode == 0, straight.stderr
 
     script = script_server.start(["train_rm.py", *common, "--run_name", "killed", "--save_steps", 3], tmp_path)
-    script.wait_for("\nstep 5/")  # past the checkpoint of step 3, short of that of step 6
+    script.wait_for("step 5/")  # past the checkpoint of step 3, short of that of step 6
     script.send_signal(signal.SIGKILL)
     assert script.wait().returncode == -signal.SIGKILL
     run = tmp_path / "checkpoints/rm/killed"
@@ -272,7 +272,7 @@ def test_a_stopped_run_saves_its_last_completed_step_and_goes_on_exactly(
     common = ["--model", base, "--dataset", small_dataset, "--batch_size", 4, "--grad_accum", 2, "--lora",
               "--lora_dropout", "0.2", *TINY]  # fmt: skip
     script = script_server.start(["train_rm.py", *common, "--run_name", "stopped"], tmp_path)
-    script.wait_for("\nstep 2/")
+    script.wait_for("step 2/")
     script.send_signal(number)
     stopped = script.wait()
     assert stopped.returncode == code, stopped.stderr
