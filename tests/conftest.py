@@ -193,7 +193,39 @@ def micro_batches_of(dataset, indices, tokens_per_batch, batch_size, pad_id, cro
     return [packing.build(dataset, plan, pad_id) for plan in plans]
 
 
+# Files whose tests start many processes, train, compile or drive a browser, the slowest first. test_faults.py leads
+# for another reason too: it forks the tests' own process, which must not have computed anything before.
+SLOW_FILES = [
+    ROOT / "tests" / name
+    for name in (
+        "training/test_faults.py",
+        "run_manager/test_manage_runs.py",
+        "training/test_distributed.py",
+        "evaluation/test_eval_rm.py",
+        "bench/test_harness.py",
+        "training/test_train_rm.py",
+        "chat_app/test_app.py",
+        "data_pipeline/test_demo.py",
+        "test_docs.py",
+        "chat_app/test_chat.py",
+        "modeling/test_speedups.py",
+    )
+]
+HAS_QUICK_TESTS = {"test_train_rm.py", "test_demo.py", "test_docs.py"}  # those that start no script
+
+
 def pytest_configure(config):
     config.addinivalue_line(
         "markers", "survives(fault): the row of the fault table in docs/checkpoints.md that a test stands for"
     )
+    config.addinivalue_line("markers", "slow: starts a script, or is in one of conftest.py's SLOW_FILES")
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what is slow, and begin with the slowest files, so that no process of the tests ends long after another."""
+    order = {path: number for number, path in enumerate(SLOW_FILES)}
+    for item in items:
+        is_slow_file = item.path in order and item.path.name not in HAS_QUICK_TESTS
+        if is_slow_file or "script_server" in item.fixturenames:
+            item.add_marker("slow")
+    items.sort(key=lambda item: order.get(item.path, len(order)))
