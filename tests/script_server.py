@@ -26,18 +26,21 @@ CAN_FORK = sys.platform == "linux"
 READ_BY_IMPORTS = ("HF_", "TRANSFORMERS_", "TORCH", "OMP_", "MKL_", "CUDA_", "PYTHON", "MPL", "GRADIO_", "LD_")
 
 # What the server imports before it forks for a script. A script's other modules are imported by each child.
-TRAINING = (
-    "torch", "torch.utils.tensorboard", "torch.distributed.fsdp", "torch.nn.parallel", "torch._dynamo", "transformers",
-    "transformers.models.qwen3.modeling_qwen3", "peft", "safetensors.torch", "psutil", "datasets", "models",
-    "train_rm", "training.run", "training.micro_batches", "training.distributed", "training.logger",
+MODELS = (
+    "torch", "torch._dynamo", "torch.utils.tensorboard", "transformers", "transformers.models.qwen3.modeling_qwen3",
+    "peft", "safetensors.torch", "datasets", "psutil", "models",
 )  # fmt: skip
 EVALUATION = (
     "evaluation.evaluator", "evaluation.html_report", "jinja2", "scipy.stats",
-    "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "eval_rm",
+    "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg",
+)  # fmt: skip
+TRAINING = (
+    "torch.distributed.fsdp", "torch.nn.parallel",
+    "training.run", "training.micro_batches", "training.distributed", "training.logger", "train_rm",
 )  # fmt: skip
 IMPORTS = {
-    "train_rm.py": (*TRAINING, *EVALUATION),
-    "eval_rm.py": (*TRAINING, *EVALUATION),
+    "train_rm.py": (*MODELS, *EVALUATION, *TRAINING),
+    "eval_rm.py": (*MODELS, *EVALUATION, "eval_rm"),
     "chat.py": ("gradio", "chat", "chat_app.app", "models"),
     "-c": ("torch", "transformers", "peft", "gradio_client"),
     "torch.distributed.run": ("torch.distributed.run",),
@@ -189,6 +192,7 @@ def serve():
 
 def import_for(words):
     """Import what a script will want, and have no garbage collection of a child touch the memory it shares."""
+    sys.argv = words  # modules may keep the script's name for their messages
     for name in IMPORTS.get(words[1] if words[0] == "-m" else Path(words[0]).name, ()):
         if name not in sys.modules:
             importlib.import_module(name)

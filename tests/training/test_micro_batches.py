@@ -116,7 +116,7 @@ def test_auto_trains_what_a_number_trains_and_is_not_probed_again_on_resuming(
 ):
     monkeypatch.chdir(tmp_path)
     flags = ["--model", base, "--dataset", small_dataset, "--batch_size", "8", "--grad_accum", "2", "--max_steps", "3"]
-    flags += ["--lora", "--lora_dropout", "0.1", "--eval_num_batches", "1"]
+    flags += ["--lora", "--lora_dropout", "0.1", "--eval_num_batches", "1", "--no_report"]
     train_rm.main([*flags, "--tokens_per_batch", "auto", "--run_name", "auto", "--save_steps", "2"])
     budget = int(re.search(r"tokens a batch: ([\d,]+)", capsys.readouterr().out).group(1).replace(",", ""))
     auto = tmp_path / "checkpoints/rm/auto"
@@ -140,7 +140,7 @@ def test_a_config_file_takes_auto_or_a_number(base, small_dataset, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "settings.json").write_text(content)
     flags = ["--model", base, "--dataset", small_dataset, "--max_steps", "1", "--eval_num_batches", "1"]
-    train_rm.main([*flags, "--config", "settings.json"])
+    train_rm.main([*flags, "--no_report", "--config", "settings.json"])
     assert ("probed" in capsys.readouterr().out) == ("auto" in content)
 
 
