@@ -96,9 +96,9 @@ def main() -> None:
     devices.keep_heap(model.device)
     pairs, _ = data.load_pairs(dataset, tokenizer, 2048)
     model.autocast_dtype = torch.bfloat16
+    way = model.use_attention(arguments.attention)
     if arguments.lora:
         speedups.cast_frozen_weights(model, torch.bfloat16)
-    way = model.use_attention(arguments.attention)
     if arguments.compile:
         speedups.compile_layers(model)
     trained = [parameter for parameter in model.hf_model.parameters() if parameter.requires_grad]

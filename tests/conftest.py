@@ -127,6 +127,14 @@ def real_data():
 
 
 @pytest.fixture(scope="session")
+def real_model_folder():
+    folder = os.environ.get("SMOLLM2_DIR")
+    if not folder:
+        pytest.skip("SMOLLM2_DIR is not set: no pretrained model here")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def real_tokenizer_folder():
     folder = os.environ.get("QWEN3_DIR")
     if not folder:

@@ -88,11 +88,11 @@ def prepare_model(model: Any, config: TrainingConfig, world: World) -> torch.nn.
     model.autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
     model.to(devices.pick_device() if world.is_alone else world.accelerator.device).train()
     devices.keep_heap(model.device)
+    model.use_attention(config.attention)
     if config.lora and model.autocast_dtype and not world.is_sharded:
         speedups.cast_frozen_weights(model, model.autocast_dtype)  # (FSDP wants one dtype)
     if world.is_alone:
         speedups.use_sparse_embedding_gradients(model)
-    model.use_attention(config.attention)
     if config.compile:
         speedups.compile_layers(model)
     if config.gradient_checkpointing:
