@@ -3,8 +3,6 @@
 Letters: N pairs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

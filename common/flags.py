@@ -3,8 +3,6 @@
 Standard library only. Everything wrong is said in one message.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import itertools

@@ -1,7 +1,5 @@
 """One progress bar for everything that takes long: tokenizing, training, evaluating."""
 
-from __future__ import annotations
-
 import sys
 import time
 from typing import Any, TextIO

@@ -7,8 +7,6 @@ attention masks, rewards or losses.
 Letters: B rows, T tokens per row, N examples, k completions per example.
 """
 
-from __future__ import annotations
-
 import bisect
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -39,9 +37,7 @@ class Examples(Protocol):
         """The ids of `[prompt | completion 1 | … | completion k]`."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Planning: how a step is cut into micro-batches
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Planning: how a step is cut into micro-batches --------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,9 +188,7 @@ def plan_separate_rows(longest: np.ndarray, tokens_per_batch: int, batch_size: i
     return micro_batches
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Packing: the tensors of a micro-batch
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Packing: the tensors of a micro-batch -----------------------------------------------------------------------------
 
 
 class _Batch:

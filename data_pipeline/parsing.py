@@ -5,8 +5,6 @@ column, a wrong type) is an error that names file, line and reason. A row whose 
 equal sides) is skipped and counted under one of `SKIP_REASONS`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Items made ahead in a thread, so that the consumer never waits for the next one."""
 
-from __future__ import annotations
-
 import collections
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor

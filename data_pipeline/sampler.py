@@ -3,8 +3,6 @@
 Letters: N examples.
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 
@@ -52,5 +50,4 @@ def _shuffled(num_examples: int, seed: int, epoch: int) -> np.ndarray:
 
 def fixed_sample(num_examples: int, size: int, seed: int) -> np.ndarray:
     """Indices of `size` examples drawn from `seed`, in ascending order; of all examples if `size` is 0."""
-    everything = np.arange(num_examples)
-    return everything if size == 0 or size >= num_examples else np.sort(_shuffled(num_examples, seed, 0)[:size])
+    return np.sort(_shuffled(num_examples, seed, 0)[: size or num_examples])

@@ -3,8 +3,6 @@
 A broken file (invalid JSON, a truncated archive) is an error that names file, line and reason.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json
@@ -47,9 +45,7 @@ class Source:
         return f"{self.name}:{row}" if is_lines else f"{self.name}, row {row}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Finding -----------------------------------------------------------------------------------------------------------
 
 
 def find_sources(dataset: str) -> tuple[Source, Source]:
@@ -122,9 +118,7 @@ def is_held_out(row: dict[str, Any]) -> bool:
     return int.from_bytes(digest[:8], "big") % HELD_OUT_IN == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Reading -----------------------------------------------------------------------------------------------------------
 
 
 def read_rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:

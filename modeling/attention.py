@@ -1,15 +1,13 @@
 """Attention over packed rows: which token may attend to which, and three implementations of it.
 
     sdpa       transformers' own with a (B, 1, T, T) mask: works everywhere, computes masked positions too
-    pieces     on a CPU: a tile of queries at a time, with only the stretches of keys that the tile can see
+    pieces     on a CPU: a tile of queries at a time, with only the stretches of keys that it can see
     flex       on CUDA: FlexAttention (arXiv 2412.05496), compiled, which skips masked blocks of 128 × 128
 
-Transformers hands a 4-D mask to the attention function untouched, so ours gets what it needs as an attribute of one.
+Transformers passes a 4-D mask to the attention function unchanged, so ours finds what it needs in an attribute of it.
 
 Letters: B rows, T tokens per row, H query heads, K key heads, G = H / K, D head size, M queries and L keys of a tile.
 """
-
-from __future__ import annotations
 
 import functools
 from collections.abc import Callable
@@ -22,11 +20,11 @@ from torch import Tensor, nn
 
 from utils import round_up
 
-NAME = "packed_rows"  # of our attention function among those of transformers
+NAME = "packed_rows"  # under which transformers knows our attention function
 IMPLEMENTATIONS = ("sdpa", "pieces", "flex")
-TILE_QUERIES = 128  # fewer waste less on masked keys, more fill the matrix units
+TILE_QUERIES = 128  # fewer waste less on masked keys, more keep the matrix units busy
 KEY_BLOCK = 64  # stretches of keys begin and end at multiples of this
-MAX_KEPT_KEYS = 2048  # a tile with more keys saves memory: the backward pass computes its weights again
+MAX_KEPT_KEYS = 2048  # weights of tiles with more keys are not kept for the backward pass, but computed again
 
 
 def packed_attention_mask(example_index: Tensor, completion_index: Tensor) -> Tensor:
@@ -47,46 +45,7 @@ def packed_attention_mask(example_index: Tensor, completion_index: Tensor) -> Te
     return (same_example & ((key == 0) | (key == query)) & causal)[:, None]  # (B, 1, T, T)
 
 
-class PackedMask:
-    """The mask of one micro-batch in each form that attention layers ask for, made once when first needed."""
-
-    def __init__(self, example_index: Tensor, completion_index: Tensor, implementation: str):
-        self.example_index, self.completion_index = example_index, completion_index
-        self.implementation = implementation
-
-    def placeholder(self) -> Tensor:
-        """The `attention_mask` to hand to a model whose attention function is ours."""
-        # Empty, so an architecture that computes with its mask raises an error (and gets a dense one), never errs.
-        mask = torch.empty((len(self.example_index), 1, 0, 0), dtype=torch.bool, device=self.example_index.device)
-        mask.packed = self
-        return mask
-
-    @functools.cached_property
-    def dense(self) -> Tensor:
-        return packed_attention_mask(self.example_index, self.completion_index)
-
-    @functools.cached_property
-    def tiles(self) -> list[Tile]:
-        return make_tiles(self.example_index, self.completion_index)
-
-    @functools.cached_property
-    def blocks(self) -> Any:
-        """FlexAttention's map of 128 × 128 blocks: empty, full, or partly masked."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        examples, completions = self.example_index, self.completion_index
-
-        def is_visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            is_own = (completions[row, key] == 0) | (completions[row, key] == completions[row, query])
-            return (query >= key) & (examples[row, query] == examples[row, key]) & is_own
-
-        rows, width = examples.shape
-        return create_block_mask(is_visible, rows, None, width, width, device=examples.device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# In tiles, on a CPU
-# ---------------------------------------------------------------------------------------------------------------------
+# -- In tiles, on a CPU ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -108,7 +67,7 @@ def make_tiles(example_index: Tensor, completion_index: Tensor) -> list[Tile]:
 
     A tile that begins in completion j skips the keys of completions 1 to j - 1. Stretches of keys begin and end at
     multiples of `KEY_BLOCK`, so there are few shapes: oneDNN compiles a kernel for each new one, which takes longer
-    than running it, and keeps hundreds of them. Tiles of nothing but padding are left out.
+    than running it, and keeps hundreds of them. Tiles of padding alone are skipped.
     """
     tiles = []
     rows = zip(example_index.cpu().numpy(), completion_index.cpu().numpy(), strict=True)
@@ -199,11 +158,9 @@ def _keys(tensor: Tensor, tile: Tile) -> Tensor:
 
 
 def _add_to_keys(total: Tensor, tile: Tile, grad: Tensor) -> None:
-    done = 0
-    for keys in tile.keys:
-        length = keys.stop - keys.start
-        total[tile.row, :, keys] += grad[:, done : done + length]
-        done += length
+    parts = grad.split([keys.stop - keys.start for keys in tile.keys], dim=1)
+    for keys, part in zip(tile.keys, parts, strict=True):
+        total[tile.row, :, keys] += part
 
 
 def _weights(scaled_query: Tensor, key: Tensor, tile: Tile) -> Tensor:
@@ -214,9 +171,45 @@ def _weights(scaled_query: Tensor, key: Tensor, tile: Tile) -> Tensor:
     return torch.softmax(scores, dim=-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The function that transformers calls
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The function that transformers calls ------------------------------------------------------------------------------
+
+
+class PackedMask:
+    """The mask of one micro-batch in the form that each implementation needs, made when first asked for."""
+
+    def __init__(self, example_index: Tensor, completion_index: Tensor, implementation: str):
+        self.example_index, self.completion_index = example_index, completion_index
+        self.implementation = implementation
+
+    def placeholder(self) -> Tensor:
+        """The `attention_mask` to hand to a model whose attention function is ours."""
+        # It is empty so that an architecture that computes with its mask fails, and gets a dense one, instead of
+        # computing something wrong.
+        mask = torch.empty((len(self.example_index), 1, 0, 0), dtype=torch.bool, device=self.example_index.device)
+        mask.packed = self
+        return mask
+
+    @functools.cached_property
+    def dense(self) -> Tensor:
+        return packed_attention_mask(self.example_index, self.completion_index)
+
+    @functools.cached_property
+    def tiles(self) -> list[Tile]:
+        return make_tiles(self.example_index, self.completion_index)
+
+    @functools.cached_property
+    def blocks(self) -> Any:
+        """FlexAttention's map of 128 × 128 blocks: empty, full, or partly masked."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        examples, completions = self.example_index, self.completion_index
+
+        def is_visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            is_own = (completions[row, key] == 0) | (completions[row, key] == completions[row, query])
+            return (query >= key) & (examples[row, query] == examples[row, key]) & is_own
+
+        rows, width = examples.shape
+        return create_block_mask(is_visible, rows, None, width, width, device=examples.device)
 
 
 @functools.cache
@@ -224,7 +217,7 @@ def _flex_attention(is_cuda: bool) -> Callable[..., Tensor]:
     """FlexAttention, compiled on CUDA. On a CPU it runs uncompiled, for tests: forward only, computing every block."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    # without `dynamic` each new shape of a micro-batch would compile again
+    # without `dynamic`, each new shape of a micro-batch would be compiled separately
     return torch.compile(flex_attention, dynamic=True) if is_cuda else flex_attention
 
 
@@ -243,13 +236,13 @@ def packed_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     packed = getattr(attention_mask, "packed", None)
-    # neither of our own implementations has dropout of attention weights
+    # our own implementations have no dropout of attention weights
     if packed is None or packed.implementation == "sdpa" or dropout:
         mask = attention_mask if packed is None else packed.dense
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **options)
     if unknown := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
         raise ValueError(f"attention with {', '.join(unknown)} is not supported here")
-    if torch.is_autocast_enabled(query.device.type):  # as for sdpa's arguments
+    if torch.is_autocast_enabled(query.device.type):  # autocast does the same to the arguments of sdpa
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -263,7 +256,7 @@ def packed_attention(
 
 
 def install(classifier: nn.Module) -> bool:
-    """Have a transformers model call our attention function; False if its architecture does not let us choose one.
+    """Make a transformers model call our attention function; False if its architecture does not allow that.
 
     Saved configurations never name an attention function, so files do not change.
     """
@@ -279,7 +272,7 @@ def install(classifier: nn.Module) -> bool:
 
 
 def best_implementation(device: torch.device) -> str:
-    """The fastest on a device. Tiles are small, so more than a few CPU threads would wait for one another."""
+    """The fastest on a device. Tiles are too small to keep more than a few CPU threads busy."""
     if device.type == "cuda":
         return "flex"
     return "pieces" if device.type == "cpu" and torch.get_num_threads() <= 8 else "sdpa"

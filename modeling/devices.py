@@ -1,7 +1,5 @@
 """Memory: how much is held, on whichever device, and giving back what is not needed."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import os

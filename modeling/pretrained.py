@@ -3,8 +3,6 @@
 All of it for transformers' own classes; models.py wraps what is opened here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import warnings
@@ -37,9 +35,7 @@ class LoraSettings:
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizer
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Tokenizer ---------------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(name: str) -> Any:
@@ -89,9 +85,7 @@ def _choose_pad_token(tokenizer: Any) -> None:
     raise UserError("this tokenizer has no special token that could serve as padding", where=tokenizer.name_or_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Opening and saving
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Opening and saving ------------------------------------------------------------------------------------------------
 
 
 def _where_to_look(name: str) -> dict[str, Any]:
