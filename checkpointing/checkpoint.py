@@ -124,8 +124,7 @@ def save(
             f"step {training_state.step} could not be saved",
             where=final,
             found=f"{error}{_free_space(run_folder)}",
-            safe=_newest_saved(run_folder),
-            next=_after_making_room(run_folder),
+            **_advice(run_folder),
         ) from error
     return final
 
@@ -149,19 +148,15 @@ def check_free_space(run_folder: Path, model: Any) -> None:
             "the disk has no room for the next checkpoint",
             where=run_folder,
             found=f"{needed:,} bytes needed, {free:,} free",
-            safe=_newest_saved(run_folder),
-            next=_after_making_room(run_folder),
+            **_advice(run_folder),
         )
 
 
-def _after_making_room(run_folder: Path) -> str:
-    has_steps = bool(step_folders(run_folder))
-    return "make room, then " + (resume_command(run_folder) if has_steps else "start again")
-
-
-def _newest_saved(run_folder: Path) -> str:
-    steps = step_folders(run_folder)
-    return f"{steps[-1].name} is untouched" if steps else "no step of this run was saved before"
+def _advice(run_folder: Path) -> dict[str, str]:
+    """What is safe and what to type next when a step does not fit on the disk."""
+    if steps := step_folders(run_folder):
+        return {"safe": f"{steps[-1].name} is untouched", "next": f"free some space, then {resume_command(run_folder)}"}
+    return {"safe": "no step of this run was saved before", "next": "free some space, then start again"}
 
 
 def _compare_with_memory(folder: Path, expected: dict[str, Tensor]) -> None:
@@ -192,7 +187,7 @@ def check_weights_are_finite(state: State, run_folder: Path, step: int) -> None:
             raise utils.UserError(
                 f"the weights are not finite after step {step}, so it is not saved",
                 found=name,
-                safe=_newest_saved(run_folder),
+                safe=_advice(run_folder)["safe"],
                 next="a smaller --lr or --weight_decay, or more --warmup_steps",
             )
 

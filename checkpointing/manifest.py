@@ -28,15 +28,18 @@ def write_manifest(folder: Path, step: int) -> None:
 
 
 def own_checksum(manifest: dict[str, Any]) -> str:
-    """What a manifest says of itself, so that a flipped bit in it is not blamed on a file that it lists."""
+    """A manifest's checksum of itself, so that a flipped bit in it is not blamed on a file that it lists."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """A step's manifest without its own checksum, which is checked; ValueError if it cannot be trusted."""
-    content = json_records.read_own_json(folder / MANIFEST)
+    try:
+        content = json_records.read_own_json(folder / MANIFEST)
+    except ValueError as error:
+        raise ValueError(f"no readable manifest ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
-        raise ValueError("no readable manifest")
+        raise ValueError("no readable manifest" if content is not None else "no such file")
     checksum = content.pop("sha256", None)
     if checksum != own_checksum(content):
         raise ValueError("its content changed; its SHA-256 is not the one it names")
@@ -159,15 +162,12 @@ def problem(folder: Path) -> tuple[Path, str] | None:
     """What is wrong with a checkpoint: (file, what was found and expected); None if every file is as it was written."""
     manifest = folder / MANIFEST
     try:
-        content = utils.read_json(manifest)
-        checksum = content.pop("sha256")
+        content = read_manifest(folder)
         expected = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return manifest, f"no readable manifest ({type(error).__name__}: {error})"
-    if checksum != own_checksum(content):
-        return manifest, "its content changed; its SHA-256 is not the one it names"
-    if step_of(folder) not in (None, content["step"]):
-        return manifest, f"it is of step {content['step']}; the folder was renamed"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return manifest, str(error)
+    if step_of(folder) not in (None, content.get("step")):
+        return manifest, f"it is of step {content.get('step')}; the folder was renamed"
     for path, (size, checksum) in expected.items():
         if not path.is_file():
             return path, f"no such file; the manifest says {size:,} bytes"
