@@ -148,7 +148,8 @@ def test_a_stop_is_noted_even_if_nobody_can_be_told(script, tmp_path):
 
 def test_a_path_that_cannot_be_is_no_full_disk(script, run_script):
     result = run_script(script("open('x' * 300)"))
-    assert result.returncode == 2 and "a path cannot be used" in result.stderr and "free some space" not in result.stderr
+    assert result.returncode == 2 and "a path cannot be used" in result.stderr
+    assert "free some space" not in result.stderr
 
 
 def test_the_script_gets_its_arguments(script, run_script):
