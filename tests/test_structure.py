@@ -30,8 +30,8 @@ MAX_LINES, MAX_FILES = 420, 10
 
 
 def python_files():
-    return [ROOT / f"{name}.py" for name in ENTRY_SCRIPTS | SHARED] + [
-        path for folder in FOLDERS | {"bench"} for path in sorted((ROOT / folder).glob("*.py"))
+    return [ROOT / f"{name}.py" for name in sorted(ENTRY_SCRIPTS | SHARED)] + [
+        path for folder in sorted(FOLDERS | {"bench"}) for path in sorted((ROOT / folder).glob("*.py"))
     ]
 
 
