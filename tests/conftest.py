@@ -201,21 +201,24 @@ def micro_batches_of(dataset, indices, tokens_per_batch, batch_size, pad_id, cro
     return [packing.build(dataset, plan, pad_id) for plan in plans]
 
 
-# Files whose tests start many processes, train, compile or drive a browser, the slowest first. test_faults.py leads
-# for another reason too: it forks the tests' own process, which must not have computed anything before.
+# Files whose tests start many processes, train, compile or drive a browser, the slowest first. The first two lead for
+# another reason too: they fork the tests' own process, which must not have computed anything before.
 SLOW_FILES = [
     ROOT / "tests" / name
     for name in (
         "training/test_faults.py",
         "run_manager/test_manage_runs.py",
         "training/test_distributed.py",
-        "evaluation/test_eval_rm.py",
+        "evaluation/test_evaluator.py",
         "bench/test_harness.py",
         "training/test_train_rm.py",
         "chat_app/test_app.py",
         "data_pipeline/test_demo.py",
         "test_docs.py",
         "chat_app/test_chat.py",
+        "evaluation/test_eval_data.py",
+        "evaluation/test_eval_rm.py",
+        "evaluation/test_score_stream.py",
         "modeling/test_speedups.py",
     )
 ]
@@ -232,6 +235,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Mark what is slow, and begin with the slowest files, so that no process of the tests ends long after another."""
     order = {path: number for number, path in enumerate(SLOW_FILES)}
+    assert all(path.is_file() for path in order), "a file of SLOW_FILES has another name now"
     for item in items:
         is_slow_file = item.path in order and item.path.name not in HAS_QUICK_TESTS
         if is_slow_file or "script_server" in item.fixturenames:
