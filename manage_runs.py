@@ -1,8 +1,8 @@
-"""See every run, keep the good ones, delete the rest without fear.
+"""List runs, look at one, delete what you no longer need, and undo a deletion.
 
-python manage_runs.py                                    the list; on a terminal, then a menu
+python manage_runs.py                                    the list; on a terminal, followed by a menu
 python manage_runs.py --show RUN                         one run in detail
-python manage_runs.py --delete RUN OTHER/step-500        into the trash; --undo brings it back, --empty_trash frees
+python manage_runs.py --delete RUN OTHER/step-500        to the trash: --undo restores it, --empty_trash frees space
 python manage_runs.py --prune keep=best,last --dry_run   what would be deleted
 """
 
@@ -24,13 +24,13 @@ from common.flags import flag
 from run_manager import inventory, trash
 from run_manager.deletion_plan import Plan
 from run_manager.inventory import Roots, RunInfo
-from utils import UserError, printable
+from utils import UserError, counted, printable
 
 with utils.lazy_imports():
     from run_manager import display, questions
 
-ACTIONS = ("list", "json", "show", "delete", "prune", "shrink", "delete_superseded", "undo", "empty_trash")
 CHANGING = ("delete", "prune", "shrink", "delete_superseded", "undo", "empty_trash")
+ACTIONS = ("list", "json", "show", *CHANGING)
 FILTERS = ("name", "state", "older_than")
 EXACT_WORD = "delete"
 UNDO = "python manage_runs.py --undo"
@@ -44,21 +44,21 @@ class ManageConfig:
     output_dir: str = flag("./checkpoints/rm", "folder of the runs' checkpoints", group="where")
     log_dir: str = flag("./logs/rm", "folder of the runs' TensorBoard logs", group="where")
 
-    list: bool = flag(False, "only the list, no menu", group="look")
+    list: bool = flag(False, "print the list without the menu", group="look")
     json: bool = flag(False, "the list as JSON, one object per run", group="look")
     show: str | None = flag(None, "one run in detail", is_name_on_disk=True, group="look")
     against: str | None = flag(None, "with --show: compare its settings with this run's instead of the defaults", is_name_on_disk=True, group="look")
     sort: str = flag("started", "what the list is sorted by, ascending", choices=inventory.SORT_KEYS, group="look")
     name: str | None = flag(None, "only runs whose name matches a pattern: lr-*", is_name_on_disk=True, group="look")
     state: str | None = flag(None, "only runs in this state", choices=inventory.STATES, group="look")
-    older_than: str | None = flag(None, "only runs that were started longer ago than this, or with --empty_trash deleted: 90s, 30m, 12h, 7d, 2w", group="look")
+    older_than: str | None = flag(None, "only runs started (with --empty_trash: deleted) longer ago than this: 90s, 30m, 12h, 7d, 2w", group="look")
 
     delete: tuple[str, ...] = flag((), "delete runs (RUN) or single steps (RUN/step-500)", is_name_on_disk=True, group="delete")
-    prune: str | None = flag(None, "delete all steps of each listed run but these: keep=best,last or keep=best,3 (the newest 3)", group="delete")
+    prune: str | None = flag(None, "delete all steps of each listed run except these: keep=best,last or keep=best,3 (the newest 3)", group="delete")
     shrink: bool = flag(False, "delete the optimizer state of each listed finished run; the models stay", group="delete")
-    delete_superseded: bool = flag(False, "delete what resuming set aside and what killed saves left, in each listed run", group="delete")
+    delete_superseded: bool = flag(False, "delete steps that resuming set aside and remains of killed saves, in each listed run", group="delete")
     undo: bool = flag(False, "undo the last deletion", group="delete")
-    empty_trash: bool = flag(False, "delete for good what is in the trash", group="delete")
+    empty_trash: bool = flag(False, "permanently delete what is in the trash", group="delete")
     dry_run: bool = flag(False, "only show what would be deleted", group="delete")
     yes: bool = flag(False, "do not ask", group="delete")
 
@@ -95,11 +95,10 @@ class ManageConfig:
 
     def command(self, *words: str) -> str:
         """A command line for the same folders and filters."""
-        names = [
-            name for name in ("output_dir", "log_dir", *FILTERS) if getattr(self, name) != getattr(ManageConfig(), name)
-        ]
-        same = [word for name in names for word in (f"--{name}", printable(str(getattr(self, name))))]
-        return shlex.join(["python", "manage_runs.py", *words, *same])
+        for name in ("output_dir", "log_dir", *FILTERS):
+            if getattr(self, name) != getattr(ManageConfig(), name):
+                words += (f"--{name}", printable(str(getattr(self, name))))
+        return shlex.join(["python", "manage_runs.py", *words])
 
 
 def parse_keep(text: str) -> list[str]:
@@ -110,9 +109,7 @@ def parse_keep(text: str) -> list[str]:
     return words
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Deleting: show what goes, ask, do it, report
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Deleting: show what goes, ask, do it, report ----------------------------------------------------------------------
 
 
 def carry_out(plan: Plan, config: ManageConfig, *words: str) -> None:
@@ -127,29 +124,23 @@ def carry_out(plan: Plan, config: ManageConfig, *words: str) -> None:
     if not plan.items:
         print("nothing to delete")
         return
-    print(f"{count_things(plan.items)} to delete, {utils.format_bytes(plan.bytes)}", flush=True)
-    runs = {item.way[0] for item in plan.items}
-    several = (
-        f"This deletes from {len(runs)} runs. Type {EXACT_WORD} to move it to the trash:" if len(runs) > 1 else None
-    )
-    if not is_confirmed(config, again, several):
+    print(f"{counted(len(plan.items), 'item')} to delete, {utils.format_bytes(plan.bytes)}", flush=True)
+    runs = {item.parts[0] for item in plan.items}
+    exact_word_question = f"This deletes from {len(runs)} runs. Type {EXACT_WORD} to move it to the trash:"
+    if not is_confirmed(config, again, exact_word_question if len(runs) > 1 else None):
         return
     try:
         outcome = trash.delete(plan)
-    except BaseException:  # Ctrl-C, for example: what is on disk tells what was done
+    except BaseException:  # such as Ctrl-C: the disk tells what was done
         left = [item.name for item in plan.items if os.path.lexists(item.path)]
         gone = [item.name for item in plan.items if not os.path.lexists(item.path)]
         print(f"interrupted; in the trash: {', '.join(gone) or 'nothing'}; left: {', '.join(left) or 'nothing'}\n"
-              f"  the rest: {again}\n  back: {UNDO}", file=sys.stderr)  # fmt: skip
+              f"  to delete the rest: {again}\n  to restore: {UNDO}", file=sys.stderr)  # fmt: skip
         raise
     if outcome.done:
-        print(f"in the trash: {count_things(outcome.done)}, {utils.format_bytes(outcome.bytes)} "
-              "(--undo brings them back, --empty_trash frees the space)")  # fmt: skip
+        print(f"in the trash: {counted(len(outcome.done), 'item')}, {utils.format_bytes(outcome.bytes)} "
+              "(--undo restores them, --empty_trash frees the space)")  # fmt: skip
     report_left("could not be deleted", outcome, plan.roots, again)
-
-
-def count_things(items: list[trash.Item]) -> str:
-    return "1 thing" if len(items) == 1 else f"{len(items):,} things"
 
 
 def show_left(left: list[tuple[str, str]]) -> None:
@@ -158,7 +149,7 @@ def show_left(left: list[tuple[str, str]]) -> None:
 
 
 def is_confirmed(config: ManageConfig, again: str, exact_word_question: str | None) -> bool:
-    """Ask unless --yes, and say so if nothing is to be done: a plain yes, or the exact word if a question for it is given."""
+    """Ask for a yes, or for the exact word if there is a question for it. --yes answers, --dry_run declines."""
     if config.dry_run:
         print("dry run: nothing was changed")
         return False
@@ -170,17 +161,17 @@ def is_confirmed(config: ManageConfig, again: str, exact_word_question: str | No
             safe="nothing was changed",
             next=f"{again} --yes, or --dry_run to see what would be deleted",
         )
-    if exact_word_question is None:
-        is_yes = questions.yes_or_no("Move this to the trash?")
-    else:
+    if exact_word_question:
         is_yes = questions.exact_word(EXACT_WORD, exact_word_question)
+    else:
+        is_yes = questions.yes_or_no("Move this to the trash?")
     if not is_yes:
         print("nothing was deleted")
     return is_yes
 
 
 def report_left(what: str, outcome: trash.Outcome, roots: Roots, again: str) -> None:
-    """Raise if something is left, naming all of it and why."""
+    """Raise if something could not be done, naming all of it and why."""
     if not outcome.left:
         return
     kind = utils.DiskOrNetworkError if outcome.is_disk else UserError
@@ -198,8 +189,9 @@ def undo(roots: Roots, config: ManageConfig) -> None:
     for item in outcome.done:
         print(f"  {item.name}  {utils.format_bytes(item.bytes)}")
     when = f"{entry[:4]}-{entry[4:6]}-{entry[6:8]} {entry[9:11]}:{entry[11:13]}"
-    print(f"{'would come back' if config.dry_run else 'back'}: {count_things(outcome.done)} deleted on {when}")
-    report_left("could not be brought back", outcome, roots, config.command("--undo"))
+    verb = "would be restored" if config.dry_run else "restored"
+    print(f"{verb}: {counted(len(outcome.done), 'item')} deleted on {when}")
+    report_left("could not be restored", outcome, roots, config.command("--undo"))
 
 
 def empty_trash(roots: Roots, config: ManageConfig) -> None:
@@ -219,25 +211,23 @@ def empty_trash(roots: Roots, config: ManageConfig) -> None:
         outcome = trash.empty(roots, config.age)
     except BaseException:
         left = [item.name for item in trash.empty(roots, None, is_dry=True).done]
-        print(f"interrupted; still in the trash: {', '.join(left) or 'nothing'}; the rest: {again}", file=sys.stderr)
+        print(f"interrupted; still in the trash: {', '.join(left) or 'nothing'}; next: {again}", file=sys.stderr)
         raise
     print(f"freed: {utils.format_bytes(outcome.bytes)}")
     report_left("could not be freed", outcome, roots, again)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Doing what was asked for
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Doing what was asked for ------------------------------------------------------------------------------------------
 
 MENU = {
-    "look at a run": "show",
-    "delete runs": "delete",
-    "delete single steps": "delete steps",
-    "delete all steps but best and last": "prune",
-    "delete the optimizer state of finished runs": "shrink",
-    "delete superseded steps": "delete_superseded",
-    "undo the last deletion": "undo",
-    "empty the trash": "empty_trash",
+    "show": "look at a run",
+    "delete": "delete runs",
+    "delete steps": "delete single steps",
+    "prune": "delete all steps except best and last",
+    "shrink": "delete the optimizer state of finished runs",
+    "delete_superseded": "delete superseded steps",
+    "undo": "undo the last deletion",
+    "empty_trash": "empty the trash",
     "leave": "leave",
 }
 
@@ -260,11 +250,11 @@ def look(config: ManageConfig, roots: Roots) -> tuple[list[RunInfo], list[RunInf
 
 def add_names(plan: Plan, names: tuple[str, ...]) -> None:
     """Plan to delete RUN or RUN/step-N, by their exact names in the list."""
-    whole = []
+    whole_runs = []
     for name in names:
         run_name, _, step_name = name.rpartition("/")
         if any(run.name == name for run in plan.runs) or step_of(Path(step_name)) is None:
-            whole.append(inventory.find_run(name, plan.runs))
+            whole_runs.append(inventory.find_run(name, plan.runs))
             continue
         run = inventory.find_run(run_name, plan.runs)
         step = next((step for step in run.steps if step.folder.name == step_name), None)
@@ -272,7 +262,7 @@ def add_names(plan: Plan, names: tuple[str, ...]) -> None:
             steps = ", ".join(step.folder.name for step in run.steps) or "no steps"
             raise UserError(f"{printable(run_name)} has no {step_name}", found=steps, safe="nothing was changed")
         plan.add_steps(run, [step])
-    plan.add_runs(whole)
+    plan.add_runs(whole_runs)
 
 
 def delete_named(plan: Plan, names: list[str], config: ManageConfig) -> None:
@@ -283,43 +273,40 @@ def delete_named(plan: Plan, names: list[str], config: ManageConfig) -> None:
             where=plan.roots.output,
             found="; ".join(f"{name}: {why}" for name, why in plan.refused),
             safe="nothing was changed",
-            next="the same without that" if plan.items else "python manage_runs.py --list",
+            next="the same command without these" if plan.items else "python manage_runs.py --list",
         )
     carry_out(plan, config, "--delete", *map(printable, names))
 
 
-def act(action: str, runs: list[RunInfo], chosen: list[RunInfo], roots: Roots, config: ManageConfig) -> None:
-    """Carry out an action that needs no names."""
-    plan = Plan(roots, runs)
+def act(action: str, plan: Plan, chosen: list[RunInfo], config: ManageConfig) -> None:
+    """Carry out an action that needs no names, on the chosen runs; `plan` is still empty."""
+    if action == "undo":
+        return undo(plan.roots, config)
+    if action == "empty_trash":
+        return empty_trash(plan.roots, config)
+    words = [f"--{action}"]
     if action == "prune":
-        keep = config.prune or "keep=best,last"
-        plan.add_pruned(chosen, parse_keep(keep))
-        carry_out(plan, config, "--prune", keep)
+        words.append(config.prune or "keep=best,last")
+        plan.add_pruned(chosen, parse_keep(words[1]))
     elif action == "shrink":
         plan.add_optimizers(chosen)
-        carry_out(plan, config, "--shrink")
-    elif action == "delete_superseded":
-        plan.add_leftovers(chosen)
-        carry_out(plan, config, "--delete_superseded")
-    elif action == "undo":
-        undo(roots, config)
     else:
-        empty_trash(roots, config)
+        plan.add_leftovers(chosen)
+    carry_out(plan, config, *words)
 
 
-def act_on_picked(action: str, runs: list[RunInfo], chosen: list[RunInfo], roots: Roots, config: ManageConfig) -> None:
-    """Let the user pick runs, or steps of one run, and show or delete them."""
-    plan = Plan(roots, runs)
-    titles = [f"{printable(run.name)}  {run.state}" for run in chosen]
+def act_on_picked(action: str, plan: Plan, chosen: list[RunInfo], config: ManageConfig) -> None:
+    """Let the user pick runs, or steps of one run, and show or delete them; `plan` is still empty."""
+    titles = [f"{number}  {printable(run.name)}  {run.state}" for number, run in enumerate(chosen, 1)]
     if action == "delete":
-        picked = [chosen[place] for place in questions.pick("Runs to delete", titles)]
+        picked = [chosen[index] for index in questions.pick("Runs to delete", titles)]
         plan.add_runs(picked)
         return delete_named(plan, [run.name for run in picked], config)
-    run = chosen[questions.pick_one("Which run?", titles)]
+    run = chosen[questions.choose("Which run?", titles)]
     if action == "show":
-        return display.show_run(run, runs, roots, None)
-    described = [f"{step.folder.name}  {utils.format_bytes(step.bytes)}" for step in run.steps]
-    steps = [run.steps[place] for place in questions.pick("Steps to delete", described)] if described else []
+        return display.show_run(run, plan.runs, plan.roots, None)
+    titles = [f"{n}  {step.folder.name}  {utils.format_bytes(step.bytes)}" for n, step in enumerate(run.steps, 1)]
+    steps = [run.steps[index] for index in questions.pick("Steps to delete", titles)] if titles else []
     plan.add_steps(run, steps)
     delete_named(plan, [f"{run.name}/{step.folder.name}" for step in steps], config)
 
@@ -329,12 +316,12 @@ def run_menu(config: ManageConfig, roots: Roots) -> None:
     while True:
         runs, chosen, notes = look(config, roots)
         display.show_runs(chosen, notes)
-        action = MENU[questions.choose("What now?", list(MENU))]
+        action = list(MENU)[questions.choose("What now?", list(MENU.values()))]
         if action == "leave":
             return
         try:
             needs_picking = action in ("show", "delete", "delete steps")
-            (act_on_picked if needs_picking else act)(action, runs, chosen, roots, config)
+            (act_on_picked if needs_picking else act)(action, Plan(roots, runs), chosen, config)
         except UserError as error:  # a refused deletion is no reason to leave the menu
             print(error, file=sys.stderr)
 
@@ -353,7 +340,7 @@ def manage(config: ManageConfig, roots: Roots) -> None:
     """Do what the flags ask for; without any, show the menu on a terminal and the list elsewhere."""
     action = next((name for name in ACTIONS if getattr(config, name)), None)
     if action in ("undo", "empty_trash"):
-        return act(action, [], [], roots, config)
+        return act(action, Plan(roots, []), [], config)
     if action is None and questions.has_terminal():
         return run_menu(config, roots)
     runs, chosen, notes = look(config, roots)
@@ -367,7 +354,7 @@ def manage(config: ManageConfig, roots: Roots) -> None:
         add_names(plan, config.delete)
         delete_named(plan, list(config.delete), config)
     elif action in CHANGING:
-        act(action, runs, chosen, roots, config)
+        act(action, Plan(roots, runs), chosen, config)
     else:
         display.show_runs(chosen, notes)
 

@@ -318,6 +318,11 @@ def format_duration(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
+def counted(count: int, noun: str) -> str:
+    """(1, 'run') -> '1 run'; (2000, 'run') -> '2,000 runs'."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def timestamp() -> str:
     return time.strftime("%Y%m%d_%H%M%S")
 

@@ -1,9 +1,7 @@
 """Locks on files: one process trains a run, one writer appends at a time.
 
-They are locks of the operating system (by `filelock`), which releases them when a process ends, however it ends.
+The operating system holds them (through `filelock`) and releases them when a process ends, however it ends.
 """
-
-from __future__ import annotations
 
 import os
 import platform
@@ -31,38 +29,41 @@ class RunLock:
 
     FILE = ".lock"
 
-    def __init__(self, run_folder: Path, holder: str = "process", patience_seconds: float = PROBE_SECONDS):
-        """Raise UserError, naming host and process, if another process still holds the lock after `patience_seconds`.
+    def __init__(
+        self,
+        run_folder: Path,
+        holder: str = "process",
+        patience_seconds: float = PROBE_SECONDS,
+        busy: str = "this run is being trained right now",
+        next: str = "wait until it ends, or use another --run_name",
+    ):
+        """Raise UserError (`busy`, with host and process) if another process still holds the lock after
+        `patience_seconds`, or if the lock is not an ordinary file.
 
         On a file system without locks, print a warning and go on without one.
         """
         path = run_folder / self.FILE
+        if _is_special(path):  # it is opened for writing, which would follow a link and wait for a pipe
+            raise UserError("its lock is not an ordinary file", where=path, next="see what it is, and remove it")
         self._file = path.open("a+", encoding="utf-8")
         try:
             has_lock = _lock_within(patience_seconds, self._file)
         except OSError as error:
-            print(
-                f"this file system has no locks ({error.strerror}): make sure that no two processes train {run_folder}"
-            )
+            why = error.strerror
+            print(f"this file system has no locks ({why}): make sure that no two processes train {run_folder}")
             return
         if not has_lock:
             self._file.seek(1 if os.name == "nt" else 0)  # Windows locks the first byte, a newline, against reading
             found = self._file.read().strip() or "another process"
             self._file.close()
-            raise UserError(
-                "this run is being trained just now",
-                where=run_folder,
-                found=f"held by {found}",
-                safe="nothing in it was changed",
-                next="another --run_name, or wait until it ends",
-            )
+            raise UserError(busy, where=run_folder, found=f"held by {found}", safe="nothing was changed", next=next)
         try:
             is_same_file = os.path.samestat(path.stat(), os.fstat(self._file.fileno()))
         except OSError:
             is_same_file = False
         if not is_same_file:  # manage_runs.py moved the folder to the trash between opening and locking
             self._file.close()
-            raise UserError("this run is being deleted just now", where=run_folder)
+            raise UserError("this run is being deleted right now", where=run_folder)
         self._file.truncate(0)
         self._file.write(f"\n{holder} {os.getpid()} on {platform.node()}\n")
         self._file.flush()
@@ -73,9 +74,9 @@ class RunLock:
 
 def is_locked(path: Path) -> bool:
     """Whether another process holds the lock on a file. The file is neither created nor changed."""
+    if _is_special(path):
+        return False  # nobody locks a link or a pipe
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            return False  # nobody locks a link or a pipe
         file = path.open("rb")
     except (FileNotFoundError, NotADirectoryError):
         return False
@@ -93,6 +94,14 @@ def is_locked(path: Path) -> bool:
         return False  # closing the file releases it
 
 
+def _is_special(path: Path) -> bool:
+    """Whether something other than an ordinary file is there: a link, a pipe, a folder."""
+    try:
+        return not stat.S_ISREG(path.lstat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def _lock_within(seconds: float, file: typing.IO[Any]) -> bool:
     """Lock an open file, retrying for a while; False if another process keeps it."""
     import filelock  # listing runs does without it
@@ -105,7 +114,7 @@ def _lock_within(seconds: float, file: typing.IO[Any]) -> bool:
     return True
 
 
-def exclusive(lock_file: Path, patience_seconds: float = 30) -> filelock.BaseFileLock:
+def exclusive(lock_file: Path, patience_seconds: float = 30) -> "filelock.BaseFileLock":
     """`with exclusive(path):` keeps other threads and processes out; TimeoutError if it takes too long to get in."""
     import filelock
 

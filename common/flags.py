@@ -16,7 +16,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from utils import UserError, nearest
+from utils import UserError, counted, nearest
 
 
 def flag(default: Any, help: str, **limits: Any) -> Any:
@@ -73,9 +73,8 @@ def build_config(config_class: type, values: dict[str, Any], problems: list[str]
     problems = problems + [text for field in fields.values() if (text := _limit_broken(field, config))]
     problems += config.problems()
     if problems:
-        count = "1 setting" if len(problems) == 1 else f"{len(problems)} settings"
         raise UserError(
-            f"{count} cannot be used\n  " + "\n  ".join(problems),
+            f"{counted(len(problems), 'setting')} cannot be used\n  " + "\n  ".join(problems),
             next=f"python {Path(sys.argv[0]).name} --help",
         )
     return config

@@ -1,8 +1,6 @@
 """Ask the Hugging Face hub one quick question before any download, so that a typo or a broken connection is reported
 within seconds instead of after a minute of retries."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path, PureWindowsPath
 

@@ -3,13 +3,12 @@
 Reads only; trash.py does the moving.
 """
 
-from __future__ import annotations
-
 import os
 import stat
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import utils
 from checkpointing import manifest, run_folder
@@ -23,32 +22,32 @@ class Item:
     """One thing to delete: a folder or file, by its path from a root."""
 
     root: Path
-    way: tuple[str, ...]  # ("run",), ("run", "step-5"), ("run", "step-5", "optimizer.safetensors")
+    parts: tuple[str, ...]  # ("run",), ("run", "step-5"), ("run", "step-5", "optimizer.safetensors")
     bytes: int
     began: str | None = None  # of the run's record: --undo must not put a step into a run that was resumed since
 
     @property
     def path(self) -> Path:
-        return self.root.joinpath(*self.way)
+        return self.root.joinpath(*self.parts)
 
     @property
     def name(self) -> str:
-        return printable("/".join(self.way))
+        return printable("/".join(self.parts))
 
     @property
     def is_optimizer(self) -> bool:
-        return len(self.way) == 3 and self.way[-1] == manifest.OPTIMIZER
+        return len(self.parts) == 3 and self.parts[-1] == manifest.OPTIMIZER
 
-    def is_within(self, other: Item) -> bool:
-        return self.root == other.root and self.way[: len(other.way)] == other.way
+    def is_within(self, other: Self) -> bool:
+        return self.root == other.root and self.parts[: len(other.parts)] == other.parts
 
 
 @dataclass
 class Plan:
-    """What a deletion takes. The methods add to it; what must not be deleted is refused with the reason."""
+    """What a deletion takes. The methods add to it; what must not be deleted goes to `refused`, with the reason."""
 
     roots: Roots
-    runs: list[RunInfo]  # all, to warn about those that were resumed from what goes
+    runs: list[RunInfo]  # all, to warn about those that were resumed from what is deleted
     items: list[Item] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)  # (name, why)
     warnings: list[str] = field(default_factory=list)
@@ -57,8 +56,8 @@ class Plan:
     def bytes(self) -> int:
         return sum(item.bytes for item in self.items)
 
-    def add(self, root: Path, way: tuple[str, ...], size: int, run: RunInfo) -> None:
-        item = Item(root, way, size, run.record.began if run.record and root == self.roots.output else None)
+    def add(self, root: Path, parts: tuple[str, ...], size: int, run: RunInfo) -> None:
+        item = Item(root, parts, size, run.record.began if run.record and root == self.roots.output else None)
         if why := why_not(item):
             self.refused.append((item.name, why))
         elif not any(item.is_within(other) for other in self.items):
@@ -66,13 +65,13 @@ class Plan:
 
     def refuses_running(self, run: RunInfo) -> bool:
         if run.state == run_folder.RUNNING:
-            self.refused.append((printable(run.name), "it is being trained just now"))
+            self.refused.append((printable(run.name), "it is being trained right now"))
         return run.state == run_folder.RUNNING
 
-    def warn_of_resumed(self, run: RunInfo, steps: list[Step] | None, also_going: list[RunInfo]) -> None:
-        """Warn about runs that were resumed from these steps of a run (None: from any) and stay."""
+    def warn_of_resumed(self, run: RunInfo, steps: list[Step] | None, also_deleted: list[RunInfo]) -> None:
+        """Warn about runs that stay and were resumed from these steps of a run (None: from any step)."""
         for step, resumed in inventory.resumed_by(run, self.runs, self.roots).items():
-            names = [printable(name) for name in resumed if name not in [other.name for other in also_going]]
+            names = [printable(name) for name in resumed if name not in [other.name for other in also_deleted]]
             if names and (steps is None or step in [one.folder.name for one in steps]):
                 self.warnings.append(f"{', '.join(names)} was resumed from {printable(run.name)}/{step}")
 
@@ -111,9 +110,8 @@ class Plan:
             kept = [step for word in keep for step in (run.steps[-int(word) :] if word.isdecimal() else [])]
             kept += [best] * ("best" in keep) + [last] * ("last" in keep)
             if "best" in keep and best is None and run.steps:
-                self.warnings.append(
-                    f"{printable(run.name)}: none of its steps was evaluated when saved, so all are kept"
-                )
+                why = "none of its steps was evaluated when saved, so all are kept"
+                self.warnings.append(f"{printable(run.name)}: {why}")
                 continue
             self.add_steps(run, [step for step in run.steps if step not in kept])
 
@@ -123,13 +121,13 @@ class Plan:
             for step in run.steps:
                 if run.state != run_folder.FINISHED or not step.optimizer_bytes:
                     continue
-                way = (run.name, step.folder.name, manifest.OPTIMIZER)
+                parts = (run.name, step.folder.name, manifest.OPTIMIZER)
                 try:
                     manifest.read_manifest(step.folder)
-                    self.add(self.roots.output, way, step.optimizer_bytes, run)
+                    self.add(self.roots.output, parts, step.optimizer_bytes, run)
                 except (OSError, ValueError) as error:
                     why = f"the step is damaged: {manifest.MANIFEST}: {error}"
-                    self.refused.append((printable("/".join(way)), why))
+                    self.refused.append((printable("/".join(parts)), why))
 
     def add_leftovers(self, chosen: list[RunInfo]) -> None:
         """Steps that were set aside on resuming, and what killed saves left."""
@@ -139,21 +137,23 @@ class Plan:
                     self.add(self.roots.output, (run.name, path.name), size, run)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What must not be touched
-# ---------------------------------------------------------------------------------------------------------------------
+# -- What must not be touched ------------------------------------------------------------------------------------------
+
+
+def leads_elsewhere(parts: tuple[str, ...]) -> bool:
+    """Whether a path could name anything but a run, or something in one: something outside the root, or the trash."""
+    separators = set("/\\:\0") if os.name == "nt" else set("/\0")
+    return not parts or any(part in ("", ".", "..", TRASH) or separators & set(part) for part in parts)
 
 
 def why_not(item: Item) -> str | None:
     """Why an item must not be touched (a link or mount point, a path out of the root), or None."""
-    if not item.way or any(part in ("", ".", "..") or "/" in part or os.sep in part for part in item.way):
+    if leads_elsewhere(item.parts):
         return "not a name inside the root"
-    if item.way[0] == TRASH:
-        return "the trash itself"
     if why := link_problem(item.root):
         return f"the root {printable(str(item.root))} is {why}; name the real folder"
     path, device = item.root, os.lstat(item.root).st_dev
-    for part in item.way:
+    for part in item.parts:
         path = path / part
         try:
             found = os.lstat(path)
@@ -169,7 +169,7 @@ def why_not(item: Item) -> str | None:
 
 
 def link_problem(folder: Path) -> str | None:
-    """Why a root or trash cannot be used, or None. (A mount point can: a disk of its own for checkpoints.)"""
+    """Why a root or trash cannot be used, or None. (A mount point can: checkpoints may be on a separate disk.)"""
     try:
         found = os.lstat(folder)
     except OSError as error:
@@ -180,7 +180,7 @@ def link_problem(folder: Path) -> str | None:
 
 
 def mounted_beneath(path: Path, device: int) -> str | None:
-    """What is mounted at or beneath a path, where emptying the trash would delete it, or None."""
+    """What is mounted at or beneath a path, so that emptying the trash would delete its content; None if nothing."""
     real = os.path.realpath(path)
     mounted = [mount for mount in mount_points() if mount == real or mount.startswith(real + os.sep)]
     try:
@@ -191,7 +191,7 @@ def mounted_beneath(path: Path, device: int) -> str | None:
 
 
 def mount_points() -> list[str]:
-    """Where file systems are mounted, as far as known: a bind mount cannot be recognised by its device number."""
+    """Where file systems are mounted, as far as known. Needed for bind mounts, which have the same device number."""
     import psutil  # not needed for the list
 
     try:

@@ -4,8 +4,6 @@ A terminal that is wide enough gets a table; narrow terminals, pipes and very lo
 ever shortened, and control characters in names never reach the terminal.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shlex
@@ -33,9 +31,7 @@ HEADS = ["#", "name", "started", "state", "base model", "training", "steps", "be
 RIGHT_ALIGNED = {"#", "steps", "checkpoints", "size", "logs", "on disk"}
 PLACES = ("run_name", "output_dir", "log_dir")  # settings that differ between any two runs
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All runs
-# ---------------------------------------------------------------------------------------------------------------------
+# -- All runs ----------------------------------------------------------------------------------------------------------
 
 
 def cells_of(number: int, run: RunInfo) -> list[str]:
@@ -78,7 +74,7 @@ def show_runs(runs: list[RunInfo], notes: list[str]) -> None:
     if not (sys.stdout.isatty() and len(rows) <= MAX_TABLE_ROWS and show_table(rows)):
         print("\n".join(plain_lines(HEADS, rows)))
     checkpoints, logs = (sum(getattr(run, name) for run in runs) for name in ("checkpoint_bytes", "log_bytes"))
-    count = "1 run" if len(runs) == 1 else f"{len(runs):,} runs"
+    count = utils.counted(len(runs), "run")
     print(f"{count}, {utils.format_bytes(checkpoints)} of checkpoints, {utils.format_bytes(logs)} of logs")
     for note in notes:
         print(f"  {note}")
@@ -152,9 +148,7 @@ def as_object(run: RunInfo) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One run
-# ---------------------------------------------------------------------------------------------------------------------
+# -- One run -----------------------------------------------------------------------------------------------------------
 
 
 def show_run(run: RunInfo, runs: list[RunInfo], roots: Roots, other: RunInfo | None) -> None:

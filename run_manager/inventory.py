@@ -3,8 +3,6 @@
 Reads only and follows no symbolic link; what vanishes while it is read counts as gone. Standard library only.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import os
 import re
@@ -120,9 +118,7 @@ class RunInfo:
         return found[-1], max(found, key=lambda one: (one.value, one.step))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading the roots
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Reading the roots -------------------------------------------------------------------------------------------------
 
 
 def scan(roots: Roots) -> tuple[list[RunInfo], list[str]]:
@@ -299,9 +295,7 @@ def resumed_by(run: RunInfo, runs: list[RunInfo], roots: Roots) -> dict[str, lis
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Choosing
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Choosing ----------------------------------------------------------------------------------------------------------
 
 
 def sort_runs(runs: list[RunInfo], key: str) -> list[RunInfo]:

@@ -1,6 +1,4 @@
-"""Questions on a terminal. Ctrl-C and end of input are never taken for an answer."""
-
-from __future__ import annotations
+"""Questions on a terminal. Ctrl-C and end of input never count as an answer."""
 
 import re
 import sys
@@ -41,8 +39,9 @@ def exact_word(word: str, question: str) -> bool:
     return ask(questionary.text, question) == word
 
 
-def choose(question: str, answers: list[str]) -> str:
-    return ask(questionary.select, question, choices=answers)
+def choose(question: str, titles: list[str]) -> int:
+    """The index of the title that was chosen."""
+    return ask(questionary.select, question, choices=indexed(titles))
 
 
 def parse_numbers(text: str, highest: int) -> list[int]:
@@ -74,13 +73,8 @@ def pick(what: str, titles: list[str]) -> list[int]:
     text = ask(questionary.text, question, validate=lambda text: check_numbers(text, len(titles)))
     if text.strip():
         return [number - 1 for number in parse_numbers(text, len(titles))]
-    return ask(questionary.checkbox, what, choices=numbered(titles))
+    return ask(questionary.checkbox, what, choices=indexed(titles))
 
 
-def pick_one(what: str, titles: list[str]) -> int:
-    """The index of the title that was picked."""
-    return ask(questionary.select, what, choices=numbered(titles))
-
-
-def numbered(titles: list[str]) -> list[questionary.Choice]:
-    return [questionary.Choice(f"{index + 1}  {title}", value=index) for index, title in enumerate(titles)]
+def indexed(titles: list[str]) -> list[questionary.Choice]:
+    return [questionary.Choice(title, value=index) for index, title in enumerate(titles)]

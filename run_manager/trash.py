@@ -3,14 +3,12 @@
     .trash-ROOT/DATE_TIME-NUMBER/manifest.json    what a deletion took from this root, written before the first renaming
     .trash-ROOT/DATE_TIME-NUMBER/files/...        the same paths as in the root
 
-Each root (checkpoints, logs) has its own trash beside it: on the same file system, so that nothing is ever copied, and
+Each root (checkpoints, logs) has its trash beside it: on the same file system, so that nothing is ever copied, and
 outside the log folder, because TensorBoard reads hidden folders too. Where that is impossible (the root is a mount
 point, its parent is not writable) the trash is ROOT/.trash, as in earlier versions; both places are always read.
 
-What lies under files/ is in the trash, whatever the manifest says, so an interrupted deletion or undo can be repeated.
+What is under files/ is in the trash, whatever the manifest says, so an interrupted deletion or undo can be repeated.
 """
-
-from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -20,7 +18,7 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -29,13 +27,15 @@ import utils
 from checkpointing import manifest, run_folder
 from common import atomic_files, file_locks, json_records
 from run_manager import inventory
-from run_manager.deletion_plan import Item, Plan, link_problem, mount_points, mounted_beneath, why_not
+from run_manager.deletion_plan import Item, Plan, leads_elsewhere, link_problem, mount_points, mounted_beneath, why_not
 from run_manager.inventory import TRASH, Roots
 from utils import UserError
 
-MANIFEST, FILES, GONE = "manifest.json", "files", "gone-"
-ENTRY = re.compile(r"(\d{8}_\d{6})-(\d{3})", re.ASCII)
+MANIFEST, FILES = "manifest.json", "files"
+GONE = "gone-"  # before the name of an entry that is being deleted for good
+ENTRY = r"\d{8}_\d{6}-\d{3}"
 HIDDEN_EVENTS = "tf-events-in-trash"  # what earlier versions called the event files in ROOT/.trash
+HOLDER = "manage_runs.py, process"
 LOCK_SECONDS = 5.0  # how long to wait for another manage_runs.py: it only renames, which is quick
 
 
@@ -43,7 +43,7 @@ LOCK_SECONDS = 5.0  # how long to wait for another manage_runs.py: it only renam
 class TakenItem:
     """One item in an entry's manifest.json; see `Item`."""
 
-    way: tuple[str, ...]
+    way: tuple[str, ...]  # Item.parts
     bytes: int
     began: str | None
 
@@ -74,9 +74,7 @@ class Outcome:
         self.left.append((name, (why or str(error)) + more))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where the trash is
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Where the trash is ------------------------------------------------------------------------------------------------
 
 
 def trash_places(root: Path) -> tuple[Path, Path]:
@@ -97,84 +95,67 @@ def make_trash(root: Path) -> Path:
     return inside
 
 
-@contextlib.contextmanager
-def locked_trash(root: Path) -> Iterator[Path]:
-    """A root's trash, held so that one manage_runs.py at a time moves things in and out of the root."""
-    root.mkdir(parents=True, exist_ok=True)  # to undo after the root itself was removed
-    if why := link_problem(root):
-        raise UserError(f"the root is {why}", where=root, safe="nothing was changed", next="name the real folder")
-    folder = make_trash(root)
+def check_folder(folder: Path, kind: str, advice: str) -> None:
+    """Raise UserError unless a root or trash is a real folder."""
     if why := link_problem(folder):
-        raise UserError(f"the trash is {why}", where=folder, safe="nothing was changed", next="see what it is")
-    check_lock_file(folder)
-    try:
-        lock = file_locks.RunLock(folder, "manage_runs.py, process", LOCK_SECONDS)
-    except UserError as error:
-        raise UserError(
-            "another manage_runs.py is working on these runs",
-            where=root,
-            safe="this one changed nothing",
-            next="the same command again in a moment",
-        ) from error
-    try:
-        yield folder
-    finally:
-        lock.release()
+        raise UserError(f"the {kind} is {why}", where=folder, safe="nothing was changed", next=advice)
 
 
-def check_lock_file(folder: Path) -> None:
-    """Raise UserError unless a folder's lock is an ordinary file: it is opened for writing, so a link is dangerous."""
-    path = folder / file_locks.RunLock.FILE
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise UserError("its lock is not an ordinary file", where=path, next="see what it is, and remove it")
+@contextlib.contextmanager
+def locked_trashes(roots: Iterable[Path]) -> Iterator[dict[Path, Path]]:
+    """The trash of each root, held so that one manage_runs.py at a time moves things in and out of the roots."""
+    with contextlib.ExitStack() as locks:
+        places = {}
+        for root in sorted(roots):  # always in this order, so no two processes block each other
+            root.mkdir(parents=True, exist_ok=True)  # to undo after the root itself was removed
+            check_folder(root, "root", "name the real folder")
+            places[root] = make_trash(root)
+            check_folder(places[root], "trash", "see what it is")
+            busy, advice = "another manage_runs.py is working on these runs", "the same command again in a moment"
+            locks.callback(file_locks.RunLock(places[root], HOLDER, LOCK_SECONDS, busy, advice).release)
+        yield places
 
 
-def entries(root: Path, prefix: str = "") -> dict[str, Path]:
-    """The deletions in a root's trash: name -> folder, oldest first."""
-    found = {}
-    for place in trash_places(root):
-        if link_problem(place) is None:
-            names = (entry.name for entry in os.scandir(place) if entry.is_dir(follow_symlinks=False))
-            names = (name for name in names if re.fullmatch(prefix + ENTRY.pattern, name, re.ASCII))
-            found |= {name.removeprefix(prefix): place / name for name in names}
+def entries(roots: Roots, prefix: str = "") -> dict[str, dict[Path, Path]]:
+    """The deletions in the trash, oldest first: name -> {root: folder of what it took from that root}."""
+    found: dict[str, dict[Path, Path]] = {}
+    for root in {os.path.realpath(root): root for root in (roots.logs, roots.output)}.values():  # may be one folder
+        for place in trash_places(root):
+            for entry in os.scandir(place) if link_problem(place) is None else ():
+                if re.fullmatch(prefix + ENTRY, entry.name, re.ASCII) and entry.is_dir(follow_symlinks=False):
+                    found.setdefault(entry.name.removeprefix(prefix), {})[root] = place / entry.name
     return dict(sorted(found.items()))
 
 
-def unique(roots: Roots) -> list[Path]:
-    """Both roots, or one if they are the same folder."""
-    return list({os.path.realpath(root): root for root in (roots.logs, roots.output)}.values())
+def roots_in(deletions: dict[str, dict[Path, Path]]) -> set[Path]:
+    """The roots that deletions took something from."""
+    return {root for folders in deletions.values() for root in folders}
 
 
 def summary(roots: Roots) -> str | None:
     """What the trash holds, in one line; None if it is empty."""
-    found = [entries(root) for root in unique(roots)]
-    count = len({name for of_root in found for name in of_root})
-    size = sum(inventory.measure(folder / FILES) for of_root in found for folder in of_root.values())
-    deletions = "1 deletion" if count == 1 else f"{count:,} deletions"
-    return f"in the trash: {utils.format_bytes(size)}, {deletions} (--undo, --empty_trash)" if count else None
+    found = entries(roots)
+    size = sum(inventory.measure(folder / FILES) for folders in found.values() for folder in folders.values())
+    deletions = utils.counted(len(found), "deletion")
+    return f"in the trash: {utils.format_bytes(size)}, {deletions} (--undo, --empty_trash)" if found else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Into the trash
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Into the trash ----------------------------------------------------------------------------------------------------
 
 
 def delete(plan: Plan) -> Outcome:
     """Move a plan's items to the trash, run by run; each is checked again right before."""
     outcome, roots = Outcome(), plan.roots
-    touched = sorted({item.root for item in plan.items})  # always in this order, so no two processes block each other
-    with contextlib.ExitStack() as locks:
-        places = {root: locks.enter_context(locked_trash(root)) for root in touched}
+    with locked_trashes({item.root for item in plan.items}) as places:
         name = new_entry_name(roots)
         folders = {root: place / name for root, place in places.items()}
         for root, folder in folders.items():
-            items = [TakenItem(item.way, item.bytes, item.began) for item in plan.items if item.root == root]
+            items = [TakenItem(item.parts, item.bytes, item.began) for item in plan.items if item.root == root]
             (folder / FILES).mkdir(parents=True)
-            text = json.dumps(dataclasses.asdict(TakenItems(roots.output in touched, items)), indent=2) + "\n"
+            text = json.dumps(dataclasses.asdict(TakenItems(roots.output in places, items)), indent=2) + "\n"
             atomic_files.replace_text(folder / MANIFEST, text)
-        for run in dict.fromkeys(item.way[0] for item in plan.items):
-            delete_items_of_run([item for item in plan.items if item.way[0] == run], folders, outcome)
+        for run in dict.fromkeys(item.parts[0] for item in plan.items):
+            delete_items_of_run([item for item in plan.items if item.parts[0] == run], folders, outcome)
         for root, folder in folders.items():
             remove_if_empty(root, folder)
     if roots.logs in places and places[roots.logs].name == TRASH:
@@ -185,8 +166,7 @@ def delete(plan: Plan) -> Outcome:
 
 def new_entry_name(roots: Roots) -> str:
     """A name that no trash has: date, time and a number."""
-    now = utils.timestamp()
-    taken = {name for root in unique(roots) for prefix in ("", GONE) for name in entries(root, prefix)}
+    now, taken = utils.timestamp(), {*entries(roots), *entries(roots, GONE)}
     names = (f"{now}-{number:03d}" for number in range(1, 1000))
     return next(name for name in names if name not in taken)
 
@@ -208,24 +188,20 @@ def delete_items_of_run(items: list[Item], folders: dict[Path, Path], outcome: O
 @contextlib.contextmanager
 def held_run(items: list[Item]) -> Iterator[None]:
     """Hold the lock of the run that items belong to, so that no training starts on it meanwhile. Logs have no lock."""
-    lock = None
-    for folder in dict.fromkeys(item.root / item.way[0] for item in items):
-        is_run = any((folder / name).exists() for name in (file_locks.RunLock.FILE, run_folder.RUN))
-        if lock is None and (is_run or run_folder.step_folders(folder)):
-            check_lock_file(folder)
-            lock = file_locks.RunLock(folder, "manage_runs.py, process")
-    if lock and os.name == "nt":  # Windows renames no folder that holds an open file, ours or a training's
-        lock.release()
-    try:
+    with contextlib.ExitStack() as locks:
+        for folder in dict.fromkeys(item.root / item.parts[0] for item in items):
+            has_lock_or_record = any((folder / name).exists() for name in (file_locks.RunLock.FILE, run_folder.RUN))
+            if has_lock_or_record or run_folder.step_folders(folder):
+                locks.callback(file_locks.RunLock(folder, HOLDER).release)
+                break
+        if os.name == "nt":  # Windows renames no folder that holds an open file, ours or a training's
+            locks.close()
         yield
-    finally:
-        if lock:
-            lock.release()
 
 
 def in_trash(item: Item, folders: dict[Path, Path]) -> Path:
-    """Where an item lies in the entry whose folders by root are given."""
-    return (folders[item.root] / FILES).joinpath(*item.way)
+    """An item's path in the entry whose folders by root are given."""
+    return (folders[item.root] / FILES).joinpath(*item.parts)
 
 
 def move_in(item: Item, target: Path) -> None:
@@ -256,27 +232,15 @@ def remove_if_empty(root: Path, folder: Path) -> None:
         print(f"{folder} stays: {error.strerror}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Out of the trash
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Out of the trash --------------------------------------------------------------------------------------------------
 
 
 def undo(roots: Roots, is_dry: bool = False) -> tuple[str, Outcome]:
     """Move the last deletion back to where it came from; returns its name. UserError, before anything moves, if
     something is in the way."""
     outcome = Outcome()
-    with contextlib.ExitStack() as locks:
-        for root in [root for root in unique(roots) if entries(root)] if not is_dry else []:
-            locks.enter_context(locked_trash(root))
-        found = {root: entries(root) for root in unique(roots)}
-        for name in undoable(roots):
-            folders = {root: of_root[name] for root, of_root in found.items() if name in of_root}
-            if items := [item for root, folder in folders.items() for item in read_entry(root, folder)]:
-                break
-            for root, folder in folders.items() if not is_dry else ():  # killed before it took anything
-                remove_if_empty(root, folder)
-        else:
-            raise UserError("the trash is empty: nothing to undo", where=trash_places(roots.output)[0])
+    with contextlib.nullcontext() if is_dry else locked_trashes(roots_in(entries(roots))):
+        name, folders, items = last_deletion(roots, is_dry)
         waiting = [item for item in items if os.path.lexists(in_trash(item, folders))]
         if problems := [f"{item.name}: {why}" for item in waiting if (why := in_the_way(item, waiting))]:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
@@ -297,15 +261,23 @@ def undo(roots: Roots, is_dry: bool = False) -> tuple[str, Outcome]:
     return name, outcome
 
 
-def undoable(roots: Roots) -> list[str]:
-    """The deletions, newest first, without logs whose checkpoints were deleted from another --output_dir."""
-    of_checkpoints, of_logs = entries(roots.output), entries(roots.logs)
-    own_logs = [
-        name
-        for name, folder in of_logs.items()
-        if inventory.read_object(folder / MANIFEST).get("has_checkpoints") is not True
-    ]
-    return sorted({*of_checkpoints, *own_logs}, reverse=True)
+def last_deletion(roots: Roots, is_dry: bool) -> tuple[str, dict[Path, Path], list[Item]]:
+    """The newest deletion that took something: name, folders by root, items. Removes newer ones that took nothing."""
+    for name, folders in reversed(entries(roots).items()):
+        if is_other_half(folders, roots):
+            continue
+        if items := [item for root, folder in folders.items() for item in read_entry(root, folder)]:
+            return name, folders, items
+        for root, folder in folders.items() if not is_dry else ():  # killed before it took anything
+            remove_if_empty(root, folder)
+    raise UserError("the trash is empty: nothing to undo", where=trash_places(roots.output)[0])
+
+
+def is_other_half(folders: dict[Path, Path], roots: Roots) -> bool:
+    """Whether a deletion took only logs from these roots and their checkpoints from another --output_dir."""
+    if roots.output in folders:
+        return False
+    return inventory.read_object(folders[roots.logs] / MANIFEST).get("has_checkpoints") is True
 
 
 def read_entry(root: Path, folder: Path) -> list[Item]:
@@ -313,10 +285,8 @@ def read_entry(root: Path, folder: Path) -> list[Item]:
     try:
         taken = json_records.load(TakenItems, folder / MANIFEST)
         items = [Item(root, one.way, one.bytes, one.began) for one in taken.items] if taken else []
-        outward = ("/", "\0", "\\", ":") if os.name == "nt" else ("/", "\0")
-        for way in (item.way for item in items):
-            if not way or any(part in ("", ".", "..", TRASH) or any(sign in part for sign in outward) for part in way):
-                raise ValueError(f"{way!r} leads out of the root")
+        if outside := [item.name for item in items if leads_elsewhere(item.parts)]:
+            raise ValueError(f"{outside[0]!r} leads out of the root")
     except (OSError, ValueError) as error:
         raise UserError(
             "what the last deletion took cannot be read",
@@ -332,11 +302,11 @@ def in_the_way(item: Item, waiting: list[Item]) -> str | None:
     """Why an item cannot go back: its name is taken, or the run it belongs to is gone or was resumed."""
     if os.path.lexists(item.path):
         return "something of that name is there again"
-    run = item.root / item.way[0]
-    if len(item.way) == 1 or any(other.path == run for other in waiting):
+    run = item.root / item.parts[0]
+    if len(item.parts) == 1 or any(other.path == run for other in waiting):
         return None
-    if why := why_not(Item(item.root, item.way[:-1], 0)):
-        return f"where it belongs is {why}"
+    if why := why_not(Item(item.root, item.parts[:-1], 0)):
+        return f"the folder it belongs to: {why}"
     try:
         record = run_folder.read_record(run)
     except (OSError, ValueError):
@@ -349,7 +319,7 @@ def in_the_way(item: Item, waiting: list[Item]) -> str | None:
 def move_out(item: Item, source: Path, outcome: Outcome) -> None:
     """Put one item back. If an earlier undo put it back already, only its step's manifest is corrected."""
     try:
-        with held_run([item] if len(item.way) > 1 and item.path.parent.is_dir() else []):
+        with held_run([item] if len(item.parts) > 1 and item.path.parent.is_dir() else []):
             if os.path.lexists(source):
                 restore_event_names(source)
                 os.rename(source, item.path)
@@ -363,31 +333,26 @@ def move_out(item: Item, source: Path, outcome: Outcome) -> None:
 def restore_event_names(path: Path) -> None:
     """Earlier versions renamed event files in the trash; a failure only leaves them invisible to TensorBoard."""
     with contextlib.suppress(OSError):
-        for beneath, found in list(inventory.walk(path)):
-            folder, name = os.path.split(beneath)
-            if stat.S_ISREG(found.st_mode) and HIDDEN_EVENTS in name:
-                os.rename(beneath, os.path.join(folder, name.replace(HIDDEN_EVENTS, "tfevents")))
+        for event_file in [Path(beneath) for beneath, found in inventory.walk(path) if stat.S_ISREG(found.st_mode)]:
+            if HIDDEN_EVENTS in event_file.name:
+                event_file.rename(event_file.with_name(event_file.name.replace(HIDDEN_EVENTS, "tfevents")))
 
 
 def empty(roots: Roots, older_than: timedelta | None, is_dry: bool = False) -> Outcome:
     """Delete for good what is in the trash, or has been there long enough."""
     outcome = Outcome()
-    for root in unique(roots):
-        if not entries(root) and not entries(root, GONE):
-            continue
-        with contextlib.nullcontext() if is_dry else locked_trash(root):
-            for folder in entries(root, GONE).values():
+    newest = f"{datetime.now() - (older_than or timedelta()):%Y%m%d_%H%M%S}".zfill(15)  # the year may have 3 digits
+    touched = roots_in(entries(roots, GONE)) | roots_in(entries(roots))
+    with contextlib.nullcontext() if is_dry else locked_trashes(touched):
+        old = [folders for name, folders in entries(roots).items() if older_than is None or name[:15] <= newest]
+        for folders in [*entries(roots, GONE).values(), *old]:
+            for folder in folders.values():
                 remove_entry(folder, is_dry, outcome)
-            for name, folder in entries(root).items():
-                deleted = datetime.strptime(name[:15], "%Y%m%d_%H%M%S")
-                if older_than is None or deleted <= datetime.now() - older_than:
-                    remove_entry(folder, is_dry, outcome)
     return outcome
 
 
 def remove_entry(folder: Path, is_dry: bool, outcome: Outcome) -> None:
-    size = inventory.measure(folder / FILES)
-    place = folder.parent
+    size, place = inventory.measure(folder / FILES), folder.parent
     item = Item(place.parent, (place.name, folder.name), size)
     if why := mounted_beneath(folder, os.lstat(place).st_dev):
         outcome.left.append((item.name, why))

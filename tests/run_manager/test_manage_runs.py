@@ -737,7 +737,7 @@ def test_a_run_that_is_training_is_shown_and_nothing_of_it_is_deleted(manage, wo
     assert found["state"] == "running" and found["steps_done"] >= 2
     for words in (["--delete", "live"], ["--delete", "first", "live"], ["--delete", "live/step-2"]):
         result = manage(*words, "--yes")
-        assert result.returncode == 2 and ("being trained just now" in result.stderr or "has no step" in result.stderr)
+        assert result.returncode == 2 and ("being trained right now" in result.stderr or "has no step" in result.stderr)
     result = manage("--prune", "keep=1", "--name", "live", "--yes")
     assert "being trained" in result.stdout and (work / "checkpoints/rm/first").exists()
     assert "train_rm.py --resume_from" not in manage("--show", "live").stdout
@@ -1163,7 +1163,7 @@ def test_runs_are_picked_with_arrow_keys_and_space(terminal, work):
     child.send(SPACE + DOWN + DOWN + DOWN + SPACE + ENTER)  # branch, killed
     child.expect("Type delete")
     child.send("delete" + ENTER)
-    child.expect("in the trash: 4 things")
+    child.expect("in the trash: 4 items")
     assert leave(child) == 0
     assert set(scanned(work)) == {"crashed", "first", "stopped"}
 
@@ -1179,7 +1179,7 @@ def test_runs_are_picked_by_numbers_and_ranges_and_one_needs_a_plain_yes(termina
     child.send("\x7f" + "2" + ENTER)
     child.expect("Move this to the trash")
     child.send("y" + ENTER)
-    child.expect("in the trash: 2 things")
+    child.expect("in the trash: 2 items")
     assert leave(child) == 0 and "crashed" not in scanned(work)
 
 
@@ -1258,11 +1258,11 @@ def test_single_steps_and_every_other_entry_of_the_menu_work(terminal, work):
     child.expect("branch was resumed from first/step-2")
     child.expect("Move this to the trash")
     child.send("y" + ENTER)
-    child.expect("in the trash: 2 things")
+    child.expect("in the trash: 2 items")
     child.expect("What now")
     assert not (work / "checkpoints/rm/first/step-1").exists()
     child.send(DOWN * 6 + ENTER)  # undo
-    child.expect("back: 2 things")
+    child.expect("restored: 2 items")
     child.expect("What now")
     assert tree(work) == before
     child.send(ENTER)  # look at a run
@@ -1273,7 +1273,7 @@ def test_single_steps_and_every_other_entry_of_the_menu_work(terminal, work):
     child.send(DOWN * 4 + ENTER)  # optimizer states
     child.expect("Type delete")
     child.send("delete" + ENTER)
-    child.expect("in the trash: 5 things")
+    child.expect("in the trash: 5 items")
     child.expect("What now")
     child.send(DOWN * 7 + ENTER)  # empty the trash
     child.expect("cannot be undone")
