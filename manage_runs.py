@@ -244,7 +244,7 @@ def look(config: ManageConfig, roots: Roots) -> tuple[list[RunInfo], list[RunInf
     runs, notes = inventory.scan(roots)
     if in_trash := trash.summary(roots):
         notes.append(in_trash)
-    chosen = inventory.filter_runs(runs, config.state, config.age, config.name)
+    chosen = [run for run in runs if inventory.passes(run, config.state, config.age, config.name)]
     return runs, inventory.sort_runs(chosen, config.sort), notes
 
 
@@ -337,7 +337,7 @@ def main(argv: list[str]) -> None:
 
 
 def manage(config: ManageConfig, roots: Roots) -> None:
-    """Do what the flags ask for; without any, show the menu on a terminal and the list elsewhere."""
+    """Do what the flags ask for. Without any, show the menu on a terminal and the list elsewhere."""
     action = next((name for name in ACTIONS if getattr(config, name)), None)
     if action in ("undo", "empty_trash"):
         return act(action, Plan(roots, []), [], config)

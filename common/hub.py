@@ -1,7 +1,6 @@
 """Ask the Hugging Face hub one quick question before any download, so that a typo or a broken connection is reported
 within seconds instead of after a minute of retries."""
 
-import os
 from pathlib import Path, PureWindowsPath
 
 from utils import DiskOrNetworkError, UserError, nearest
@@ -46,22 +45,13 @@ def only_local_copy(repo_id: str, repo_type: str, flag: str, instead: str) -> bo
     in time and there is no local copy. `instead` says what to type then.
     """
     import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UserError(f"{flag} is neither a local path nor a hub id", found=repo_id, next=str(error)) from error
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        if _has_local_copy(repo_id, repo_type):
-            return True
-        raise DiskOrNetworkError(
-            f"HF_HUB_OFFLINE is set, and there is no local copy of {repo_id}",
-            where=Path(repo_id).absolute(),
-            found="no such folder either",
-            next=instead,
-        )
     try:
         huggingface_hub.HfApi().repo_info(repo_id, repo_type=repo_type, timeout=ANSWER_WITHIN_SECONDS)
         return False
@@ -77,11 +67,14 @@ def only_local_copy(repo_id: str, repo_type: str, flag: str, instead: str) -> bo
             next="check the spelling; for a private one: hf auth login",
         ) from error
     except Exception as error:  # which class depends on the HTTP library underneath; any of them means "no answer"
+        is_offline = isinstance(error, OfflineModeIsEnabled)
+        why = "HF_HUB_OFFLINE is set" if is_offline else "the Hugging Face hub cannot be reached"
         if _has_local_copy(repo_id, repo_type):
-            print(f"the hub cannot be reached; using the local copy of {repo_id}", flush=True)
+            if not is_offline:
+                print(f"{why}; using the local copy of {repo_id}", flush=True)
             return True
         raise DiskOrNetworkError(
-            f"the Hugging Face hub cannot be reached, and there is no local copy of {repo_id}",
+            f"{why}, and there is no local copy of {repo_id}",
             where=f"nor is there a folder {Path(repo_id).absolute()}",
             found=f"{type(error).__name__}: {error}",
             next=instead,

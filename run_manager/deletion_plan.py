@@ -106,7 +106,7 @@ class Plan:
     def add_pruned(self, chosen: list[RunInfo], keep: list[str]) -> None:
         """All steps but those to keep: 'best', 'last', or a number of the newest."""
         for run in chosen:
-            best, last = inventory.best_and_last(run)
+            best, last = inventory.best_and_last_step(run)
             kept = [step for word in keep for step in (run.steps[-int(word) :] if word.isdecimal() else [])]
             kept += [best] * ("best" in keep) + [last] * ("last" in keep)
             if "best" in keep and best is None and run.steps:

@@ -1,7 +1,7 @@
 """How runs are shown: a table, plain lines, one run in detail, JSON.
 
-A terminal that is wide enough gets a table; narrow terminals, pipes and very long lists get plain lines. No name is
-ever shortened, and control characters in names never reach the terminal.
+A terminal that is wide enough gets a table; narrow terminals, pipes and very long lists get plain lines. Names are
+never shortened, and their control characters never reach the terminal.
 """
 
 import logging
@@ -15,8 +15,9 @@ from typing import Any
 
 import utils
 from checkpointing import run_folder
+from checkpointing.run_folder import EvalPoint
 from run_manager import inventory
-from run_manager.inventory import Accuracy, Roots, RunInfo
+from run_manager.inventory import Roots, RunInfo
 from utils import printable
 
 MAX_TABLE_ROWS = 200  # rich takes a second for a thousand
@@ -36,7 +37,7 @@ PLACES = ("run_name", "output_dir", "log_dir")  # settings that differ between a
 
 def cells_of(number: int, run: RunInfo) -> list[str]:
     """A run's row: one text for each of HEADS."""
-    last, best = run.last_and_best()
+    best, last = run.best_and_last_accuracy()
     done, planned = run.steps_done, run.planned_steps
     steps = "-" if done is None else f"{done:,} of {'?' if planned is None else f'{planned:,}'}"
     has_folder = run.folder is not None
@@ -60,12 +61,11 @@ def local_time(when: datetime | None) -> str:
     return when.astimezone().strftime("%Y-%m-%d %H:%M") if when else "?"
 
 
-def accuracy_text(found: Accuracy | None) -> str:
-    """'71.9% (66.1-77.0)': accuracy and its 95 % interval."""
+def accuracy_text(found: EvalPoint | None) -> str:
+    """'71.9% (66.1-77.0)': accuracy and its 95 % interval, if known."""
     if found is None:
         return "-"
-    interval = found.interval
-    return f"{found.value:.1%}" + (f" ({100 * interval[0]:.1f}-{100 * interval[1]:.1f})" if interval else "")
+    return f"{found.value:.1%}" + (f" ({100 * found.low:.1f}-{100 * found.high:.1f})" if found.count else "")
 
 
 def show_runs(runs: list[RunInfo], notes: list[str]) -> None:
@@ -108,23 +108,25 @@ def plain_lines(heads: list[str], rows: list[list[str]]) -> list[str]:
     """Aligned columns, two spaces apart."""
     from rich.cells import cell_len  # a character may be two columns wide on a terminal
 
-    widths = [max(map(cell_len, column)) for column in zip(heads, *rows, strict=True)]
-    lines = []
-    for row in [heads, *rows]:
-        padded = []
-        for head, text, width in zip(heads, row, widths, strict=True):
-            gap = " " * (width - cell_len(text))
-            padded.append(gap + text if head in RIGHT_ALIGNED else text + gap)
-        lines.append("  ".join(padded).rstrip())
-    return lines
+    columns = []
+    for column in zip(heads, *rows, strict=True):
+        width = max(map(cell_len, column))
+        padding = [" " * (width - cell_len(text)) for text in column]
+        pairs = zip(padding, column) if column[0] in RIGHT_ALIGNED else zip(column, padding)  # noqa: B905
+        columns.append(["".join(pair) for pair in pairs])
+    return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
+
+
+def accuracy_object(found: EvalPoint | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    interval = (found.low, found.high) if found.count else None
+    return {"step": found.step, "accuracy": found.value, "pairs": found.count or None, "interval": interval}
 
 
 def as_object(run: RunInfo) -> dict[str, Any]:
     """A run for --json; what is unknown is null."""
-    last, best = (
-        found and {"step": found.step, "accuracy": found.value, "pairs": found.pairs, "interval": found.interval}
-        for found in run.last_and_best()
-    )
+    best, last = map(accuracy_object, run.best_and_last_accuracy())
     model = run.config.get("model")
     return {
         "name": run.name,
@@ -153,13 +155,14 @@ def as_object(run: RunInfo) -> dict[str, Any]:
 
 def show_run(run: RunInfo, runs: list[RunInfo], roots: Roots, other: RunInfo | None) -> None:
     """Print everything about one run."""
-    print("\n".join([*summary_lines(run), "", *config_lines(run, other)]))
+    parts = [summary_lines(run), config_lines(run, other)]
     if run.folder:
-        print("\n".join(["", *step_lines(run, runs, roots)]))
+        parts.append(step_lines(run, runs, roots))
     if run.log_folder:
-        print("\n".join(["", *curve_lines(run.log_folder)]))
+        parts.append(curve_lines(run.log_folder))
     if commands := command_lines(run):
-        print("\n".join(["", "next:", *commands]))
+        parts.append(["next:", *commands])
+    print("\n\n".join("\n".join(lines) for lines in parts))
 
 
 def summary_lines(run: RunInfo) -> list[str]:
@@ -173,8 +176,8 @@ def summary_lines(run: RunInfo) -> list[str]:
     if run.record and run.record.resumed_from:
         lines.append(f"  resumed from {printable(run.record.resumed_from)}")
     lines += [f"  model        {model}, {training}", f"  steps        {steps}"]
-    for title, text, found in zip(("best", "last"), (best, last), reversed(run.last_and_best()), strict=True):
-        pairs = f", {found.pairs:,} pairs" if found and found.pairs else ""
+    for title, text, found in zip(("best", "last"), (best, last), run.best_and_last_accuracy(), strict=True):
+        pairs = f", {found.count:,} pairs" if found and found.count else ""
         lines.append(f"  {title:<12} {text}" + (f" at step {found.step:,}{pairs}" if found else ""))
     lines += [f"  checkpoints  {size}" + (f" in {printable(str(run.folder))}" if run.folder else "")]
     lines += [f"  logs         {logs}" + (f" in {printable(str(run.log_folder))}" if run.log_folder else "")]
@@ -183,25 +186,21 @@ def summary_lines(run: RunInfo) -> list[str]:
 
 def config_lines(run: RunInfo, other: RunInfo | None) -> list[str]:
     """The settings that differ from another run's, or from the defaults at the time of its training."""
-    mine = {name: value for name, value in run.config.items() if name not in PLACES}
+    mine = run.config
     if not mine:
         return ["configuration: unknown"]
     if other is not None:
-        names = [name for name in {**mine, **other.config} if name not in PLACES]
-        rows = [[name, as_text(mine.get(name)), as_text(other.config.get(name))] for name in names]
-        rows = [row for row in rows if row[1] != row[2]]
-        heads = ["  setting", printable(run.name), printable(other.name)]
-        title = f"configuration against {printable(other.name)}:"
+        title, heads = f"configuration against {printable(other.name)}:", [printable(run.name), printable(other.name)]
+        compared = [mine, other.config]
     elif run.record:
-        changed = run.record.changed
-        rows = [[name, as_text(mine[name]), as_text(changed[name])] for name in mine if name in changed]
-        heads, title = ["  setting", "here", "default"], "configuration against the defaults:"
+        title, heads = "configuration against the defaults:", ["here", "default"]
+        compared = [mine, {**mine, **run.record.changed}]
     else:
-        rows = [[name, as_text(value)] for name, value in mine.items()]
-        heads, title = ["  setting", "here"], "configuration (no record of the defaults at that time):"
-    if not rows:
-        return [title + " no difference"]
-    return [title, *plain_lines(heads, [[f"  {row[0]}", *row[1:]] for row in rows])]
+        title, heads, compared = "configuration (the defaults at that time are unknown):", ["here"], [mine]
+    names = [name for name in {**mine, **compared[-1]} if name not in PLACES]
+    rows = [[f"  {name}", *(as_text(config.get(name)) for config in compared)] for name in names]
+    rows = [row for row in rows if len(compared) == 1 or row[1] != row[2]]
+    return [title, *plain_lines(["  setting", *heads], rows)] if rows else [title + " no difference"]
 
 
 def as_text(value: Any) -> str:
@@ -209,7 +208,7 @@ def as_text(value: Any) -> str:
 
 
 def step_lines(run: RunInfo, runs: list[RunInfo], roots: Roots) -> list[str]:
-    best, last = inventory.best_and_last(run)
+    best, last = inventory.best_and_last_step(run)
     sources = inventory.resumed_by(run, runs, roots)
     rows = []
     for step in run.steps:
@@ -246,7 +245,7 @@ def curve_lines(log_folder: Path) -> list[str]:
     if not any(curves.values()):
         return ["loss: nothing was logged"]
     try:
-        "⠿─".encode(sys.stdout.encoding or "ascii")
+        "⠿●─".encode(sys.stdout.encoding or "ascii")
         markers = {"train/loss": "braille", "eval/loss": "●"}
     except UnicodeEncodeError:
         markers = {"train/loss": ".", "eval/loss": "o"}
@@ -266,7 +265,7 @@ def curve_lines(log_folder: Path) -> list[str]:
 
 def command_lines(run: RunInfo) -> list[str]:
     """What to type next: resume, chat, evaluate, look at the curves."""
-    best, last = inventory.best_and_last(run)
+    best, last = inventory.best_and_last_step(run)
     lines = []
     with_optimizer = [step for step in run.steps if step.optimizer_bytes]
     if with_optimizer and run.state != run_folder.RUNNING:

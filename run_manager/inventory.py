@@ -1,6 +1,6 @@
 """The runs in the two roots, `./checkpoints/rm` and `./logs/rm`: their states, steps and sizes.
 
-Reads only and follows no symbolic link; what vanishes while it is read counts as gone. Standard library only.
+Only reads and follows no symbolic link. What vanishes while it is read counts as gone. Standard library only.
 """
 
 import fnmatch
@@ -15,7 +15,7 @@ from typing import Any
 
 import utils
 from checkpointing import manifest, run_folder
-from checkpointing.run_folder import best_step, step_of
+from checkpointing.run_folder import EvalPoint, best_step, step_of
 from common import file_locks, json_records
 from utils import UserError, printable
 
@@ -35,19 +35,6 @@ class Roots:
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """The share of correctly ordered pairs after `step`. Old checkpoints do not say of how many pairs."""
-
-    step: int
-    value: float
-    pairs: int | None
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        return utils.wilson_interval(round(self.value * self.pairs), self.pairs) if self.pairs else None
-
-
-@dataclass(frozen=True)
 class Step:
     """One step-N folder."""
 
@@ -56,18 +43,22 @@ class Step:
     bytes: int
     optimizer_bytes: int  # 0 if it was removed
 
-    def accuracy(self) -> Accuracy | None:
-        """Its evaluation, if it has one that can be read."""
+    def accuracy(self) -> EvalPoint | None:
+        """Its evaluation, if it has one that can be read; `count` is 0 if it does not say over how many pairs."""
         try:
             found = run_folder.saved_evaluation(self.folder)
         except (OSError, ValueError):
             return None
-        return Accuracy(self.number, *found) if found and 0 <= found[0] <= 1 else None
+        if found is None or not 0 <= found[0] <= 1:
+            return None
+        value, count = found
+        low, high = utils.wilson_interval(round(value * count), count) if count else (0.0, 1.0)
+        return EvalPoint(self.number, value, low, high, count or 0)
 
 
 @dataclass
 class RunInfo:
-    """One run, or logs that belong to no run here (`folder` is None)."""
+    """One run, or logs without a run (`folder` is None)."""
 
     name: str
     folder: Path | None
@@ -101,21 +92,16 @@ class RunInfo:
     @property
     def training(self) -> str:
         lora = self.config.get("lora")
-        return {True: "LoRA", False: "full"}.get(lora, "?") if type(lora) is bool else "?"
+        return ("LoRA" if lora else "full") if type(lora) is bool else "?"
 
-    def evaluations(self) -> list[Accuracy]:
-        """All evaluations by step: from the record, or without one from the checkpoints."""
+    def best_and_last_accuracy(self) -> tuple[EvalPoint | None, EvalPoint | None]:
+        """The highest evaluation, the newest of equals, and the newest: of the record, or else of the checkpoints."""
         if self.record:
-            points = self.record.evaluations.get("accuracy", [])
-            return [Accuracy(point.step, point.value, point.count) for point in points]
-        return [found for step in self.steps if (found := step.accuracy())]
-
-    def last_and_best(self) -> tuple[Accuracy | None, Accuracy | None]:
-        """The newest evaluation and the highest, the newest of equals."""
-        found = self.evaluations()
-        if not found:
-            return None, None
-        return found[-1], max(found, key=lambda one: (one.value, one.step))
+            found = self.record.evaluations.get("accuracy", [])
+        else:
+            found = [accuracy for step in self.steps if (accuracy := step.accuracy())]
+        best = max(found, key=lambda accuracy: (accuracy.value, accuracy.step), default=None)
+        return best, found[-1] if found else None
 
 
 # -- Reading the roots -------------------------------------------------------------------------------------------------
@@ -136,7 +122,7 @@ def scan(roots: Roots) -> tuple[list[RunInfo], list[str]]:
             continue
         if run is None:
             if folder != logs.get(folder.name):
-                notes.append(f"{printable(folder.name)}: no run (train_rm.py wrote nothing in it); left alone")
+                notes.append(f"{printable(folder.name)}: not a run (train_rm.py wrote nothing in it); left alone")
             continue
         if claims_logs(run, roots):
             run.log_folder = logs.pop(run.name, None)
@@ -151,7 +137,7 @@ def scan(roots: Roots) -> tuple[list[RunInfo], list[str]]:
 
 
 def subfolders(root: Path, notes: list[str]) -> list[Path]:
-    """The folders in a root, sorted by name, without hidden ones; links are noted and skipped."""
+    """The folders in a root by name, without hidden ones. Links are skipped, with a note."""
     try:
         entries = sorted(os.scandir(root), key=lambda entry: entry.name)
     except FileNotFoundError:
@@ -159,7 +145,7 @@ def subfolders(root: Path, notes: list[str]) -> list[Path]:
     except OSError as error:
         kind = utils.DiskOrNetworkError if utils.disk_full_cause(error) else UserError
         advice = "see --output_dir, --log_dir"
-        raise kind("a root cannot be read", where=root, found=error.strerror, next=advice) from error
+        raise kind("a folder of runs cannot be read", where=root, found=error.strerror, next=advice) from error
     entries = [entry for entry in entries if not entry.name.startswith(".")]
     links = [entry.name for entry in entries if entry.is_symlink() or is_junction(entry.path)]
     notes += [f"{printable(name)}: a symbolic link; left alone" for name in links]
@@ -222,10 +208,10 @@ def claims_logs(run: RunInfo, roots: Roots) -> bool:
     log_dir = run.config.get("log_dir")
     if type(log_dir) is not str or "\0" in log_dir:
         return False
-    told = os.path.normpath(os.path.join(os.path.abspath(roots.output), log_dir))
-    if os.path.realpath(told) == os.path.realpath(roots.logs):
+    stated = os.path.normpath(os.path.join(os.path.abspath(roots.output), log_dir))
+    if os.path.realpath(stated) == os.path.realpath(roots.logs):
         return True
-    run.notes.append(f"its logs are in {printable(told)}, which is not --log_dir; left alone")
+    run.notes.append(f"its logs are in {printable(stated)}, which is not --log_dir; left alone")
     return False
 
 
@@ -276,8 +262,8 @@ def read_object(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def best_and_last(run: RunInfo) -> tuple[Step | None, Step | None]:
-    """A run's best checkpoint, the same one as for chat.py and training, and its newest."""
+def best_and_last_step(run: RunInfo) -> tuple[Step | None, Step | None]:
+    """A run's best checkpoint, as chat.py and training choose it, and its newest."""
     best = best_step(run.folder) if run.folder else None
     return next((step for step in run.steps if step.folder == best), None), (run.steps or [None])[-1]
 
@@ -299,11 +285,11 @@ def resumed_by(run: RunInfo, runs: list[RunInfo], roots: Roots) -> dict[str, lis
 
 
 def sort_runs(runs: list[RunInfo], key: str) -> list[RunInfo]:
-    """Ascending by one of SORT_KEYS, unknown values first: the newest, best or largest are last, next to the prompt."""
+    """Ascending by one of SORT_KEYS, unknown values first: the newest, best or largest is last, next to the prompt."""
 
     def value(run: RunInfo) -> Any:
         if key == "accuracy":
-            best = run.last_and_best()[1]
+            best, _ = run.best_and_last_accuracy()
             return best.value if best else -1.0
         started = run.started.timestamp() if run.started else 0.0
         size = run.checkpoint_bytes + run.log_bytes
@@ -313,18 +299,11 @@ def sort_runs(runs: list[RunInfo], key: str) -> list[RunInfo]:
     return sorted(runs, key=lambda run: (value(run), run.name, run.folder is None))
 
 
-def filter_runs(
-    runs: list[RunInfo], state: str | None, older_than: timedelta | None, pattern: str | None
-) -> list[RunInfo]:
-    """Runs in a state, started longer ago than an age, with a name like `lr-*`. A run of unknown age is not old."""
-    limit = datetime.now(UTC) - older_than if older_than is not None else None
-    return [
-        run
-        for run in runs
-        if (state is None or run.state == state)
-        and (limit is None or (run.started is not None and run.started < limit))
-        and (pattern is None or fnmatch.fnmatchcase(run.name, pattern))
-    ]
+def passes(run: RunInfo, state: str | None, older_than: timedelta | None, pattern: str | None) -> bool:
+    """Whether a run is in a state, started longer ago than an age (not if unknown), and has a name like `lr-*`."""
+    if older_than is not None and (run.started is None or run.started >= datetime.now(UTC) - older_than):
+        return False
+    return state in (None, run.state) and (pattern is None or fnmatch.fnmatchcase(run.name, pattern))
 
 
 def parse_age(text: str) -> timedelta:

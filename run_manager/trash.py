@@ -229,7 +229,7 @@ def remove_if_empty(root: Path, folder: Path) -> None:
             path.unlink(missing_ok=True)
         os.rmdir(folder)
     except OSError as error:
-        print(f"{folder} stays: {error.strerror}", file=sys.stderr)
+        print(f"{folder} could not be removed: {error.strerror}", file=sys.stderr)
 
 
 # -- Out of the trash --------------------------------------------------------------------------------------------------
@@ -341,10 +341,10 @@ def restore_event_names(path: Path) -> None:
 def empty(roots: Roots, older_than: timedelta | None, is_dry: bool = False) -> Outcome:
     """Delete for good what is in the trash, or has been there long enough."""
     outcome = Outcome()
-    newest = f"{datetime.now() - (older_than or timedelta()):%Y%m%d_%H%M%S}".zfill(15)  # the year may have 3 digits
+    limit = "" if older_than is None else f"{datetime.now() - older_than:%Y%m%d_%H%M%S}".zfill(15)  # year 110: 0110
     touched = roots_in(entries(roots, GONE)) | roots_in(entries(roots))
     with contextlib.nullcontext() if is_dry else locked_trashes(touched):
-        old = [folders for name, folders in entries(roots).items() if older_than is None or name[:15] <= newest]
+        old = [folders for name, folders in entries(roots).items() if not limit or name[:15] <= limit]
         for folders in [*entries(roots, GONE).values(), *old]:
             for folder in folders.values():
                 remove_entry(folder, is_dry, outcome)

@@ -57,6 +57,16 @@ def test_a_lock_whose_folder_was_moved_away_is_refused(tmp_path, monkeypatch):
         file_locks.RunLock(run)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="making symbolic links needs rights on Windows")
+def test_a_link_in_place_of_a_lock_is_refused_and_its_target_stays(tmp_path):
+    target = tmp_path / "precious.txt"
+    target.write_text("do not touch")
+    (tmp_path / ".lock").symlink_to(target)
+    with pytest.raises(utils.UserError, match="not an ordinary file"):
+        file_locks.RunLock(tmp_path)
+    assert target.read_text() == "do not touch" and not file_locks.is_locked(tmp_path / ".lock")
+
+
 def test_a_lock_is_released_by_a_kill(tmp_path):
     code = (
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\n"

@@ -241,7 +241,7 @@ def test_a_checkpoint_stores_how_many_pairs_its_accuracy_is_of_and_old_ones_stay
     utils.write_json(step / "training_state.json", old)
     assert checkpoint.read_training_state(step).eval_value == value
     assert checkpoint.read_training_state(step).eval_count is None
-    assert scanned(work)["first"].steps[1].accuracy().interval is None
+    assert scanned(work)["first"].steps[1].accuracy().count == 0
 
 
 def test_a_resumed_run_keeps_its_start_and_drops_later_evaluations(manage, work):
@@ -437,7 +437,7 @@ def test_folders_that_are_not_runs_are_left_alone(manage, work):
     (work / "checkpoints/rm/notes").mkdir()
     (work / "checkpoints/rm/notes/todo.txt").write_text("buy milk")
     result = manage()
-    assert "notes: no run" in result.stdout and "notes" not in objects(manage)
+    assert "notes: not a run" in result.stdout and "notes" not in objects(manage)
     assert manage("--delete", "notes", "--yes").returncode == 2
     assert (work / "checkpoints/rm/notes/todo.txt").read_text() == "buy milk"
 
@@ -725,6 +725,26 @@ def test_the_trash_is_emptied_by_age(manage, work):
     assert manage("--empty_trash", "--older_than", "7d", "--yes").returncode == 0
     assert manage("--undo").returncode == 0 and "killed" in objects(manage)
     assert manage("--undo").returncode == 2, "the old deletion is gone"
+
+
+def test_a_folder_in_the_trash_whose_name_only_looks_like_a_date_is_never_old(manage, work):
+    entry = work / "checkpoints/.trash-rm/99999999_999999-001"
+    (entry / "files").mkdir(parents=True)
+    for age in ("1d", "99999w"):
+        assert manage("--empty_trash", "--older_than", age, "--yes").returncode == 0 and entry.exists()
+
+
+def test_a_deletion_and_an_undo_lock_the_trashes_in_the_same_order(manage, monkeypatch):
+    locked, original = [], file_locks.RunLock.__init__
+
+    def note(self, folder, *arguments):
+        if folder.name == ".trash-rm":
+            locked.append(folder.parent.name)
+        original(self, folder, *arguments)
+
+    monkeypatch.setattr(file_locks.RunLock, "__init__", note)
+    assert manage("--delete", "first", "--yes").returncode == 0 and manage("--undo").returncode == 0
+    assert locked == ["checkpoints", "logs"] * 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
