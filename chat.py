@@ -1,12 +1,10 @@
 """Talk to a model in the browser, see how a reward model scores each reply, compare replies and vote.
 
-python chat.py                                    the page, with a button that loads Qwen3-0.6B
+python chat.py                                    a page with a button that loads Qwen3-0.6B
 python chat.py --model ./checkpoints/rm/RUN       score with the run's newest checkpoint, talk to its base model
 python chat.py --model FOLDER_OR_HUB_ID --reward_model ./checkpoints/rm/RUN/step-500
 python chat.py --demo                             the tiny built-in model and a reward model trained on its pairs
 """
-
-from __future__ import annotations
 
 import subprocess
 import sys
@@ -32,40 +30,39 @@ DEMO_RUN = "demo-chat"
 class ChatConfig:
     """Every setting of the page."""
 
-    # fmt: off
-    model: str = flag(model_list.DEFAULT_MODEL, "policy: hub id or folder; of a reward checkpoint, its base model")
-    reward_model: str | None = flag(None, "folder of a reward checkpoint, or of a run, which means its newest one")
-    autoload: bool = flag(False, "load the default model at start, without waiting for the button")
+    model: str = flag(model_list.DEFAULT_MODEL, "policy: a hub id or folder; for a reward checkpoint, its base model")
+    reward_model: str | None = flag(None, "folder of a reward checkpoint, or of a run, whose newest checkpoint is used")
+    autoload: bool = flag(False, "load the models at the start, without waiting for the button")
     output_dir: str = flag("./checkpoints/rm", "folder of the runs whose checkpoints the page offers")
     votes_file: str = flag("./preferences.jsonl", "JSONL file for votes, which train_rm.py --dataset reads")
-    host: str = flag("127.0.0.1", "address to listen at; 0.0.0.0 lets the whole network in and needs --auth")
-    port: int = flag(7860, "port; the default moves on to the next free one if it is taken", minimum=1, below=65536)
+    host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 lets the whole network in and needs --auth")
+    port: int = flag(7860, "port; if the default is taken, the next free one is used", minimum=1, below=65536)
     share: bool = flag(False, "public address through Gradio's servers, for 7 days; needs --auth")
     auth: str | None = flag(None, "USER:PASS that visitors must enter")
     demo: bool = flag(False, "tiny built-in model and a reward model trained on its pairs, offline")
     debug: bool = flag(False, "show the traceback of an error")
-    # fmt: on
 
     def problems(self) -> list[str]:
-        """Mistakes that only show in several flags together."""
+        """What is wrong with values or combinations of flags."""
         found = []
-        user, colon, password = (self.auth or "").partition(":")
-        if self.auth is not None and not (user and colon and password):
+        user, _, password = (self.auth or "").partition(":")
+        if self.auth is not None and not (user and password):
             found.append("--auth: wants USER:PASS, both of them")
         if self.auth is None and self.share:
             found.append("--share: a public address without --auth USER:PASS would let anyone use this machine")
         if self.auth is None and not server.is_loopback(self.host):
             found.append(f"--host: {self.host} is reachable by others, so --auth USER:PASS is needed")
         if self.demo and (self.reward_model or self.model != model_list.DEFAULT_MODEL):
-            found.append("--demo: brings its own models; leave out --model and --reward_model")
+            found.append("--demo: brings its own models, so leave out --model and --reward_model")
         return found
 
 
 def demo_models(output_dir: Path) -> tuple[str, Path]:
-    """The demo's model, and a reward model trained on its pairs (the first time, which takes a minute)."""
+    """The demo's model, and a reward model trained on its pairs, which takes a minute the first time."""
     run = output_dir / DEMO_RUN
-    if not is_finished(run):
-        print("training the demo's reward model, once, about a minute", flush=True)
+    record = run_folder.record_or_none(run)
+    if not (record and record.state == run_folder.FINISHED and step_folders(run)):
+        print("training the demo's reward model, which takes about a minute and happens only once", flush=True)
         new_run = ["--demo", "--run_name", DEMO_RUN, "--output_dir", str(output_dir)]
         train_flags = ["--resume_from", str(run)] if step_folders(run) else new_run
         script = str(Path(__file__).with_name("train_rm.py"))
@@ -73,15 +70,6 @@ def demo_models(output_dir: Path) -> tuple[str, Path]:
             raise UserError("training the demo's reward model failed", where=run, next="see the message above")
     model, _ = demo.write_demo(Path("demo"))
     return str(model), resolve.sound_checkpoint(str(run))
-
-
-def is_finished(run: Path) -> bool:
-    """Whether a run's record says that its training finished."""
-    try:
-        record = run_folder.read_record(run)
-    except (OSError, ValueError):
-        return False
-    return record is not None and record.state == run_folder.FINISHED and bool(step_folders(run))
 
 
 def main(argv: list[str]) -> None:

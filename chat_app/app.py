@@ -1,6 +1,4 @@
-"""The page: status, tabs and the choice of models; and the API, which offers the same to programs."""
-
-from __future__ import annotations
+"""The page: status, tabs and the choice of models; and an API that offers the same to programs."""
 
 import html
 from collections.abc import Iterator
@@ -29,10 +27,8 @@ def build_page(engine: ChatEngine, votes_file: Path) -> gr.Blocks:
                 CompareTab(engine, votes_file, chat.conversation, chat.settings)
             with gr.Tab("Models") as models_tab:
                 build_models_tab(engine, page, models_tab, status)
-        page.load(lambda: status_list(engine), None, status, **AT_ONCE)
-        # another visitor may have loaded other models
-        timer = gr.Timer(SECONDS_BETWEEN_STATUS_UPDATES)
-        timer.tick(lambda: status_list(engine), None, status, **AT_ONCE)
+        timer = gr.Timer(SECONDS_BETWEEN_STATUS_UPDATES)  # another visitor may load other models
+        gr.on([page.load, timer.tick], lambda: status_list(engine), None, status, **AT_ONCE)
         add_api(engine)
     return page
 
@@ -43,12 +39,10 @@ def status_list(engine: ChatEngine) -> str:
 
 
 def build_models_tab(engine: ChatEngine, page: gr.Blocks, tab: gr.Tab, status: gr.HTML) -> None:
-    policy = gr.Dropdown(
-        label="Policy", elem_id="policy", info="writes the replies; reward checkpoints offer their base model"
-    )
-    reward_model = gr.Dropdown(
-        label="Reward model", elem_id="reward-model", info="scores the replies; each run's newest and best are marked"
-    )
+    info = "writes the replies; the base models of your reward models are listed too"
+    policy = gr.Dropdown(label="Policy", elem_id="policy", info=info)
+    info = "scores the replies; each run's newest and best checkpoint are marked"
+    reward_model = gr.Dropdown(label="Reward model", elem_id="reward-model", info=info)
     load = gr.Button("Load", variant="primary", elem_id="load")
     problem = gr.HTML(elem_id="load-problem")
 
@@ -64,19 +58,16 @@ def build_models_tab(engine: ChatEngine, page: gr.Blocks, tab: gr.Tab, status: g
         try:
             engine.load(policy_name, reward_model_name or model_list.NONE)
         except Exception as error:  # shown on the page, whatever it is
-            remaining = "The models loaded before are still loaded." if engine.policy else "No model is loaded."
+            remaining = "The previous models are still loaded." if engine.policy else "No model is loaded."
             message = f"<p>{remaining}</p><pre>{html.escape(engine.explain(error))}</pre>"
         return [status_list(engine), message, *refresh()]
 
-    for event in (page.load, tab.select):
-        event(refresh, None, [policy, reward_model], **AT_ONCE)
+    gr.on([page.load, tab.select], refresh, None, [policy, reward_model], **AT_ONCE)
     outputs = [status, problem, policy, reward_model]
     load.click(load_chosen, [policy, reward_model], outputs, show_progress="minimal", api_visibility="private")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# API
-# ---------------------------------------------------------------------------------------------------------------------
+# -- API ---------------------------------------------------------------------------------------------------------------
 
 
 def add_api(engine: ChatEngine) -> None:
@@ -86,30 +77,29 @@ def add_api(engine: ChatEngine) -> None:
         message: str,
         history: list[dict[str, str]] | None = None,
         system_prompt: str = "",
-        temperature: float = 0.7,
-        top_p: float = 0.9,
-        max_new_tokens: int = 512,
-        thinking: bool = False,
-        candidates: int = 1,
+        temperature: float = Settings.temperature,
+        top_p: float = Settings.top_p,
+        max_new_tokens: int = Settings.max_new_tokens,
+        thinking: bool = Settings.thinking,
+        candidates: int = Settings.candidates,
     ) -> Iterator[str]:
         """Reply to a message after a history of {"role", "content"} messages; streams the reply so far.
 
-        With `candidates` above 1, that many replies are generated at once, and the last text streamed is the one with
-        the highest reward.
+        With `candidates` above 1, that many replies are generated at once, and the last text is the reply with the
+        highest reward.
         """
         with errors_shown(engine, as_html=False):
             if not isinstance(message, str) or not message.strip():
                 raise ValueError("the message is empty, or no text")
             dialogue = [*checked_dialogue(history or []), {"role": "user", "content": message}]
             settings = Settings(system_prompt, temperature, top_p, max_new_tokens, thinking, candidates)
-            replies = []
             for replies in engine.generate(dialogue, settings):
                 yield replies[0].content
             if candidates > 1:
                 yield engine.rank(dialogue, replies, system_prompt)[0][0].content
 
     def score(messages: list[dict[str, str]]) -> float:
-        """The reward of a dialogue: a list of {"role", "content"} messages that ends in a reply."""
+        """The reward of a dialogue: a list of {"role", "content"} messages, the last of which is a reply."""
         with errors_shown(engine, as_html=False):
             dialogue = checked_dialogue(messages)
             if not dialogue or dialogue[-1]["role"] != "assistant" or not dialogue[-1]["content"].strip():
@@ -117,10 +107,10 @@ def add_api(engine: ChatEngine) -> None:
             return engine.rewards_of([dialogue])[0]
 
     def compare(prompt: str, reply_a: str, reply_b: str) -> dict[str, Any]:
-        """Two replies to a prompt (a question or a transcript): "reward_a", "reward_b", "p_a", "tokens_a", "tokens_b".
+        """Compare two replies to a prompt, which is a question or a transcript.
 
-        `p_a` is the probability that A is preferred, sigmoid(reward_a - reward_b); `tokens_…` are pairs of a token's
-        text and the reward after it.
+        Returns "reward_a", "reward_b"; "p_a", the probability that A is preferred, sigmoid(reward_a - reward_b); and
+        "tokens_a", "tokens_b": [text, reward after it] of each of the reply's tokens.
         """
         with errors_shown(engine, as_html=False):
             if not all(isinstance(text, str) for text in (prompt, reply_a, reply_b)):
@@ -135,16 +125,14 @@ def add_api(engine: ChatEngine) -> None:
 def checked_dialogue(messages: Any) -> Messages:
     """The messages that a program sent; ValueError if they are not a dialogue. Content may be a list of text blocks."""
     wanted = 'wants a list of {"role": "user" or "assistant" or "system", "content": text}'
-    if not isinstance(messages, list):
-        raise ValueError(f"{wanted}, got {type(messages).__name__}")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"{wanted}, got {str(messages)[:80]}")
     dialogue = []
     for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ("user", "assistant", "system"):
-            raise ValueError(f"{wanted}, got {str(message)[:80]}")
-        content = message.get("content")
+        role, content = message.get("role"), message.get("content")
         blocks = content if isinstance(content, list) else [content]
         texts = [block.get("text") if isinstance(block, dict) else block for block in blocks]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{wanted}, got the content {str(content)[:80]}")
-        dialogue.append({"role": message["role"], "content": "".join(texts)})
+        if role not in ("user", "assistant", "system") or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{wanted}, got {str(message)[:80]}")
+        dialogue.append({"role": role, "content": "".join(texts)})
     return dialogue

@@ -1,7 +1,6 @@
 """The Compare tab: two replies to one prompt side by side, their rewards token by token, and the visitor's vote."""
 
-from __future__ import annotations
-
+import functools
 import html
 import itertools
 import shlex
@@ -20,23 +19,21 @@ from chat_app.events import AT_ONCE, GENERATION, QUIET, errors_shown
 from data_pipeline.parsing import Messages
 
 SAME_POLICY = "the loaded policy"
-CopiedPrompt = tuple[str, Messages]  # a prompt copied from the chat: its text, and its messages
+CopiedPrompt = tuple[str, Messages]  # a prompt copied from the chat: its text and its messages
 
 
 class CompareTab:
-    """The tab's components and what each click does. The chat's `settings` apply here too, system prompt first."""
+    """The tab's components and what each click does. The chat's `settings`, system prompt first, apply here too."""
 
     def __init__(self, engine: ChatEngine, votes_file: Path, chat: gr.State, settings: list[gr.components.Component]):
         self.engine, self.votes_file = engine, votes_file
         system_prompt = settings[0]
         prompt = gr.Textbox(
             label="Prompt", lines=3, max_lines=12, elem_id="prompt",
-            info='a question, or a dialogue as "Human: … Assistant: … Human: …", with an empty line before each turn',
+            info='a question, or a dialogue "Human: … Assistant: … Human: …" with an empty line before each turn',
         )  # fmt: skip
         with gr.Row():
-            policy_b = gr.Dropdown(
-                [SAME_POLICY], value=SAME_POLICY, label="Reply B is written by", elem_id="policy-b", scale=2
-            )
+            policy_b = gr.Dropdown([SAME_POLICY], label="Reply B is written by", elem_id="policy-b", scale=2)
             with gr.Column(min_width=200):
                 write = gr.Button("Write both", size="md", elem_id="write-both")
                 stop = gr.Button("Stop", size="md", variant="stop", visible=False, elem_id="stop-writing")
@@ -46,9 +43,8 @@ class CompareTab:
         with gr.Row():
             for letter in "AB":
                 with gr.Column(min_width=280):
-                    replies.append(
-                        gr.Textbox(label=f"Reply {letter}", lines=5, max_lines=16, elem_id=f"reply-{letter}")
-                    )
+                    label = f"Reply {letter}"
+                    replies.append(gr.Textbox(label=label, lines=5, max_lines=16, elem_id=f"reply-{letter}"))
                     label = f"Reward of {letter} by token: red raises it, violet lowers it"
                     token_texts.append(gr.HighlightedText(label=label))
         compare = gr.Button("Compare", variant="primary", elem_id="compare")
@@ -67,30 +63,25 @@ class CompareTab:
         comparison = {"fn": self.show_comparison, "inputs": inputs, "outputs": results, **QUIET}
         compare.click(**comparison)
         from_chat.click(self.copy_from_chat, chat, [copied, prompt, *replies], **AT_ONCE)
-        gr.on(
-            [prompt.input, *(reply.input for reply in replies), from_chat.click], no_results, None, results, **AT_ONCE
-        )
+        changes = [prompt.input, *(reply.input for reply in replies), from_chat.click]
+        gr.on(changes, no_results, None, results, **AT_ONCE)
         system_prompt.change(note_on, system_prompt, system_prompt_note, **AT_ONCE)
 
         # no votes while the replies are being written
         controls = [write, stop, *buttons.values()]
         started = write.click(lambda: [*no_results(), *set_controls(True)], None, [*results, *controls], **AT_ONCE)
-        writing = started.then(
-            self.write_both, [copied, prompt, policy_b, *settings], replies, show_progress="minimal", **GENERATION
-        )
-        writing.then(lambda: set_controls(False), None, controls, **AT_ONCE)
+        inputs_of_writing = [copied, prompt, policy_b, *settings]
+        writing = started.then(self.write_both, inputs_of_writing, replies, show_progress="minimal", **GENERATION)
         writing.success(**comparison)
-        stop.click(None, None, None, cancels=[writing], **QUIET).then(
-            lambda: set_controls(False), None, controls, **AT_ONCE
-        )
+        stopped = stop.click(None, None, None, cancels=[writing], **QUIET)
+        for end in (writing, stopped):
+            end.then(lambda: set_controls(False), None, controls, **AT_ONCE)
         policy_b.focus(self.list_policies, policy_b, policy_b, **AT_ONCE)
         for vote, button in buttons.items():
-            button.click(
-                lambda *values, vote=vote: self.vote(vote, *values), [last_vote, *inputs], [saved, last_vote], **QUIET
-            )
+            button.click(functools.partial(self.vote, vote), [last_vote, *inputs], [saved, last_vote], **QUIET)
 
     def copy_from_chat(self, chat: Conversation) -> list[Any]:
-        """The chat's last prompt, its reply as A, and the best of the other candidates, if any, as B."""
+        """The chat's last prompt, its reply as A, and as B the best of the other candidates, if there are any."""
         dialogue = conversation.dialogue(chat)
         with errors_shown(self.engine):
             if not dialogue or dialogue[-1]["role"] != "assistant":
@@ -103,34 +94,30 @@ class CompareTab:
         policies, _ = self.engine.choices()
         return gr.Dropdown([SAME_POLICY, *((label, name) for name, label in policies.items())], value=chosen)
 
-    def write_both(
-        self, copied: CopiedPrompt | None, prompt: str, policy_b: str, *settings: Any
-    ) -> Iterator[list[str]]:
-        """Write both replies: in one batch if one policy writes both, else one after the other."""
+    def write_both(self, copied: CopiedPrompt | None, prompt: str, policy_b: str, *values: Any) -> Iterator[list[str]]:
+        """Write both replies: in one batch if one policy writes both, otherwise one after the other."""
         with errors_shown(self.engine):
             dialogue = conversation.prompt_messages(prompt, copied)
             if policy_b in (SAME_POLICY, self.engine.policy_name):
-                for replies in self.engine.generate(dialogue, replace(Settings(*settings), candidates=2)):
+                for replies in self.engine.generate(dialogue, replace(Settings(*values), candidates=2)):
                     yield [reply.content for reply in replies]
                 return
-            alone = replace(Settings(*settings), candidates=1)
-            first = ""
-            for (reply,) in self.engine.generate(dialogue, alone):
-                first = reply.content
-                yield [first, ""]
-            for (reply,) in self.engine.generate(dialogue, alone, self.engine.second_policy(policy_b)):
-                yield [first, reply.content]
+            settings = replace(Settings(*values), candidates=1)
+            for (reply_a,) in self.engine.generate(dialogue, settings):
+                yield [reply_a.content, ""]
+            for (reply_b,) in self.engine.generate(dialogue, settings, self.engine.second_policy(policy_b)):
+                yield [reply_a.content, reply_b.content]
 
     def show_comparison(self, system_prompt: str, copied: CopiedPrompt | None, prompt: str, *replies: str) -> list[Any]:
-        """The values of the verdict, the plot and the two coloured texts."""
+        """New values for the verdict, the plot and the two coloured texts."""
         with errors_shown(self.engine):
             messages = conversation.prompt_messages(prompt, copied)
             found = self.engine.compare(conversation.with_system_prompt(system_prompt, messages), replies)
         if found["p_a"] == 0.5:
             preferred = "the reward model sees no difference"
         else:
-            letter, share = ("A", found["p_a"]) if found["p_a"] > 0.5 else ("B", 1 - found["p_a"])
-            percent = f"{share:.1%}" if share < 0.9995 else "over 99.9%"  # it never reaches 100 %
+            letter, p = ("A", found["p_a"]) if found["p_a"] > 0.5 else ("B", 1 - found["p_a"])
+            percent = f"{p:.1%}" if p < 0.9995 else "over 99.9%"  # a probability below 1 is never shown as 100 %
             preferred = f"the reward model prefers <b>{letter}</b> with probability <b>{percent}</b>"
         verdict = (
             f"reward of A <b>{found['reward_a']:+.3f}</b> · of B <b>{found['reward_b']:+.3f}</b> · {preferred}"
@@ -150,24 +137,18 @@ class CompareTab:
             row = votes.row_of(conversation.with_system_prompt(system_prompt, messages), *replies, vote)
             count = votes.append(self.votes_file, row)
         name, quoted = (html.escape(text) for text in (str(self.votes_file), shlex.quote(str(self.votes_file))))
-        return [
-            f"“{votes.VOTES[vote]}” is saved as row {count:,} of {name}. "
-            f"Train on it: <code>python train_rm.py --dataset {quoted}</code>",
-            values,
-        ]
+        message = f"“{votes.VOTES[vote]}” is saved as row {count:,} of {name}. "
+        return [f"{message}Train on it: <code>python train_rm.py --dataset {quoted}</code>", values]
 
 
 def set_controls(is_busy: bool) -> list[gr.Button]:
-    """The states of Write both, Stop and the votes."""
-    return [
-        gr.Button(visible=not is_busy),
-        gr.Button(visible=is_busy),
-        *(gr.Button(interactive=not is_busy) for _ in votes.VOTES),
-    ]
+    """New states for Write both, Stop and the votes."""
+    vote_buttons = [gr.Button(interactive=not is_busy) for _ in votes.VOTES]
+    return [gr.Button(visible=not is_busy), gr.Button(visible=is_busy), *vote_buttons]
 
 
 def no_results() -> list[Any]:
-    """The values of the verdict, the plot and the two coloured texts as long as the present texts are not compared."""
+    """Values for the verdict, the plot and the two coloured texts until the current texts are compared."""
     return ["", gr.LinePlot(visible=False), [], []]
 
 
@@ -178,22 +159,21 @@ def note_on(system_prompt: str) -> gr.HTML:
 
 
 def reward_plot(found: dict[str, Any]) -> gr.LinePlot:
-    """The reward after each token of both replies; hidden for architectures that have none."""
-    points = [
-        {"token": number, "reward": reward, "reply": letter.upper(), "text": text}
-        for letter in "ab"
-        for number, (text, reward) in enumerate(found[f"tokens_{letter}"], 1)
-    ]
-    columns = ["token", "reward", "reply", "text"]
-    return gr.LinePlot(pandas.DataFrame(points, columns=columns), visible=bool(points))
+    """The reward after each token of both replies; hidden for architectures that give no rewards by token."""
+    points = []
+    for letter in "AB":
+        tokens = found[f"tokens_{letter.lower()}"]
+        points += [(number, reward, letter, text) for number, (text, reward) in enumerate(tokens, 1)]
+    table = pandas.DataFrame(points, columns=["token", "reward", "reply", "text"])
+    return gr.LinePlot(table, visible=bool(points))
 
 
 def coloured(tokens: list[list[Any]]) -> list[tuple[str, float | None]]:
-    """Each token with the change of the reward at it, divided by the largest change: from -1 to 1."""
+    """Each token with the change of the reward at it, scaled so that the largest change is 1 or -1."""
     if len(tokens) < 2:
         return [(text, None) for text, _ in tokens]
     changes = [after - before for (_, before), (_, after) in itertools.pairwise(tokens)]
     largest = max(map(abs, changes)) or 1.0
     shares = [None, *(change / largest for change in changes)]
-    # of a character that takes several tokens, only one has a text
+    # of the tokens of one character, only one has a text
     return [(text or "·", share) for (text, _), share in zip(tokens, shares, strict=True)]

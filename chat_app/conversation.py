@@ -1,15 +1,15 @@
-"""A conversation as plain data that a browser can keep, and its changes. Knows neither models nor components.
+"""A conversation as plain data that a browser can store, and its changes. Independent of models and components.
 
-{"id": …, "system_prompt": …, "messages": [message, …]}, and "is_busy" while a reply is being generated. A message:
+A conversation is {"id": …, "system_prompt": …, "messages": [message, …]}, and "is_busy": true while a reply is being
+generated. A message is one of
 
     {"role": "user", "content": …}
-    {"role": "assistant", "content": …, "thinking": …, "others": [{"content": …, "thinking": …}, …]}   best-of-N's rest
-    {"role": "note", "content": …}                                            from the page: why there is no reply
+    {"role": "assistant", "content": …, "thinking": …, "others": [{"content": …, "thinking": …}, …]}
+    {"role": "note", "content": …}                                      from the page: why there is no reply
 
-Every function returns a new conversation and leaves the old one unchanged.
+where "others" are the candidates that best-of-N did not pick. Every function returns a new conversation and leaves the
+old one unchanged.
 """
-
-from __future__ import annotations
 
 import html
 import uuid
@@ -20,7 +20,7 @@ from data_pipeline.parsing import Messages
 
 Conversation = dict[str, Any]
 Message = dict[str, Any]
-ORDINALS = {1: "st", 2: "nd", 3: "rd"}
+ORDINAL_SUFFIXES = {1: "st", 2: "nd", 3: "rd"}
 
 
 def new(system_prompt: str = "") -> Conversation:
@@ -28,7 +28,7 @@ def new(system_prompt: str = "") -> Conversation:
 
 
 def checked(value: Any) -> Conversation:
-    """The conversation that a browser kept, or a new one if the value is not a conversation."""
+    """The conversation that a browser stored; a new one if the value is not a conversation."""
     try:
         messages = [_checked_message(message) for message in value["messages"]]
         return {"id": str(value["id"]), "system_prompt": str(value["system_prompt"]), "messages": messages}
@@ -48,8 +48,8 @@ def _checked_message(message: Message) -> Message:
 
 def title(conversation: Conversation) -> str:
     """The user's first message, shortened."""
-    questions = [message["content"] for message in conversation["messages"] if message["role"] == "user"]
-    return shortened(questions[0], 48) if questions else "empty"
+    questions = (message["content"] for message in conversation["messages"] if message["role"] == "user")
+    return shortened(next(questions, "empty"), 48)
 
 
 def shortened(text: str, length: int) -> str:
@@ -58,13 +58,11 @@ def shortened(text: str, length: int) -> str:
     return words if len(words) <= length else words[: length - 1] + "…"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# As messages for a model
-# ---------------------------------------------------------------------------------------------------------------------
+# -- As messages for a model -------------------------------------------------------------------------------------------
 
 
 def dialogue(conversation: Conversation) -> Messages:
-    """The messages that models see: no notes, and of two messages in a row from one side only the later."""
+    """The messages that models see: no notes, and of consecutive messages with the same role only the last."""
     messages: Messages = []
     for message in conversation["messages"]:
         if message["role"] == "note":
@@ -83,7 +81,7 @@ def dialogues_to_score(conversation: Conversation) -> list[Messages]:
 
 
 def with_system_prompt(system_prompt: str, messages: Messages) -> Messages:
-    """A dialogue after its system prompt, if there is one."""
+    """A dialogue with its system prompt, if there is one, in front."""
     prompt = system_prompt.strip()
     return [{"role": "system", "content": prompt}, *messages] if prompt else list(messages)
 
@@ -93,10 +91,10 @@ def with_reply(prompt: Messages, reply: str) -> Messages:
 
 
 def prompt_messages(prompt: str, from_chat: tuple[str, Messages] | None = None) -> Messages:
-    """A typed prompt as messages; ValueError if two replies could not answer it.
+    """A typed prompt as messages; ValueError if it is not something to reply to.
 
-    `from_chat` is (text, messages) of a prompt copied from the chat: an unchanged text means those messages, even if
-    words in it look like turns.
+    `from_chat` is (text, messages) of a prompt copied from the chat. While its text is unchanged, those messages are
+    used, even if words in the text look like turns.
     """
     if not prompt.strip():
         raise ValueError("the prompt is empty")
@@ -107,16 +105,14 @@ def prompt_messages(prompt: str, from_chat: tuple[str, Messages] | None = None) 
 
 
 def transcript(messages: Messages) -> str:
-    """The text from which `prompt_messages` reads a dialogue; a single question stays as it is."""
+    """A dialogue as text, in the form that `prompt_messages` reads; a single question stays as it is."""
     if len(messages) == 1 and messages[0]["role"] == "user":
         return messages[0]["content"]
     names = {"user": "Human", "assistant": "Assistant"}
     return "\n\n".join(f"{names[message['role']]}: {message['content']}" for message in messages)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Changes
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Changes -----------------------------------------------------------------------------------------------------------
 
 
 def _with(conversation: Conversation, messages: list[Message]) -> Conversation:
@@ -129,7 +125,7 @@ def ask(conversation: Conversation, text: str) -> Conversation:
 
 
 def answer(conversation: Conversation, replies: list[tuple[str, str]]) -> Conversation:
-    """Add a reply. `replies` are (content, thinking) of all candidates; the first is the one that counts."""
+    """Add a reply. `replies` are (content, thinking) of all candidates; the first becomes the reply."""
     (content, thinking), *rest = replies
     others = [{"content": other, "thinking": thought} for other, thought in rest]
     reply = {"role": "assistant", "content": content, "thinking": thinking, "others": others}
@@ -142,22 +138,22 @@ def note(conversation: Conversation, text: str) -> Conversation:
 
 
 def before_last_reply(conversation: Conversation) -> Conversation:
-    """Drop what followed the user's last message, so that it can be answered again."""
-    messages = list(conversation["messages"])
+    """Drop what follows the user's last message, so that it can be answered again."""
+    messages = conversation["messages"]
     while messages and messages[-1]["role"] != "user":
-        messages.pop()
+        messages = messages[:-1]
     return _with(conversation, messages)
 
 
 def undo(conversation: Conversation) -> tuple[Conversation, str]:
-    """Drop the user's last message and what followed it; returns the rest and the message's text."""
+    """Drop the user's last message and what follows it; returns the rest and the message's text."""
     messages = before_last_reply(conversation)["messages"]
     text = messages[-1]["content"] if messages else ""
     return _with(conversation, messages[:-1]), text
 
 
 def edit(conversation: Conversation, index: int, text: str) -> Conversation:
-    """Replace the user's message at `index` and drop what followed it."""
+    """Replace the user's message at `index` and drop what follows it."""
     return ask(_with(conversation, conversation["messages"][:index]), text)
 
 
@@ -170,19 +166,17 @@ def pick(conversation: Conversation, which: int) -> Conversation:
     return _with(conversation, [*earlier, {**last, **picked, "others": others}])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# As shown on the page
-# ---------------------------------------------------------------------------------------------------------------------
+# -- As shown on the page ----------------------------------------------------------------------------------------------
 
 
 def to_chatbot(
     conversation: Conversation, footers: list[str], options: list[tuple[str, int]] = ()
 ) -> tuple[list[Message], list[int]]:
-    """Messages for gr.Chatbot, and for each of them the index of the conversation's message it belongs to.
+    """Messages for gr.Chatbot, and for each of them the index of the conversation's message it comes from.
 
-    Whatever a person or a model wrote is escaped, so that the page shows every character and runs nothing. Texts are
-    content blocks because Gradio removes the indentation of plain strings. `footers` are lines below the replies, in
-    order; `options`, (label, index into "others"), go below the last reply.
+    Texts from users and models are escaped, so that the page shows every character and runs nothing. They are content
+    blocks because Gradio removes the indentation of plain strings. `footers` are the lines below the replies, in order;
+    `options`, (label, index into "others"), go below the last reply.
     """
     messages, indices = [], []
     footers_left = iter(footers)
@@ -220,22 +214,20 @@ def rank_of(index: int, rewards: list[float]) -> int:
 
 def ordinal(number: int) -> str:
     """1 -> '1st', 12 -> '12th'."""
-    return f"{number}{'th' if number % 100 in (11, 12, 13) else ORDINALS.get(number % 10, 'th')}"
+    return f"{number}{'th' if number % 100 in (11, 12, 13) else ORDINAL_SUFFIXES.get(number % 10, 'th')}"
 
 
 def reward_footers(rewards: list[float]) -> list[str]:
     """For each reply its reward and its rank in the conversation."""
-    if len(rewards) == 1:
-        return [f"reward {rewards[0]:+.3f}"]
-    count = len(rewards)
-    return [
-        f"reward {reward:+.3f} · {ordinal(rank_of(index, rewards))} of this chat's {count} replies"
-        for index, reward in enumerate(rewards)
-    ]
+    count, footers = len(rewards), []
+    for index, reward in enumerate(rewards):
+        rank = f" · {ordinal(rank_of(index, rewards))} of this chat's {count} replies" if count > 1 else ""
+        footers.append(f"reward {reward:+.3f}{rank}")
+    return footers
 
 
 def candidate_options(contents: list[str], rewards: list[float] | None) -> list[tuple[str, int]]:
-    """Labels for all candidates but the first, which is the one shown, each with its index into "others"."""
+    """Labels for all candidates except the first, which is the one shown, each with its index into "others"."""
     labels = []
     for index, content in enumerate(contents[1:], 1):
         rank = f"{ordinal(rank_of(index, rewards))} of {len(rewards)}, {rewards[index]:+.3f}: " if rewards else ""

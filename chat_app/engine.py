@@ -1,10 +1,7 @@
 """The loaded policy and reward model, and the operations that the page offers on them.
 
-Knows nothing of the page: texts and message lists in, texts and numbers out. Problems that a visitor can fix are
-ValueErrors.
+Independent of the page: texts and message lists in, texts and numbers out. What a visitor can fix is a ValueError.
 """
-
-from __future__ import annotations
 
 import json
 import threading
@@ -14,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -45,7 +42,7 @@ class Settings:
     candidates: int = 1
 
     def check(self) -> None:
-        """Raise ValueError with the name of a bad setting, its value and the allowed values."""
+        """Raise ValueError if a setting is bad, with its name, its value and the allowed values."""
         limits = [
             ("temperature", self.temperature, float, 0, 2),
             ("top-p", self.top_p, float, 0.05, 1),
@@ -53,7 +50,7 @@ class Settings:
             ("candidates", self.candidates, int, 1, MAX_CANDIDATES),
         ]
         for name, value, kind, low, high in limits:
-            is_number = type(value) in (int, float) and (kind is float or value == int(value))
+            is_number = type(value) in (int, float) and (kind is float or value % 1 == 0)
             if not is_number or not low <= value <= high:
                 what = "a whole number from " if kind is int else ""
                 raise ValueError(f"{name}: got {value!r}, wants {what}{low} to {high:,}")
@@ -70,8 +67,8 @@ class Reply(NamedTuple):
     thinking: str = ""
 
     @classmethod
-    def of(cls, text: str, may_think: bool) -> Reply:
-        """Split a generated text, finished or still growing. The chat template may already have opened the thinking."""
+    def of(cls, text: str, may_think: bool) -> Self:
+        """Split a generated text, finished or still growing. Some chat templates already end in `THINK`."""
         if text.startswith(THINK) or (may_think and END_OF_THINKING in text):
             thinking, _, content = text.removeprefix(THINK).partition(END_OF_THINKING)
             return cls(content.lstrip("\n"), thinking.strip())
@@ -79,7 +76,7 @@ class Reply(NamedTuple):
 
 
 class ChatEngine:
-    """The policy and the reward model, once loaded, and the operations on them."""
+    """`policy` and `reward_model` are None until they are loaded; the page also works without a reward model."""
 
     def __init__(
         self, policy_name: str, reward_model_folder: Path | None = None, output_dir: Path = Path(), debug: bool = False
@@ -90,34 +87,34 @@ class ChatEngine:
         self.output_dir, self.debug = output_dir, debug
         self.policy: models.PolicyModel | None = None
         self.reward_model: models.RewardModel | None = None
-        self._rewards: OrderedDict[str, float] = OrderedDict()  # each turn needs the rewards of all earlier ones again
+        self._rewards: OrderedDict[str, float] = OrderedDict()  # a cache: each turn needs those of all earlier ones
         self._second_policy: tuple[str, models.PolicyModel] | None = None
-        self._stamps = "", ""  # of the two loaded folders' content
+        self._stamps = "", ""  # of the two folders' content when they were loaded
         self._loading = threading.Lock()  # two visitors may press Load at once
 
-    # -- Loading -----------------------------------------------------------------------------------------------------
+    # -- Loading -------------------------------------------------------------------------------------------------------
 
     def choices(self) -> tuple[dict[str, str], dict[str, str]]:
         """(policies, reward models) that can be loaded, each as {name: label}."""
         return model_list.list_models(self.output_dir, *self.from_flags)
 
     def load(self, policy_name: str | None = None, reward_model_name: str | None = None) -> None:
-        """Load the named models; None keeps the present choice. If it fails, the models loaded before stay.
+        """Load the named models; None keeps the current choice. If loading fails, the old models stay loaded.
 
         A reply that is being generated keeps its model until it ends; then that model's memory is freed.
         """
         with self._loading:
-            names = (
-                self.policy_name if policy_name is None else policy_name,
-                self.reward_model_name if reward_model_name is None else reward_model_name,
-            )
+            reward_model_name = self.reward_model_name if reward_model_name is None else reward_model_name
+            names = policy_name or self.policy_name, reward_model_name
             for name, offered in zip(names, self.choices(), strict=True):
                 check_offered(name, offered)
             device = devices.pick_device()
             stamps = model_list.stamp(names[0]), model_list.stamp(names[1])
             policy, reward_model, rewards = self.policy, self.reward_model, self._rewards
             if reward_model is None or (names[1], stamps[1]) != (self.reward_model_name, self._stamps[1]):
-                reward_model, rewards = self._open_reward_model(names[1], device), OrderedDict()
+                reward_model, rewards = None, OrderedDict()
+                if names[1] != model_list.NONE:
+                    reward_model = models.RewardModel.restore(resolve.sound_checkpoint(names[1])).to(device).eval()
             if policy is None or (names[0], stamps[0]) != (self.policy_name, self._stamps[0]):
                 policy = self._open_policy(names[0], device)
             self.policy, self.reward_model, self._rewards = policy, reward_model, rewards
@@ -125,7 +122,7 @@ class ChatEngine:
             devices.free(device)
 
     def second_policy(self, name: str) -> models.PolicyModel:
-        """Another policy beside the loaded one; it stays in memory until another one is asked for."""
+        """Another policy beside the loaded one. It stays in memory until a different one is requested."""
         with self._loading:
             check_offered(name, self.choices()[0])
             if self._second_policy is None or self._second_policy[0] != name:
@@ -134,22 +131,16 @@ class ChatEngine:
             return self._second_policy[1]
 
     @staticmethod
-    def _open_reward_model(name: str, device: torch.device) -> models.RewardModel | None:
-        if name == model_list.NONE:
-            return None
-        return models.RewardModel.restore(resolve.sound_checkpoint(name)).to(device).eval()
-
-    @staticmethod
     def _open_policy(name: str, device: torch.device) -> models.PolicyModel:
         if hub.looks_like_a_path(name):
             policy = models.PolicyModel.restore(resolve.sound_checkpoint(name))
         else:
             policy = models.PolicyModel.create(name)
-        # generation needs no fp32 weights; on a CPU bf16 is slower than fp32 for a single row
+        # generation does not need fp32 weights; on a CPU, bf16 is slower than fp32 for a single row
         return policy.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
 
     def status(self) -> list[tuple[str, str]]:
-        """What is loaded, as (name, value) pairs; without a policy, what to do."""
+        """What is loaded, as (name, value) pairs; what to do if no policy is."""
         if self.policy is None:
             return [("policy", f"{self.policy_name}, not loaded yet: press Load")]
         policies, reward_models = self.choices()
@@ -158,22 +149,21 @@ class ChatEngine:
         if self.reward_model is not None:
             name = reward_models.get(self.reward_model_name, self.reward_model_name)
             reward_model = f"{name} · {_described(self.reward_model)}"
-        device = self.policy.device
-        memory = f"{devices.in_use_gib(device):.2f} GiB in use on {device.type}"
+        memory = f"{devices.in_use_gib(self.policy.device):.2f} GiB in use on {self.policy.device.type}"
         return [("policy", policy), ("reward model", reward_model), ("memory", memory)]
 
     def explain(self, error: Exception) -> str:
-        """An error in words for the visitor; with --debug the terminal gets the traceback."""
+        """An error as text for the visitor. With --debug, its traceback is printed to the terminal."""
         if self.debug:
             traceback.print_exception(error)
         if utils.is_out_of_memory(error):
             return "out of memory: try a shorter dialogue, fewer candidates or a smaller model"
         return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
-    # -- Generating --------------------------------------------------------------------------------------------------
+    # -- Generating ----------------------------------------------------------------------------------------------------
 
     def check(self, dialogue: Messages, settings: Settings, policy: models.PolicyModel | None = None) -> None:
-        """Raise ValueError, saying why, if a dialogue cannot be answered."""
+        """Raise ValueError with the reason if a dialogue cannot be answered."""
         settings.check()
         policy = policy or self.policy
         if policy is None:
@@ -181,28 +171,25 @@ class ChatEngine:
         if not dialogue or dialogue[-1]["role"] != "user":
             raise ValueError("there is nothing to reply to")
         messages = with_system_prompt(settings.system_prompt, dialogue)
-        check_length(messages, policy.tokenizer, policy.hf_model.config, settings.max_new_tokens)
+        check_length(messages, policy, settings.max_new_tokens)
 
     def generate(
         self, dialogue: Messages, settings: Settings, policy: models.PolicyModel | None = None
     ) -> Iterator[list[Reply]]:
-        """Generate `settings.candidates` replies in one batch; yields all of them so far, several times a second.
+        """Generate `settings.candidates` replies in one batch; yields their texts so far, several times a second.
 
         Raises ValueError if the dialogue cannot be answered; errors of the generation are raised too.
         """
-        policy = policy or self.policy  # loading another one in the meantime must not change it
+        policy = policy or self.policy  # loading another one in the meantime must not affect this reply
         self.check(dialogue, settings, policy)
         assert policy is not None
         texts = [""] * int(settings.candidates)
         last_update = 0.0
         for pieces in policy.stream_candidates(
-            with_system_prompt(settings.system_prompt, dialogue),
-            int(settings.candidates),
-            max_new_tokens=int(settings.max_new_tokens),
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            enable_thinking=settings.thinking,
-        ):
+            with_system_prompt(settings.system_prompt, dialogue), int(settings.candidates),
+            max_new_tokens=int(settings.max_new_tokens), enable_thinking=settings.thinking,
+            temperature=settings.temperature, top_p=settings.top_p,
+        ):  # fmt: skip
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
             if any(pieces) and time.monotonic() - last_update > SECONDS_BETWEEN_UPDATES:
                 last_update = time.monotonic()
@@ -217,7 +204,7 @@ class ChatEngine:
     def rank(
         self, dialogue: Messages, replies: list[Reply], system_prompt: str = ""
     ) -> list[tuple[Reply, float | None]]:
-        """Non-empty replies with their rewards, best first; without a reward model in their order, without rewards."""
+        """The replies that are not empty with their rewards, best first; without a reward model (reply, None)."""
         replies = [reply for reply in replies if reply.content.strip()]
         if self.reward_model is None:
             return [(reply, None) for reply in replies]
@@ -225,17 +212,17 @@ class ChatEngine:
         rewards = self.rewards_of([with_reply(prompt, reply.content) for reply in replies])
         return sorted(zip(replies, rewards, strict=True), key=lambda pair: -pair[1])
 
-    # -- Scoring -----------------------------------------------------------------------------------------------------
+    # -- Scoring -------------------------------------------------------------------------------------------------------
 
     def rewards_of(self, dialogues: list[Messages]) -> list[float]:
-        """The rewards of dialogues that each end in a reply. Recent rewards are cached."""
-        model, cache = self.reward_model, self._rewards  # loading another one in the meantime must not change them
+        """The rewards of dialogues that each end in a reply. The latest ones are cached."""
+        model, cache = self.reward_model, self._rewards  # loading another one in the meantime must not mix them
         if model is None:
             raise ValueError("no reward model is loaded")
         keys = [json.dumps(dialogue) for dialogue in dialogues]
         missing = {key: dialogue for key, dialogue in zip(keys, dialogues, strict=True) if key not in cache}
         for dialogue in missing.values():
-            check_length(dialogue, model.tokenizer, model.hf_model.config)
+            check_length(dialogue, model)
         computed = dict(zip(missing, model.score_dialogues(list(missing.values())), strict=True)) if missing else {}
         rewards = [computed[key] if key in computed else cache[key] for key in keys]
         cache.update(computed)
@@ -267,20 +254,19 @@ def check_offered(name: str, offered: dict[str, str]) -> None:
         raise ValueError(f"{Path(name).name} is not on offer here (any more): choose from the list")
 
 
-def _described(model: Any) -> str:
-    parameters = list(model.parameters())
-    count = sum(parameter.numel() for parameter in parameters)
-    precision = str(parameters[0].dtype).removeprefix("torch.").replace("float32", "fp32").replace("bfloat16", "bf16")
-    return f"{count:,} parameters, {precision} on {parameters[0].device.type}"
+def _described(model: models.PretrainedModel) -> str:
+    weights = model.hf_model
+    precision = str(weights.dtype).removeprefix("torch.").replace("float32", "fp32").replace("bfloat16", "bf16")
+    return f"{weights.num_parameters():,} parameters, {precision} on {model.device.type}"
 
 
-def check_length(dialogue: Messages, tokenizer: Any, model_config: Any, new_tokens: int = 0) -> None:
-    """Raise ValueError if a dialogue and its new tokens exceed the model's number of positions."""
-    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+def check_length(dialogue: Messages, model: models.PretrainedModel, new_tokens: int = 0) -> None:
+    """Raise ValueError if a dialogue with that many new tokens is longer than the model allows."""
+    limit, tokenizer = model.most_positions(), model.tokenizer
     text = tokenizer.apply_chat_template(
         dialogue, tokenize=False, add_generation_prompt=new_tokens > 0, enable_thinking=False
     )
-    # only the number of tokens is needed: this call takes half the time for a megabyte of text
+    # without offsets, which take half of the time, because only the number of tokens is needed
     tokens = len(tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)[0])
     if limit is not None and tokens + new_tokens > limit:
         new = f" and up to {new_tokens:,} new ones make {tokens + new_tokens:,}" if new_tokens else ""

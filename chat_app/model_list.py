@@ -1,7 +1,5 @@
 """The models that the page offers: those of the flags, the default, and the checkpoints in the output folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import utils
@@ -11,18 +9,18 @@ from common import hub
 from utils import UserError
 
 DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
-NONE = ""  # the name that stands for no reward model
+NONE = ""  # the name of no reward model
 
 
 def choose_models(model: str, reward_model: str | None) -> tuple[str, Path | None]:
-    """(policy: folder or hub id, reward model: folder) for the two flags.
+    """What the two flags mean: (folder or hub id of the policy, folder of the reward model or None).
 
-    A reward model as --model means its base model as the policy. UserError or CheckpointError if a path is wrong.
+    If --model is a reward model, the policy is its base model. Raises UserError or CheckpointError if a path is wrong.
     """
     hub.check_path_exists(model, "--model")
     reward_folder = None
     if reward_model:
-        # always a folder; made absolute, a mistyped "runs/a" does not pass for a hub id
+        # always a folder; an absolute path, so that a mistyped "runs/a" is not taken for a hub id
         hub.check_path_exists(str(Path(reward_model).expanduser().absolute()), "--reward_model")
         reward_folder = resolve.sound_checkpoint(reward_model)
         if resolve.kind_of(reward_folder) != "reward":
@@ -36,7 +34,7 @@ def choose_models(model: str, reward_model: str | None) -> tuple[str, Path | Non
 
 
 def stamp(name: str) -> str:
-    """Changes whenever a folder's content is replaced under the same name; "" for a hub id."""
+    """A text that changes when a folder's content is replaced under the same name; "" for a hub id."""
     for file in ("manifest.json", "config.json", "adapter_config.json"):
         path = Path(name) / file
         if name and path.is_file():
@@ -47,8 +45,8 @@ def stamp(name: str) -> str:
 def list_models(output_dir: Path, policy: str, reward_folder: Path | None) -> tuple[dict[str, str], dict[str, str]]:
     """(policies, reward models) on offer: those of the flags, the default, and each run's complete checkpoints.
 
-    Both map names (folders or hub ids) to labels for the page. Unreadable checkpoints are skipped; a checkpoint is
-    verified when it is loaded.
+    Both map names (folders or hub ids) to labels for the page. Unreadable checkpoints are skipped. Checkpoints are
+    verified only when they are loaded.
     """
     policies = {policy: utils.seen_from_here(policy), DEFAULT_MODEL: f"{DEFAULT_MODEL} (default)"}
     reward_models = {NONE: "none"}
@@ -56,7 +54,7 @@ def list_models(output_dir: Path, policy: str, reward_folder: Path | None) -> tu
         steps = [step for step in step_folders(run) if (step / "manifest.json").is_file()]
         best = best_step(run)
         for step in reversed(steps):
-            marks = [word for word, applies in (("newest", step == steps[-1]), ("best", step == best)) if applies]
+            marks = [mark for mark, marked in (("newest", steps[-1]), ("best", best)) if step == marked]
             label = f"{run.name} / {step.name}" + (f" ({', '.join(marks)})" if marks else "")
             try:
                 kind, bases = resolve.kind_of(step), resolve.base_models_named_by(step)

@@ -1,30 +1,37 @@
 """Who may connect to the page: which addresses, hosts and origins are let in, and the server's port."""
 
-from __future__ import annotations
-
 import errno
 import ipaddress
+import itertools
 import socket
 import time
 import urllib.parse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 
 from utils import DiskOrNetworkError, UserError
 
-if TYPE_CHECKING:
-    import gradio as gr
-
-STYLE, SCRIPT = (Path(__file__).with_name(name) for name in ("page.css", "page_head.html"))
+# No other host may serve anything to the page.
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; object-src 'none'; "
+    "base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
+)
+HEADERS = {
+    "content-security-policy": CONTENT_SECURITY_POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine only. Of names, only "localhost" counts."""
+    """Whether an address can be reached only from this machine. The only name that counts is "localhost"."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -32,43 +39,33 @@ def is_loopback(host: str) -> bool:
 
 
 def own_names(host: str, share: bool) -> list[str]:
-    """The Host headers to accept. A foreign page that points its own domain at this machine sends another one."""
-    names = {"localhost", "127.0.0.1", "::1", host.lower()}
+    """The Host headers to accept, in lower case as browsers send them.
+
+    A malicious site may point its own domain at this machine (DNS rebinding); its requests then carry that domain.
+    """
+    names = {"localhost", "127.0.0.1", "::1", host}
     if not is_loopback(host):
-        names |= {socket.gethostname(), socket.getfqdn()}
-        names |= {
-            address.address.split("%")[0] for addresses in psutil.net_if_addrs().values() for address in addresses
-        }
+        addresses = itertools.chain.from_iterable(psutil.net_if_addrs().values())
+        names |= {socket.gethostname(), socket.getfqdn(), *(found.address.split("%")[0] for found in addresses)}
     if share:
         names.add("*.gradio.live")
-    return sorted(f"[{name}]" if ":" in name else name for name in names)  # headers put IPv6 addresses in brackets
+    # headers put IPv6 addresses in brackets
+    return sorted(f"[{name}]" if ":" in name else name for name in map(str.lower, names))
 
 
 class Guard:
-    """ASGI middleware: no other site's page can call this server, and this page loads nothing from elsewhere.
+    """ASGI middleware: other sites' pages cannot call this server, and this page loads nothing from elsewhere.
 
-    Gradio itself accepts requests from any origin unless it listens at 127.0.0.1, and stores whatever is uploaded,
-    which nothing on this page needs.
+    Gradio accepts requests from any origin unless it listens at 127.0.0.1. It also stores every upload, and this page
+    has no use for uploads.
     """
-
-    POLICY = (
-        "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-        "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; object-src 'none'; "
-        "base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
-    )
-    HEADERS = (
-        (b"content-security-policy", POLICY.encode()),
-        (b"x-content-type-options", b"nosniff"),
-        (b"referrer-policy", b"no-referrer"),
-    )
 
     def __init__(self, app: Any, allowed_hosts: list[str]):
         self.app = app
         self.names = [name.strip("[]") for name in allowed_hosts]
 
     def is_refused(self, scope: Any) -> bool:
-        origins = [value.decode("latin-1") for name, value in scope["headers"] if name == b"origin"]
-        hosts = [(urllib.parse.urlsplit(origin).hostname or "").lower() for origin in origins]
+        hosts = [urllib.parse.urlsplit(origin).hostname or "" for origin in Headers(scope=scope).getlist("origin")]
         is_foreign = not all(host in self.names or f"*.{host.partition('.')[2]}" in self.names for host in hosts)
         return is_foreign or scope["path"].rstrip("/").endswith("/upload")
 
@@ -78,7 +75,7 @@ class Guard:
 
         async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], *self.HEADERS]}
+                MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
         await self.app(scope, receive, send_with_headers)
@@ -90,7 +87,7 @@ def free_port(host: str, first: int, last: int) -> int:
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server itself will
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server itself does
                 probe.bind(address)
             return port
         except OSError as error:
@@ -98,38 +95,28 @@ def free_port(host: str, first: int, last: int) -> int:
                 raise UserError(f"--host {host} is not an address of this machine", found=error) from error
             found = error.strerror
     ports = f"--port {first} is" if first == last else f"ports {first} to {last} are"
-    raise UserError(
-        f"{ports} taken", where=host, found=found, next="another --port, or leave it out to use the next free one"
-    )
+    raise UserError(f"{ports} taken", where=host, found=found, next="another --port, or none to use a free one")
 
 
-def launch(page: gr.Blocks, host: str, port: int, share: bool, auth: str | None) -> None:
-    """Serve the page from threads of this process, and print its addresses. `auth` is USER:PASSWORD or None."""
+def launch(page: Any, host: str, port: int, share: bool, auth: str | None) -> None:
+    """Serve a gr.Blocks from threads of this process, and print its addresses. `auth` is USER:PASSWORD or None."""
     names = own_names(host, share)
     middleware = [
         Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False),
         Middleware(Guard, allowed_hosts=names),
     ]
     user, _, password = (auth or "").partition(":")
+    folder = Path(__file__).parent
     page.launch(
-        server_name=host,
-        server_port=port,
-        share=share,
-        auth=(user, password) if auth else None,
-        quiet=True,
-        ssr_mode=False,
-        run_history=False,
-        footer_links=["api"],
-        prevent_thread_lock=True,
-        max_file_size="1mb",
-        css_paths=STYLE,
-        head_paths=SCRIPT,
+        server_name=host, server_port=port, share=share, auth=(user, password) if auth else None,
+        css_paths=folder / "page.css", head_paths=folder / "page_head.html", footer_links=["api"],
+        quiet=True, ssr_mode=False, run_history=False, prevent_thread_lock=True, max_file_size="1mb",
         app_kwargs={"middleware": middleware},
-    )
+    )  # fmt: skip
     if share and not page.share_url:
         raise DiskOrNetworkError(
             "Gradio's servers gave no public address",
-            safe=f"the page itself works: without --share it is at {page.local_url}",
+            safe=f"the page itself works at {page.local_url} if you leave out --share",
             next="try again later, or use --host 0.0.0.0 --auth USER:PASS for your own network",
         )
     for address in filter(None, (page.local_url, page.share_url)):
@@ -137,5 +124,5 @@ def launch(page: gr.Blocks, host: str, port: int, share: bool, auth: str | None)
 
 
 def wait_for_ctrl_c() -> None:
-    while True:  # Gradio's own way of waiting swallows Ctrl-C
+    while True:  # Gradio's own wait swallows Ctrl-C
         time.sleep(3600)

@@ -1,10 +1,8 @@
 """Votes from the page, appended to a JSONL file that `train_rm.py --dataset` reads.
 
-A row is {"prompt": messages, "chosen": [reply], "rejected": [reply], "vote": …, "time": …}. Ties and "both bad" are
-saved too, with A as `chosen`: their `vote` says that neither was preferred, so training counts and skips them.
+A row is {"prompt": messages, "chosen": [reply], "rejected": [reply], "vote": …, "time": …}. "Tie" and "both bad" are
+saved too, with A as `chosen`; because of their `vote`, training counts and skips them.
 """
-
-from __future__ import annotations
 
 import errno
 import json
@@ -37,38 +35,35 @@ def row_of(prompt: Messages, reply_a: str, reply_b: str, vote: str) -> dict[str,
         "chosen": with_reply([], chosen.strip()),
         "rejected": with_reply([], rejected.strip()),
         "vote": vote,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),  # ISO 8601, local time
     }
 
 
 def append(path: Path, row: dict[str, Any]) -> int:
-    """Append a row and flush it to the disk; returns the number of rows in the file.
+    """Append a row and flush it to disk; returns the number of rows in the file.
 
-    Threads and processes may append at the same time. If writing fails, the file is cut back to its old length and
+    Threads and processes may append at the same time. If writing fails, the file is truncated to its old length and
     DiskOrNetworkError is raised.
     """
-    line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"  # half a character becomes "?"
+    line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"  # a lone surrogate becomes "?"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with file_locks.exclusive(path.with_name(f".{path.name}.lock")), path.open("ab+", 0) as file:
             size = file.seek(0, 2)
             if size:
                 file.seek(size - 1)
-                line = line if file.read(1) == b"\n" else b"\n" + line  # the last line was edited by hand
+                line = line if file.read(1) == b"\n" else b"\n" + line  # the file was edited by hand
             try:
-                if file.write(line) != len(line):  # unbuffered, so that no rest is written after a failure
+                if file.write(line) != len(line):  # unbuffered, so that nothing is written after a failure
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
                 atomic_files.fsync_path(path)
             except OSError:
                 file.truncate(size)
                 raise
-            with path.open("rb") as rows:  # buffered: reading lines unbuffered takes a system call for each byte
+            with path.open("rb") as rows:  # buffered: unbuffered, each byte would take a system call
                 return sum(1 for text in rows if text.strip())
     except OSError as error:
         raise utils.DiskOrNetworkError(
-            "the vote was not saved",
-            where=path,
-            found=error.strerror or error,
-            safe="the votes before it are unchanged",
+            "the vote was not saved", where=path, found=error.strerror or error, safe="earlier votes are unchanged",
             next="free some space or fix the folder's permissions, then vote again",
-        ) from error
+        ) from error  # fmt: skip

@@ -83,10 +83,7 @@ def best_step(run_folder: Path) -> Path | None:
 
 def resume_command(folder: Path) -> str:
     """What to type to go on from a run's folder or one of its steps, with the script that trains it."""
-    try:
-        record = read_record(folder.parent if step_of(folder) is not None else folder)
-    except (OSError, ValueError):
-        record = None
+    record = record_or_none(folder.parent if step_of(folder) is not None else folder)
     return f"python {record.script if record else DEFAULT_SCRIPT} --resume_from {folder}"
 
 
@@ -169,6 +166,14 @@ def read_record(run_folder: Path) -> RunRecord | None:
     if record.state not in (RUNNING, FINISHED, STOPPED, CRASHED):
         raise ValueError(f"'state' is {record.state!r}")
     return record
+
+
+def record_or_none(run_folder: Path) -> RunRecord | None:
+    """A run's record, None if it has none that can be read."""
+    try:
+        return read_record(run_folder)
+    except (OSError, ValueError):
+        return None
 
 
 def _old_evaluation(entry: Any) -> dict[str, Any]:

@@ -1,9 +1,4 @@
-"""Writing replies with a causal language model: several in one batch, token by token as they come.
-
-Letters: B rows, T tokens per row.
-"""
-
-from __future__ import annotations
+"""Sample replies from a causal language model: several in one batch, streamed token by token."""
 
 import queue
 import threading
@@ -25,10 +20,11 @@ def stream_candidates(
     enable_thinking: bool = False,
     stop: threading.Event | None = None,
 ) -> Iterator[list[str]]:
-    """Write several replies in one batch and yield, token by token, what each of them has grown by (maybe "").
+    """Sample several replies to `messages` in one batch; yield after each token the text that it adds to each reply.
 
-    `temperature` 0 is greedy: then there is only one reply to write. Setting `stop`, or closing the iterator, ends
-    the generation at the next token. What goes wrong in the generation is raised here.
+    The text is "" for a reply that has ended and for a token that completes no character. `temperature` 0 is greedy
+    decoding, which allows one candidate only. Setting `stop`, or closing the iterator, ends the generation at the next
+    token. Errors of the generation are raised here.
     """
     from transformers import StoppingCriteria, StoppingCriteriaList
     from transformers.generation.streamers import BaseStreamer
@@ -36,14 +32,15 @@ def stream_candidates(
     if candidates > 1 and temperature == 0:
         raise ValueError("several replies at temperature 0 would all be the same one: raise the temperature")
     stop = stop or threading.Event()
-    steps: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()  # the next token of each reply; None: the end
+    # from the thread that generates: each reply's next token; at the end None, or the error that ended it
+    steps: queue.SimpleQueue[list[int] | BaseException | None] = queue.SimpleQueue()
 
     class StopWhenAsked(StoppingCriteria):
         def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
             return torch.full((input_ids.shape[0],), stop.is_set(), device=input_ids.device)
 
-    class Tokens(BaseStreamer):
-        is_prompt = True  # which comes first
+    class QueueStreamer(BaseStreamer):
+        is_prompt = True  # `generate` streams the prompt first
 
         def put(self, value: Tensor) -> None:
             if not self.is_prompt:
@@ -54,14 +51,10 @@ def stream_candidates(
             steps.put(None)
 
     prompt = tokenizer.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        enable_thinking=enable_thinking,
-        return_tensors="pt",
-        return_dict=True,
-    ).to(language_model.device)
+        messages, add_generation_prompt=True, enable_thinking=enable_thinking, return_tensors="pt", return_dict=True
+    )
+    prompt = prompt.to(language_model.device)
     sampling = {"temperature": temperature, "top_p": top_p} if temperature > 0 else {}
-    failures: list[BaseException] = []
 
     def generate() -> None:
         try:
@@ -72,50 +65,49 @@ def stream_candidates(
                 num_return_sequences=candidates,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
-                streamer=Tokens(),
+                streamer=QueueStreamer(),
                 stopping_criteria=StoppingCriteriaList([StopWhenAsked()]),
             )
-        except BaseException as error:  # handed to the reader below; a stream must end, or its reader hangs
-            failures.append(error)
-            steps.put(None)
+        except BaseException as error:  # raised below; a queue without an end would block the loop there forever
+            steps.put(error)
 
     thread = threading.Thread(target=generate, daemon=True)
     thread.start()
-    ends = language_model.generation_config.eos_token_id
-    texts = [_TextOfTokens(tokenizer, ends) for _ in range(candidates)]
+    eos_token_id = language_model.generation_config.eos_token_id
+    decoders = [IncrementalDecoder(tokenizer, eos_token_id) for _ in range(candidates)]
     try:
         while (tokens := steps.get()) is not None:
-            yield [text.grow(token) for text, token in zip(texts, tokens, strict=True)]
-        yield [text.rest() for text in texts]
+            if isinstance(tokens, BaseException):
+                raise tokens
+            yield [decoder.add(token) for decoder, token in zip(decoders, tokens, strict=True)]
+        yield [decoder.finish() for decoder in decoders]
     finally:
         stop.set()
         thread.join()
-    if failures:
-        raise failures[0]
 
 
-class _TextOfTokens:
-    """The text of a growing reply: without special tokens, and no character before all its bytes are there."""
+class IncrementalDecoder:
+    """The text of a growing reply, without special tokens. A character appears once all its bytes are there."""
 
-    def __init__(self, tokenizer: Any, ends: int | list[int] | None):
+    def __init__(self, tokenizer: Any, eos_token_id: int | list[int] | None):
         from tokenizers.decoders import DecodeStream
 
         self._tokenizer = tokenizer.backend_tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
-        self._ends = {ends} if isinstance(ends, int) else set(ends or ())
+        self._eos_ids = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
         self._tokens: list[int] = []
         self._text = ""
 
-    def grow(self, token: int) -> str:
-        """What the reply's next token adds; nothing after its end, where a batch is padded."""
-        if self._tokens and self._tokens[-1] in self._ends:
+    def add(self, token: int) -> str:
+        """The text that the reply's next token adds: "" for the padding after its end."""
+        if self._tokens and self._tokens[-1] in self._eos_ids:
             return ""
         self._tokens.append(token)
         piece = self._decoder.step(self._tokenizer, token) or ""
         self._text += piece
         return piece
 
-    def rest(self) -> str:
-        """What is left at the end: half a character, which becomes a replacement character."""
+    def finish(self) -> str:
+        """What is left at the end of the reply: an incomplete character, as a replacement character."""
         whole = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
         return whole.removeprefix(self._text) if whole.startswith(self._text) else ""

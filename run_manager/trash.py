@@ -307,10 +307,7 @@ def in_the_way(item: Item, waiting: list[Item]) -> str | None:
         return None
     if why := why_not(Item(item.root, item.parts[:-1], 0)):
         return f"the folder it belongs to: {why}"
-    try:
-        record = run_folder.read_record(run)
-    except (OSError, ValueError):
-        record = None
+    record = run_folder.record_or_none(run)
     if item.began and record and record.began != item.began:
         return "the run was resumed since"
     return "the run is being trained" if file_locks.is_locked(run / file_locks.RunLock.FILE) else None

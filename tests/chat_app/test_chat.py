@@ -228,6 +228,12 @@ def test_a_foreign_host_header_gets_a_4xx(server, host):
     assert status_of(server.url, "localhost")[0] == status_of(server.url, "[::1]:80")[0] == 200
 
 
+def test_a_machine_whose_name_has_capitals_accepts_the_name_that_browsers_send(monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "MyBox")
+    names = chat_app.server.own_names("0.0.0.0", share=False)
+    assert "mybox" in names and names == [name.lower() for name in names]
+
+
 def check_that_other_sites_are_refused(url):
     for origin, wanted in (("http://evil.example", 403), ("null", 403), (url.rstrip("/"), 200)):
         request = urllib.request.Request(f"{url}gradio_api/info", headers={"Origin": origin})

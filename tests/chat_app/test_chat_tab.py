@@ -55,8 +55,7 @@ def test_stopping_a_reply_stops_no_other_visitors_reply(tab, asked):
 
 
 def test_the_note_about_several_replies_is_below_the_reply_being_written(tab, asked):
-    chat = conversation.ask(list(tab.reply(asked, ME, *SETTINGS))[-1][0], "And now?")
-    tab.start_reply(chat, ME)
+    chat = tab.ask(list(tab.reply(asked, ME, *SETTINGS))[-1][0], "And now?", ME, *SETTINGS)[0]
     messages = next(tab.reply(chat, ME, "", 1.0, 0.9, 24, False, 2))[1]
     notes = ["writing 2 replies" in str(message["content"]) for message in messages]
     assert notes == [False, False, False, True]

@@ -120,6 +120,7 @@ def test_a_missing_reply_is_explained(chat_engine, monkeypatch):
         (replied("Yes."), Settings(), "nothing to reply to"),
         (QUESTION, Settings(top_p=0), "top-p: got 0"),
         (QUESTION, Settings(max_new_tokens=0), "max new tokens: got 0, wants a whole number from 1"),
+        (QUESTION, Settings(max_new_tokens=math.inf), "max new tokens: got inf, wants a whole number from 1"),
         (QUESTION, Settings(candidates=17), "candidates: got 17, wants a whole number from 1 to 16"),
         (QUESTION, Settings(max_new_tokens=2040), r"too long: \d+ tokens so far and up to 2,040 new ones"),
         (QUESTION, Settings("word " * 3000), "too long"),

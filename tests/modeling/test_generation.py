@@ -1,4 +1,4 @@
-"""policy.py: what it writes is what the language model generates, piece by piece, one reply or several."""
+"""generation.py and PolicyModel: a streamed reply is what the language model generates, one reply or several."""
 
 import threading
 
@@ -102,19 +102,19 @@ def test_candidates_of_one_batch_grow_together_and_nothing_follows_an_end(base):
 def test_the_text_of_a_candidate_that_ended_does_not_grow_with_the_padding(base):
     tokenizer = pretrained.load_tokenizer(base)
     end, word = tokenizer.eos_token_id, tokenizer("bread", add_special_tokens=False)["input_ids"]
-    text = generation._TextOfTokens(tokenizer, end)
-    assert "".join(text.grow(token) for token in [*word, end, *word]) + text.rest() == "bread"
+    decoder = generation.IncrementalDecoder(tokenizer, end)
+    assert "".join(decoder.add(token) for token in [*word, end, *word]) + decoder.finish() == "bread"
 
 
 def test_a_character_of_several_tokens_comes_whole_and_half_a_one_at_the_end(base):
     tokenizer = pretrained.load_tokenizer(base)
     tokens = tokenizer("a🙂", add_special_tokens=False)["input_ids"]
     assert len(tokens) > 2
-    text = generation._TextOfTokens(tokenizer, None)
-    assert [text.grow(token) for token in tokens] == ["a", *[""] * (len(tokens) - 2), "🙂"] and text.rest() == ""
-    text = generation._TextOfTokens(tokenizer, None)
-    pieces = [text.grow(token) for token in tokens[:-1]]
-    assert "".join(pieces) + text.rest() == tokenizer.decode(tokens[:-1])
+    decoder = generation.IncrementalDecoder(tokenizer, None)
+    assert [decoder.add(token) for token in tokens] == ["a", *[""] * (len(tokens) - 2), "🙂"] and decoder.finish() == ""
+    decoder = generation.IncrementalDecoder(tokenizer, None)
+    pieces = [decoder.add(token) for token in tokens[:-1]]
+    assert "".join(pieces) + decoder.finish() == tokenizer.decode(tokens[:-1])
 
 
 def test_several_replies_at_temperature_0_are_refused(base):
