@@ -47,7 +47,7 @@ class Counts:
         return sum(self.count[key] for key in SKIP_REASONS)
 
     def lines(self) -> list[str]:
-        """A line for each reason to skip rows and for each warning."""
+        """One line for each reason and warning that occurred."""
         lines = []
         for texts, verb in ((SKIP_REASONS, "skipped"), (WARNINGS, "kept")):
             for key, text in texts.items():
@@ -72,9 +72,8 @@ class PairDataset:
         lengths = np.load(folder / "lengths.npy")  # (N, 3): prompt, chosen, rejected
         rows = np.load(folder / "rows.npy")  # (N,) line or row number in the source
         starts = np.concatenate([[0], np.cumsum(lengths.sum(axis=1, dtype=np.int64))])
-        self._tokens = (
-            np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r") if starts[-1] else np.zeros(0, np.int32)
-        )
+        # an empty file cannot be mapped
+        self._tokens = np.memmap(folder / "tokens.bin", np.int32, "r") if starts[-1] else np.zeros(0, np.int32)
         fits = longest_sequences(lengths) <= (max_length or np.iinfo(np.int32).max)
         self.counts.add("too_long", *rows[~fits].tolist())
         for warning, has_it in zip(WARNINGS, np.load(folder / "notes.npy").T, strict=True):
@@ -118,11 +117,10 @@ class PairDataset:
 def load_pairs(dataset: str, tokenizer: Any, max_length: int | None = None) -> tuple[PairDataset, PairDataset]:
     """The train and test pairs of a dataset, tokenized now or read from the cache; `max_length` in tokens a side."""
     sources = find_sources(dataset)
-    tokenizer.backend_tokenizer.no_padding()  # some published tokenizers do either by themselves
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer_hash = hashlib.sha256(
-        (tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)).encode()
-    ).hexdigest()
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()  # some published tokenizers pad and truncate by default
+    backend.no_truncation()
+    tokenizer_hash = hashlib.sha256((backend.to_str() + str(tokenizer.chat_template)).encode()).hexdigest()
     return tuple(PairDataset(_cached(source, tokenizer, tokenizer_hash), source.name, max_length) for source in sources)
 
 
@@ -142,7 +140,7 @@ def _cached(source: Source, tokenizer: Any, tokenizer_hash: str) -> Path:
                 _tokenize(source, tokenizer, temporary)
         except OSError as error:
             if isinstance(error, FileExistsError) and (folder / "report.json").exists():
-                return folder  # another process was faster, with the same result
+                return folder  # another process wrote the same entry first
             if source.path is not None and error.filename == str(source.path):
                 raise
             raise utils.DiskOrNetworkError(
@@ -164,7 +162,7 @@ def _remove_dead_entries() -> None:
 
 
 def _is_intact(folder: Path) -> bool:
-    """Whether a cache entry is as it was written; a damaged or changed one is made again."""
+    """Whether a cache entry is as it was written; a damaged or changed one is written again."""
     try:
         checksums = utils.read_json(folder / "report.json")["sha256"]
         return all(utils.sha256_of(folder / name) == checksum for name, checksum in checksums.items())

@@ -1,6 +1,6 @@
 """Flags from a dataclass: every field is a flag and a key of a `--config` file. Defaults < file < flags.
 
-Standard library only. Everything wrong is said in one message.
+Standard library only. One message names everything that is wrong.
 """
 
 import argparse
@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import sys
@@ -16,38 +17,46 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from common.json_records import reject_repeated_keys
 from utils import UserError, counted, nearest
+
+_WANTED = {int: "a whole number", float: "a number", bool: "True or False", str: "text", tuple: "a list of texts"}
+_SWITCH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_LIMITS = {
+    "minimum": (operator.ge, "at least"), "above": (operator.gt, "more than"), "below": (operator.lt, "less than"),
+}  # fmt: skip
 
 
 def flag(default: Any, help: str, **limits: Any) -> Any:
     """A dataclass field that is also a flag. Limits: `minimum`, `above`, `below`, `choices`; `group` for `--help`.
 
-    `word` is a text that may stand instead of a number. `is_name_on_disk` says that a text is only compared with names
-    on the disk, which may be any bytes.
+    `word` is a text that is allowed in place of a number. `is_name_on_disk` marks texts that are only compared with
+    names on disk, which can hold any bytes.
     """
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
 def read_flags(config_class: type, argv: list[str], description: str) -> tuple[dict[str, Any], list[str]]:
-    """What the user gave on the command line or in `--config`, converted, and everything wrong with it in words.
+    """(values, problems) of the command line and its `--config` file: what could be converted, and what could not.
 
-    The two come back together so that `build_config` can report the rest of the problems in the same message.
+    Both are returned, so that `build_config` can report its own problems in the same message.
     """
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     parsed, unknown = _parser(config_class, description).parse_known_args(_join_negative_numbers(argv))
-    # what follows an unknown flag is its value, and no second mistake
+    # the word after an unknown flag is taken for its value, not for a second mistake
     values_of_unknown = {value for word, value in itertools.pairwise(unknown) if word.startswith("-")}
     problems = [_unknown_flag(w, fields) for w in unknown if w.startswith("-") or w not in values_of_unknown]
-    texts = dict(vars(parsed))
-    file_name = texts.get("config")
-    values = _read_config_file(config_class, file_name, problems) if file_name else {}
+    texts, values = vars(parsed), {}
+    if file_name := texts.get("config"):
+        values, wrong = _read_config_file(config_class, Path(file_name))
+        problems += [f"--config: {file_name}: {problem}" for problem in wrong]
     for name, text in texts.items():
         try:
             kind = _type_of(config_class, name)
             if text == fields[name].metadata.get("word", object):
                 values[name] = text
                 continue
-            # a list's words are names: '~' in them is a letter
+            # the words of a list are names, in which '~' is an ordinary character
             values[name] = tuple(text) if kind is tuple else _from_text(kind, os.path.expanduser(text))
         except ValueError as error:
             problems.append(f"--{name}: got {text!r}, wants {error}{_or_word(fields[name])}")
@@ -55,7 +64,7 @@ def read_flags(config_class: type, argv: list[str], description: str) -> tuple[d
 
 
 def _join_negative_numbers(argv: list[str]) -> list[str]:
-    """`--lr -1e-5` as `--lr=-1e-5`: argparse takes -1e-5 for a flag, and would miss the value."""
+    """Turn `--lr -1e-5` into `--lr=-1e-5`, because argparse takes -1e-5 for a flag."""
     joined: list[str] = []
     for word in argv:
         is_value = joined and joined[-1].startswith("--") and "=" not in joined[-1]
@@ -67,10 +76,10 @@ def _join_negative_numbers(argv: list[str]) -> list[str]:
 
 
 def build_config(config_class: type, values: dict[str, Any], problems: list[str]) -> Any:
-    """The frozen config, or one UserError that names every bad value: flag, what came, what is wanted."""
+    """The frozen config; raises one UserError that names every bad value with its flag and what is wanted."""
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     config = config_class(**{name: value for name, value in values.items() if name in fields})
-    problems = problems + [text for field in fields.values() if (text := _limit_broken(field, config))]
+    problems = problems + [text for field in fields.values() if (text := _broken_limit(field, config))]
     problems += config.problems()
     if problems:
         raise UserError(
@@ -95,8 +104,9 @@ def _parser(config_class: type, description: str) -> argparse.ArgumentParser:
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):
         title = field.metadata.get("group", "options")
-        group = groups.setdefault(title, None) or parser.add_argument_group(title)
-        groups[title] = group
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        group = groups[title]
         help_text = field.metadata["help"].replace("%", "%%")
         help_text += "" if field.default in (None, ()) else f" (default: {field.default})"
         kind = _type_of(config_class, field.name)
@@ -123,23 +133,15 @@ def _type_of(config_class: type, name: str) -> type:
     return typing.get_origin(hint) or hint
 
 
-_WANTED = {int: "a whole number", float: "a number", bool: "True or False", str: "text", tuple: "a list of texts"}
-
-
 def _or_word(field: dataclasses.Field) -> str:
     return f" or {field.metadata['word']}" if "word" in field.metadata else ""
 
 
 def _from_text(kind: type, text: str) -> Any:
     """A flag's text as a value; ValueError says what was wanted."""
-    if kind is bool:
-        known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if text.lower() not in known:
-            raise ValueError(_WANTED[bool])
-        return known[text.lower()]
     try:
-        value = kind(text)
-    except ValueError:
+        value = _SWITCH[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
         raise ValueError(_WANTED[kind]) from None
     if kind is float and not math.isfinite(value):
         raise ValueError("a finite number")
@@ -154,85 +156,75 @@ def _unknown_flag(word: str, fields: dict[str, Any]) -> str:
     return f"{word.split('=')[0]}: no such flag" + guess.replace("'", "--", 1).replace("'", "")
 
 
-def _read_config_file(config_class: type, file_name: str, problems: list[str]) -> dict[str, Any]:
+def _read_config_file(config_class: type, path: Path) -> tuple[dict[str, Any], list[str]]:
+    """(values, problems) of a JSON file."""
     try:
-        content = json.loads(Path(file_name).read_text(encoding="utf-8-sig"), object_pairs_hook=_refuse_repeats)
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=reject_repeated_keys)
     except OSError as error:
-        problems.append(f"--config: {file_name}: {error.strerror or error}")
-        return {}
+        return {}, [error.strerror or str(error)]
     except UnicodeDecodeError as error:
-        problems.append(f"--config: {file_name}: not UTF-8 text (byte {error.start})")
-        return {}
+        return {}, [f"not UTF-8 text (byte {error.start})"]
     except (ValueError, RecursionError) as error:
-        problems.append(f"--config: {file_name}: not JSON: {error}")
-        return {}
+        return {}, [f"not JSON: {error}"]
     if not isinstance(content, dict):
-        problems.append(f"--config: {file_name}: wants one JSON object, got {type(content).__name__}")
-        return {}
+        return {}, [f"wants one JSON object, got {type(content).__name__}"]
     # --debug must hold before any file is read
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
-    names = [name for name in fields if name not in ("config", "debug")]
-    values = {}
+    fields = {field.name: field for field in dataclasses.fields(config_class) if field.name not in ("config", "debug")}
+    values, problems = {}, []
     for key, value in content.items():
-        if key not in names:
-            problems.append(f"--config: {file_name}: {key!r} is no setting{nearest(key, names)}")
+        if key not in fields:
+            problems.append(f"{key!r} is no setting{nearest(key, fields)}")
             continue
         kind = _type_of(config_class, key)
         if kind is tuple and type(value) is list and all(type(item) is str for item in value):
             value = tuple(value)
-        if kind is float and type(value) is int and abs(value) < 1e300:
-            value = float(value)
-        if value == fields[key].metadata.get("word", object):
-            values[key] = value
-            continue
-        # type() and not isinstance(): True is an int to Python, and `"batch_size": true` is a mistake
-        if type(value) is not kind or (kind is float and not math.isfinite(value)):
-            wanted = _WANTED[kind] + _or_word(fields[key])
-            problems.append(f"--config: {file_name}: {key!r}: got {value!r}, wants {wanted}")
-            continue
-        values[key] = os.path.expanduser(value) if kind is str else value  # as the shell does with flags
-    return values
+        if wrong := _wrong_type(config_class, fields[key], value):
+            problems.append(wrong)
+        elif kind is str:
+            values[key] = os.path.expanduser(value)  # as the shell does with flags
+        else:
+            values[key] = float(value) if kind is float and type(value) is int else value
+    return values, problems
 
 
-def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if repeated := {key for key in keys if keys.count(key) > 1}:
-        raise ValueError(f"{sorted(repeated)[0]!r} stands there twice")
-    return dict(pairs)
-
-
-def _is_utf8(text: str) -> bool:
-    """Whether a text can be written to files; bytes of a path that are no UTF-8 reach Python as lone surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+def _wrong_type(config_class: type, field: dataclasses.Field, value: Any) -> str | None:
+    """What is wrong with a setting's type in JSON, or None."""
+    kind = _type_of(config_class, field.name)
+    # type() and not isinstance(): True is an int to Python, and `"batch_size": true` is a mistake
+    is_number = type(value) in (int, float) and abs(value) < 1e300  # nan is not, nor an int too large for a float
+    if value == field.metadata.get("word", object) or (is_number if kind is float else type(value) is kind):
+        return None
+    return f"{field.name!r}: got {value!r}, wants {_WANTED[kind]}{_or_word(field)}"
 
 
 def wrong_types(config_class: type, values: dict[str, Any]) -> list[str]:
-    """What in settings that were stored as JSON cannot be a setting, in words; unknown names are none of ours."""
-    found = []
+    """What is wrong with settings stored as JSON, in words. Missing and unknown names are allowed."""
+    problems = []
     for field in dataclasses.fields(config_class):
-        kind, value = _type_of(config_class, field.name), values.get(field.name, field.default)
-        is_missing = (value is None and field.default is None) or value == field.metadata.get("word", object)
-        if not is_missing and type(value) is not kind and not (kind is float and type(value) is int):
-            found.append(f"{field.name!r}: got {value!r}, wants {_WANTED[kind]}{_or_word(field)}")
-    return found
+        value = values.get(field.name, field.default)
+        is_unset = value is None and field.default is None
+        if not is_unset and (problem := _wrong_type(config_class, field, value)):
+            problems.append(problem)
+    return problems
 
 
-def _limit_broken(field: dataclasses.Field, config: Any) -> str | None:
+def _broken_limit(field: dataclasses.Field, config: Any) -> str | None:
+    """What is wrong with a setting's value, or None."""
     value, limits = getattr(config, field.name), field.metadata
     if value is None or value == limits.get("word", object):
         return None
-    texts = [text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)]
-    if "is_name_on_disk" not in limits and (foreign := [text for text in texts if not _is_utf8(text)]):
-        return f"--{field.name}: got {foreign[0]!a}, wants UTF-8 text"
-    if blank := [text for text in texts if not text.strip() or "\0" in text]:
-        return f"--{field.name}: got {blank[0]!r}, wants a text" + (" (is a variable unset?)" if not blank[0] else "")
+    flag_name = f"--{field.name}"
+    texts = value if isinstance(value, tuple) else (value,) if isinstance(value, str) else ()
+    for text in texts:
+        # bytes of a path that are not UTF-8 reach Python as lone surrogates, which cannot be written to files
+        if "is_name_on_disk" not in limits and re.search("[\ud800-\udfff]", text):
+            return f"{flag_name}: got {text!a}, wants UTF-8 text"
+        if not text.strip() or "\0" in text:
+            return f"{flag_name}: got {text!r}, wants a text" + ("" if text else " (is a variable unset?)")
     if "choices" in limits and value not in limits["choices"]:
-        guess = nearest(str(value), limits["choices"])
-        return f"--{field.name}: got {value!r}, wants one of {', '.join(limits['choices'])}{guess}"
-    if "minimum" in limits and value < limits["minimum"]:
-        return f"--{field.name}: got {value}, wants at least {limits['minimum']}"
-    if "above" in limits and value <= limits["above"]:
-        return f"--{field.name}: got {value}, wants more than {limits['above']}"
-    if "below" in limits and value >= limits["below"]:
-        return f"--{field.name}: got {value}, wants less than {limits['below']}"
+        guess = nearest(value, limits["choices"])
+        return f"{flag_name}: got {value!r}, wants one of {', '.join(limits['choices'])}{guess}"
+    for name, (holds, words) in _LIMITS.items():
+        if name in limits and not holds(value, limits[name]):
+            return f"{flag_name}: got {value}, wants {words} {limits[name]}"
     return None

@@ -41,6 +41,15 @@ def read_own_json(path: Path) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def reject_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` for json: a key given twice raises ValueError instead of losing its first value."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given more than once")
+    return content
+
+
 def from_json(record_class: type[Record], content: Any) -> Record:
     """A dataclass from a JSON object; ValueError names the first field that is missing or has another type.
 

@@ -26,19 +26,7 @@ TRAIN_PAIRS, TEST_PAIRS, SEED = 1600, 400, 20240115
 VOCABULARY = 1024
 KINDS = ("on topic", "polite", "on topic", "complete", "harmless")  # on topic twice: it is the hardest
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-
-# Qwen3's chat format: an empty thought before the last reply only
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "<|im_start|>{{ message.role }}\n"
-    "{% if message.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
-    "{{ message.content }}<|im_end|>\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
-    "{% endif %}"
-)
-
+CHAT_TEMPLATE = Path(__file__).with_name("demo_chat_template.jinja")  # Qwen3's: no thought but before the last reply
 # lists of sentences; "topics" maps each topic to those that answer a question about it
 TEXTS = utils.read_json(Path(__file__).with_name("demo_sentences.json"))
 
@@ -177,7 +165,7 @@ def _train_tokenizer(texts: list[str]) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    wrapped.chat_template = CHAT_TEMPLATE
-    wrapped.model_max_length = 2048
-    return wrapped
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=2048,
+        chat_template=CHAT_TEMPLATE.read_text(encoding="utf-8"),
+    )  # fmt: skip

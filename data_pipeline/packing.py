@@ -16,6 +16,7 @@ from typing import Protocol, Self
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from data_pipeline.tokenization import longest_sequences, split_sequences
 from utils import round_up
@@ -23,7 +24,7 @@ from utils import round_up
 MICRO_BATCH_OVERHEAD = 256  # starting a forward costs about as much as this many tokens
 MIN_CROSSOVER_LENGTH = 2048  # small models would prefer narrow rows, but those are filled below 95 %
 WIDTH_STEP = 64  # packed rows are as wide as a multiple of this: see `packed_width`
-EXAMPLES_PLANNED_AT_ONCE = 4096  # planning more together packs no better and takes longer
+EXAMPLES_PLANNED_AT_ONCE = 4096  # planning more at once packs no better and takes longer
 
 Rows = list[list[int]]  # for each row, the positions of its examples
 
@@ -148,8 +149,7 @@ def plan_packed_rows(
         widths = [width for width in (128, 192, 256, 384, 512, 640, *even_splits) if longest < width <= widest]
         widths = {max(width, min(round_up(width, WIDTH_STEP), tokens_per_batch)) for width in (longest, *widths)}
         candidates = [_fill_rows(remaining, width, tokens_per_batch, batch_size) for width in sorted(widths)]
-        useful_work = [_useful_work(rows, lengths, tokens_per_batch, crossover_length) for rows in candidates]
-        rows = candidates[useful_work.index(max(useful_work))]
+        rows = max(candidates, key=lambda rows: _useful_work(rows, lengths, tokens_per_batch, crossover_length))
         micro_batches.append(rows)
         taken = {position for row in rows for position in row}
         remaining = [example for example in remaining if example[1] not in taken]
@@ -181,8 +181,7 @@ def plan_separate_rows(longest: np.ndarray, tokens_per_batch: int, batch_size: i
     order = [int(position) for position in np.argsort(-longest, kind="stable")]
     micro_batches = []
     while order:
-        fitting = int(tokens_per_batch // (completions * longest[order[0]]))
-        size = max(1, min(batch_size, fitting))
+        size = max(1, min(batch_size, tokens_per_batch // int(completions * longest[order[0]])))
         micro_batches.append([[position] for position in order[:size]])
         order = order[size:]
     return micro_batches
@@ -192,13 +191,13 @@ def plan_separate_rows(longest: np.ndarray, tokens_per_batch: int, batch_size: i
 
 
 class _Batch:
-    """What both dataclasses below can do with all their tensors at once."""
+    """Moves all tensors of one of the two dataclasses below at once."""
 
     def to(self, device: torch.device) -> Self:
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Self:
-        """In page-locked memory: only from there does a copy to a CUDA device run while it computes."""
+        """In page-locked memory, from which a copy to a CUDA device can overlap with computing."""
         return self._with_tensors(torch.Tensor.pin_memory)
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
@@ -268,20 +267,20 @@ def pack(dataset: Examples, indices: np.ndarray, rows: Rows, pad_id: int, width:
     return PackedBatch(*map(torch.from_numpy, arrays), indices=np.array(order))
 
 
-def separate(dataset: Examples, indices: np.ndarray, rows: Rows, pad_id: int, width: int) -> SeparateBatch:
-    """The same examples with a row for each completion."""
-    order = [int(indices[i]) for row in rows for i in row]
-    sequences = []
-    for index in order:
-        sequences += split_sequences(dataset.tokens(index), dataset.lengths[index])
-    input_ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
-    attention_mask = np.zeros((len(sequences), width), dtype=np.int64)
-    for row_number, sequence in enumerate(sequences):
-        input_ids[row_number, : len(sequence)] = sequence
-        attention_mask[row_number, : len(sequence)] = 1
-    return SeparateBatch(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), indices=np.array(order))
+def separate(dataset: Examples, indices: np.ndarray, pad_id: int) -> SeparateBatch:
+    """The tensors of one micro-batch of `plan_separate_rows`."""
+    sequences = [
+        torch.from_numpy(sequence.astype(np.int64))
+        for index in indices
+        for sequence in split_sequences(dataset.tokens(index), dataset.lengths[index])
+    ]
+    input_ids = pad_sequence(sequences, batch_first=True, padding_value=pad_id)
+    attention_mask = pad_sequence([torch.ones_like(sequence) for sequence in sequences], batch_first=True)
+    return SeparateBatch(input_ids, attention_mask, indices)
 
 
 def build(dataset: Examples, plan: MicroBatchPlan, pad_id: int) -> PackedBatch | SeparateBatch:
     """The tensors of a planned micro-batch."""
-    return (pack if plan.is_packed else separate)(dataset, plan.indices, plan.rows, pad_id, plan.width)
+    if plan.is_packed:
+        return pack(dataset, plan.indices, plan.rows, pad_id, plan.width)
+    return separate(dataset, plan.indices, pad_id)

@@ -5,6 +5,8 @@ column, a wrong type) is an error that names file, line and reason. A row whose 
 equal sides) is skipped and counted under one of `SKIP_REASONS`.
 """
 
+import itertools
+import operator
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -87,26 +89,20 @@ def parse_pair(row: dict[str, Any], row_error: RowError) -> Pair | str:
     line between them; sides with different prompts are kept, because two whole dialogues were compared. `row_error`
     makes the error to raise for a wrong type from a sentence about it.
     """
-    merged = False
-    sides: list[Messages] = []
     prompt = prompt_messages(row["prompt"], row_error) if row.get("prompt") is not None else None
-    for column in ("chosen", "rejected"):
-        messages = _side_messages(row[column], prompt, column, row_error)
-        if messages is None:
-            return "no_dialogue"
-        joined = merge_same_speaker(messages)
-        merged |= len(joined) != len(messages)
-        sides.append(joined)
-    chosen, rejected = sides
-    for messages in sides:
-        if reason := skip_reason(messages):
-            return reason
+    sides = [_side_messages(row[column], prompt, column, row_error) for column in ("chosen", "rejected")]
+    if None in sides:
+        return "no_dialogue"
+    chosen, rejected = map(merge_same_speaker, sides)
+    if reason := skip_reason(chosen) or skip_reason(rejected):
+        return reason
     if row.get("vote") in VOTES_FOR_NEITHER:
         return "no_preference"
     if chosen == rejected:
         return "identical"
     kind = str(row.get("kind") or "").encode("utf-8", "replace").decode()
-    warnings = ("merged",) * merged + ("prompts_differ",) * (chosen[:-1] != rejected[:-1])
+    was_merged = [len(chosen), len(rejected)] != [len(side) for side in sides]
+    warnings = ("merged",) * was_merged + ("prompts_differ",) * (chosen[:-1] != rejected[:-1])
     return Pair(chosen, rejected, _label_margin(row.get("margin"), row_error), kind, warnings)
 
 
@@ -120,27 +116,20 @@ def skip_reason(messages: Messages) -> str | None:
 
 
 def _side_messages(value: Any, prompt: Messages | None, column: str, row_error: RowError) -> Messages | None:
-    if isinstance(value, list):
+    """The whole dialogue of one side; None for a text that holds none."""
+    if not isinstance(value, str):
         messages = checked_messages(value, column, row_error)
         # A list that starts with a reply continues the prompt; any other is the whole dialogue (as in UltraFeedback).
         return prompt + messages if prompt is not None and messages[0]["role"] == "assistant" else messages
-    if not isinstance(value, str):
-        raise row_error(f"{column!r} is a {type(value).__name__}, not text or a list of messages")
-    if prompt is None:
-        return parse_transcript(value)
-    whole = parse_transcript(value)  # some datasets repeat the prompt before each reply
-    if whole is not None and whole[0]["role"] == "user":
+    whole = parse_transcript(value)
+    if prompt is None or (whole and whole[0]["role"] == "user"):  # some datasets repeat the prompt before each reply
         return whole
-    reply = whole[0]["content"] if whole is not None and len(whole) == 1 else value.strip()
+    reply = whole[0]["content"] if whole and len(whole) == 1 else value.strip()
     return [*prompt, {"role": "assistant", "content": reply}]
 
 
 def prompt_messages(value: Any, row_error: RowError) -> Messages:
-    if isinstance(value, list):
-        return checked_messages(value, "prompt", row_error)
-    if not isinstance(value, str):
-        raise row_error(f"'prompt' is a {type(value).__name__}, not text or a list of messages")
-    return parse_prompt(value)
+    return parse_prompt(value) if isinstance(value, str) else checked_messages(value, "prompt", row_error)
 
 
 def parse_prompt(text: str) -> Messages:
@@ -153,7 +142,10 @@ def parse_prompt(text: str) -> Messages:
     return messages
 
 
-def checked_messages(value: list[Any], column: str, row_error: RowError) -> Messages:
+def checked_messages(value: Any, column: str, row_error: RowError) -> Messages:
+    """A list of messages, each with role and content alone."""
+    if not isinstance(value, list):
+        raise row_error(f"{column!r} is a {type(value).__name__}, not text or a list of messages")
     if not value:
         raise row_error(f"{column!r} is an empty list")
     for message in value:
@@ -180,14 +172,11 @@ def parse_transcript(text: str) -> Messages | None:
 
 
 def merge_same_speaker(messages: Messages) -> Messages:
-    joined: Messages = []
-    for message in messages:
-        if joined and joined[-1]["role"] == message["role"]:
-            contents = [content for content in (joined[-1]["content"], message["content"]) if content]
-            joined[-1] = {"role": message["role"], "content": "\n\n".join(contents)}
-        else:
-            joined.append(message)
-    return joined
+    """Join consecutive messages of one speaker, with an empty line between them."""
+    return [
+        {"role": role, "content": "\n\n".join(message["content"] for message in turns if message["content"])}
+        for role, turns in itertools.groupby(messages, key=operator.itemgetter("role"))
+    ]
 
 
 def _label_margin(value: Any, row_error: RowError) -> float:

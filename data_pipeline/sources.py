@@ -3,6 +3,7 @@
 A broken file (invalid JSON, a truncated archive) is an error that names file, line and reason.
 """
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common import hub
+from common.json_records import reject_repeated_keys
 from utils import UserError, sha256_of
 
 SUFFIXES = hub.DATA_SUFFIXES
@@ -51,21 +53,36 @@ class Source:
 def find_sources(dataset: str) -> tuple[Source, Source]:
     """The train and test split of a hub id, a file, or a folder with `train.*` and `test.*`."""
     hub.check_path_exists(dataset, "--dataset")
-    path = Path(dataset).expanduser()
+    path, test = Path(dataset).expanduser(), None
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
             wanted = f"wants {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
             raise UserError("--dataset is not a supported file type", where=path, next=wanted)
-        return Source(str(path), path, part="train"), Source(str(path), path, part="test")
-    if path.is_dir():
-        train, test = file_in(path, ("train",)), file_in(path, TEST_NAMES)
+        train = Source(str(path), path)
+    elif path.is_dir():
+        train, test = (_source_in(path, stems) for stems in (("train",), TEST_NAMES))
         if train is None:
             found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
             raise UserError("--dataset is a folder without a train file", where=path, found=found, next="wants train.*")
-        if test is None:
-            return Source(str(train), train, part="train"), Source(str(train), train, part="test")
-        return Source(str(train), train), Source(str(test), test)
-    return _hub_sources(dataset)
+    else:
+        splits = hub_splits(dataset)
+        train, test = (_source_on_hub(dataset, splits, stems) for stems in (("train",), TEST_NAMES))
+        if train is None:
+            raise UserError("--dataset has no train split", where=dataset, found=", ".join(splits))
+    if test is None:
+        return dataclasses.replace(train, part="train"), dataclasses.replace(train, part="test")
+    return train, test
+
+
+def _source_in(folder: Path, stems: tuple[str, ...]) -> Source | None:
+    path = file_in(folder, stems)
+    return None if path is None else Source(str(path), path)
+
+
+def _source_on_hub(dataset: str, splits: Any, stems: tuple[str, ...]) -> Source | None:
+    """The first split whose name starts with one of `stems`, earlier stems first."""
+    name = next((name for stem in stems for name in splits if name.startswith(stem)), None)
+    return None if name is None else Source(f"{dataset} {name}", hub_rows=splits[name])
 
 
 def file_in(folder: Path, stems: tuple[str, ...]) -> Path | None:
@@ -96,16 +113,6 @@ def hub_splits(dataset: str) -> Any:
         raise UserError(
             "--dataset cannot be opened", where=dataset, found=f"{type(error).__name__}: {error}"
         ) from error
-
-
-def _hub_sources(dataset: str) -> tuple[Source, Source]:
-    splits = hub_splits(dataset)
-    train = next((name for name in splits if name.startswith("train")), None)
-    if train is None:
-        raise UserError("--dataset has no train split", where=dataset, found=", ".join(splits))
-    test = next((name for stem in TEST_NAMES for name in splits if name.startswith(stem)), None)
-    parts = ((train, "train"), (train, "test")) if test is None else ((train, "all"), (test, "all"))
-    return tuple(Source(f"{dataset} {name}", part=part, hub_rows=splits[name]) for name, part in parts)
 
 
 def is_held_out(row: dict[str, Any]) -> bool:
@@ -159,21 +166,13 @@ def parse_json_lines(lines: Iterable[bytes], place: Callable[[int], str]) -> Ite
 def _parse_json(place: str, text: bytes) -> Any:
     """The content of a line, or of a whole file: then the error itself names the line."""
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_row_without_repeats)
+        return json.loads(text.decode("utf-8"), object_pairs_hook=reject_repeated_keys)
     except UnicodeDecodeError as error:
         line = text.count(b"\n", 0, error.start) + 1
         found = f"byte {text[error.start]:#04x}" + (f" in line {line}" if line > 1 else "")
         raise UserError("the data is not UTF-8 text", where=place, found=found, next=FIX) from error
     except (ValueError, RecursionError) as error:
         raise UserError("the data is not JSON", where=place, found=error, next=FIX) from error
-
-
-def _row_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given more than once")
-    return row
 
 
 def _json_list(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -180,23 +180,23 @@ class TokenizedGroup:
 
 def tokenize_groups(groups: Sequence[list[Messages]], tokenizer: Any, max_length: int) -> list[TokenizedGroup | str]:
     """Render and tokenize groups of dialogues; for a group that cannot be scored, the key of `SKIP_REASONS` instead."""
-    results: list[TokenizedGroup | str] = ["template"] * len(groups)  # until its ids are there
-    texts: list[str] = []  # in twos, as `encode_pairs` wants them
-    replies: list[str] = []
-    spans: list[tuple[int, int]] = []  # (number of the group, dialogues in it)
-    for number, dialogues in enumerate(groups):
-        rendered = render(dialogues, tokenizer)
-        if rendered is not None:
-            spans.append((number, len(dialogues)))
-            texts += rendered + rendered[-1:] * (len(dialogues) % 2)
+    rendered = [render(dialogues, tokenizer) for dialogues in groups]
+    texts, replies = [], []
+    for dialogues, group_texts in zip(groups, rendered, strict=True):
+        if group_texts is not None:
+            texts += group_texts + group_texts[-1:] * (len(group_texts) % 2)  # in twos, as `encode_pairs` wants them
             replies += [messages[-1]["content"] for messages in dialogues]
     backend = tokenizer.backend_tokenizer
     encoded = iter(encode_pairs(texts, backend, cut_tokens(tokenizer)))
-    lengths = iter([len(found.ids) for found in backend.encode_batch_fast(replies, add_special_tokens=False)])
-    for number, size in spans:
+    encoded_replies = iter(backend.encode_batch_fast(replies, add_special_tokens=False))
+    results: list[TokenizedGroup | str] = []
+    for group_texts in rendered:
+        size = len(group_texts or [])
         ids = [next(encoded) for _ in range(size + size % 2)][:size]
-        reply_lengths = [next(lengths) for _ in range(size)]
-        if all(len(sequence) for sequence in ids):
+        reply_lengths = [len(next(encoded_replies).ids) for _ in range(size)]
+        if group_texts is None or not all(len(sequence) for sequence in ids):
+            results.append("template")
+        else:
             is_too_long = max(map(len, ids)) > max_length
-            results[number] = "too_long" if is_too_long else TokenizedGroup(ids, reply_lengths)
+            results.append("too_long" if is_too_long else TokenizedGroup(ids, reply_lengths))
     return results

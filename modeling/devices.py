@@ -1,4 +1,4 @@
-"""Memory: how much is held, on whichever device, and giving back what is not needed."""
+"""Pick a device; measure the memory in use on it, and free what is not needed."""
 
 import ctypes
 import gc
@@ -21,9 +21,9 @@ def pick_device() -> torch.device:
 
 
 def peak_gib(device: torch.device) -> float:
-    """The most memory held so far: the GPU's by our tensors, or on a CPU the process's resident set.
+    """The peak so far: of the GPU memory that tensors take, or on a CPU of the process's resident set.
 
-    MPS keeps no peak; there it is what the driver holds now, after a step.
+    MPS records no peak; there it is what the driver holds now.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
@@ -40,7 +40,7 @@ def peak_gib(device: torch.device) -> float:
 
 
 def in_use_gib(device: torch.device) -> float:
-    """What is held right now: the GPU's memory by our tensors, or on a CPU the process's resident set."""
+    """The GPU memory that tensors take right now, or on a CPU the process's resident set."""
     import psutil
 
     if device.type == "cuda":
@@ -51,38 +51,38 @@ def in_use_gib(device: torch.device) -> float:
 
 
 def local_bytes(tensor: Any) -> int:
-    """The bytes of a tensor that this process holds: all of it, or its part where FSDP spreads it."""
+    """The bytes of a tensor that this process holds: all of it, or this rank's shard under FSDP."""
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local.numel() * local.element_size()
 
 
 def available_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """What of the machine's memory is still to be had, or of what the container may take (Linux, cgroup v2)."""
+    """The memory still available on this machine, or within the container's limit (Linux, cgroup v2)."""
     import psutil
 
     available = psutil.virtual_memory().available
     try:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        cached = sum(int(statistics[f"{kind}_file"]) for kind in ("active", "inactive"))  # makes room when asked to
-    except (OSError, ValueError, KeyError):  # no container, one without a limit ("max"), or files of another form
+        cached = sum(int(statistics[f"{kind}_file"]) for kind in ("active", "inactive"))  # freed when needed
+    except (OSError, ValueError, KeyError):  # no container, no limit ("max"), or other files than expected
         return available
     return max(0, min(available, limit - used + cached))
 
 
 def keep_heap(device: torch.device) -> None:
-    """Have the C library keep large blocks that were freed for the next tensors: on a CPU, with glibc on Linux.
+    """Let the C library keep freed large blocks for the next tensors (on a CPU, with glibc on Linux).
 
-    Left alone it gives them back, and each page that comes anew costs a fault: that was up to a third of an evaluation
-    and a tenth of a training step, whose every micro-batch asks for a gigabyte of activations.
+    By default it returns them to the system, and each page of the next block costs a page fault: up to a third of the
+    time of an evaluation and a tenth of a training step, in which every micro-batch needs a gigabyte of activations.
     """
     if device.type == "cpu" and (mallopt := _glibc("mallopt")):
         for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            mallopt(parameter, 2**31 - 1)  # the most that an int takes: in effect never
+            mallopt(parameter, 2**31 - 1)  # the largest int: in effect never return anything
 
 
 def trim_heap() -> None:
-    """Give the C library's freed memory back to the system, where it keeps it: glibc, on Linux."""
+    """Return the memory that the C library keeps to the system (glibc on Linux)."""
     if trim := _glibc("malloc_trim"):
         trim(0)
 
@@ -100,7 +100,7 @@ def _glibc(function: str) -> Callable[..., int] | None:
 
 
 def free(device: torch.device) -> None:
-    """Give cached blocks back, so that a smaller batch finds room in one piece."""
+    """Release cached blocks, so that a smaller batch finds room in one piece."""
     gc.collect()
     trim_heap()
     if device.type == "cuda":

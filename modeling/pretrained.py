@@ -1,10 +1,7 @@
-"""Weight files in and out: tokenizers, pretrained models, LoRA adapters, saving.
-
-All of it for transformers' own classes; models.py wraps what is opened here.
-"""
+"""Open and save tokenizers, pretrained models and LoRA adapters: transformers' own classes, which models.py wraps."""
 
 import contextlib
-import json
+import functools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from common import hub
-from utils import CheckpointError, UserError, first_line, nearest
+from utils import CheckpointError, UserError, first_line, nearest, read_json
 
-# For bases without a template of their own: ChatML, the form that Qwen uses.
+# ChatML, which Qwen uses too: for base models that come without a chat template
 CHATML_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -43,9 +40,9 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     hub.check_path_exists(name, "--model")
-    where_to_look = _where_to_look(name)
+    local_only = _is_local_only(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where_to_look)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local_only)
     except Exception as error:  # see open_model
         raise UserError(
             "no tokenizer can be opened there",
@@ -62,20 +59,20 @@ def load_tokenizer(name: str) -> Any:
 
 
 def _choose_pad_token(tokenizer: Any) -> None:
-    """Make sure that there is a pad token and that no templated dialogue ends in it.
+    """Make sure that there is a pad token and that no dialogue rendered by the template ends in it.
 
-    The stock classification models read the rightmost token that is not the pad token. A template that ends in <eos>
-    under a tokenizer that pads with <eos> would be read one token early, there and only there.
+    transformers' classification models read the reward at the rightmost token that is not the pad token. If dialogues
+    end in <eos> and <eos> is also the pad token, they would read it one token early, unlike this project.
     """
     dialogue = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         last_token = tokenizer.apply_chat_template(dialogue, return_dict=False)[-1]
-    except Exception as error:  # templates are programs of others
+    except Exception as error:  # a template is a program, and can raise anything
         raise UserError(
             "the model's chat template does not take a plain question and answer",
             where=tokenizer.name_or_path,
             found=f"{type(error).__name__}: {first_line(error)}",
-            next="mend its chat_template.jinja, or remove it: then ChatML is used",
+            next="fix its chat_template.jinja, or remove the file to use ChatML",
         ) from error
     special = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token]
     for token in [*special, *tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder]:
@@ -88,15 +85,13 @@ def _choose_pad_token(tokenizer: Any) -> None:
 # -- Opening and saving ------------------------------------------------------------------------------------------------
 
 
-def _where_to_look(name: str) -> dict[str, Any]:
-    if hub.looks_like_a_path(name):
-        return {"local_files_only": True}
-    return {"local_files_only": hub.only_local_copy(name, "model", "--model", TRY_OFFLINE)}
+def _is_local_only(name: str) -> bool:
+    return hub.looks_like_a_path(name) or hub.only_local_copy(name, "model", "--model", TRY_OFFLINE)
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence the table of missing weights: a new head is what creating means, and we check the rest ourselves."""
+    """Silence the table of missing weights: a new head is always missing, and we check the rest ourselves."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -104,7 +99,7 @@ def quiet_transformers() -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            # PEFT asks transformers about gradient checkpointing under a name that is on its way out
+            # PEFT asks transformers about gradient checkpointing under a deprecated name
             warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*")
             yield
     finally:
@@ -113,35 +108,32 @@ def quiet_transformers() -> Iterator[None]:
 
 def open_model(auto_class: Any, name: str, **options: Any) -> tuple[nn.Module, set[str]]:
     """A transformers model in fp32 and the names of the weights that its files did not hold."""
-    if (Path(name) / "adapter_config.json").exists():
+    if is_adapter(Path(name)):
         raise UserError(
             "--model names a LoRA adapter, and training starts from a whole model",
             where=name,
             next=f"python train_rm.py --resume_from {name}   (to train the adapter on), or name its base model",
         )
     hub.check_path_exists(name, "--model")
-    options = {"dtype": torch.float32, "trust_remote_code": False, **_where_to_look(name), **options}
+    options = {"dtype": torch.float32, "trust_remote_code": False, "local_files_only": _is_local_only(name), **options}
+    open_it = functools.partial(auto_class.from_pretrained, name, output_loading_info=True, **options)
     with quiet_transformers():
         try:
             try:
-                model, info = auto_class.from_pretrained(
-                    name, output_loading_info=True, attn_implementation="sdpa", **options
-                )
-            except ValueError as error:  # the architecture has no sdpa; `can_pack` will notice
+                model, info = open_it(attn_implementation="sdpa")
+            except ValueError as error:  # the architecture has no sdpa; `try_packing` will notice
                 if "attn_implementation" not in str(error) and "scaled_dot_product_attention" not in str(error):
                     raise
-                model, info = auto_class.from_pretrained(
-                    name, output_loading_info=True, attn_implementation="eager", **options
-                )
-        except Exception as error:  # a foreign folder can be wrong in any way, and each library has its own errors
+                model, info = open_it(attn_implementation="eager")
+        except Exception as error:  # any file in the folder can be wrong, and each library has its own errors
             raise UserError(
                 "this model cannot be opened",
                 where=name,
                 found=f"{type(error).__name__}: {first_line(error)}",
                 next="a folder with config.json, model.safetensors and a tokenizer, or a hub id",
             ) from error
-    # Weights read from a file lie in it as it was mapped, at any alignment, and some matrix products round differently
-    # by alignment: a resumed run would differ in the last bit. Memory of our own is always aligned.
+    # Weights are memory-mapped from the file, at any alignment, and some matrix products round differently depending on
+    # alignment, so a resumed run would differ in the last bit. Memory allocated by torch is always aligned.
     for path, parameter in model.named_parameters():
         parameter.data = parameter.data.clone()
         if not parameter.isfinite().all():
@@ -153,9 +145,11 @@ def open_model(auto_class: Any, name: str, **options: Any) -> tuple[nn.Module, s
 
 def add_lora(model: nn.Module, lora: LoraSettings, task_type: str, seed: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D  # GPT-2's Linear, with the matrix transposed
 
-    known = sorted({path.split(".")[-1] for path, module in model.named_modules() if isinstance(module, nn.Linear)})
-    known = [name for name in known if name not in ("score", "classifier", "lm_head")] or _conv1d_names(model)
+    modules = ((path.split(".")[-1], module) for path, module in model.named_modules())
+    layers = {name: module for name, module in modules if isinstance(module, (nn.Linear, Conv1D))}
+    known = sorted(layers.keys() - {"score", "classifier", "lm_head"})
     if wrong := [name for name in lora.target_modules if name not in known]:
         guesses = "".join(nearest(name, known) for name in wrong[:1])
         raise UserError(
@@ -168,19 +162,14 @@ def add_lora(model: nn.Module, lora: LoraSettings, task_type: str, seed: int) ->
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules),
-        fan_in_fan_out=not any(isinstance(module, nn.Linear) for path, module in model.named_modules() if "." in path),
+        fan_in_fan_out=any(isinstance(layers[name], Conv1D) for name in lora.target_modules),
     )
     with quiet_transformers():
         wrapped = get_peft_model(model, config)
     base = Path(wrapped.peft_config["default"].base_model_name_or_path)
-    if base.exists():  # an absolute path opens from every working folder
+    if base.exists():  # stored as an absolute path, it can be opened from any working folder
         wrapped.peft_config["default"].base_model_name_or_path = str(base.absolute())
     return wrapped
-
-
-def _conv1d_names(model: nn.Module) -> list[str]:
-    """GPT-2 keeps its weights in transformers' Conv1D, which is a Linear with the matrix transposed."""
-    return sorted({path.split(".")[-1] for path, module in model.named_modules() if type(module).__name__ == "Conv1D"})
 
 
 def save_model(
@@ -203,6 +192,6 @@ def is_adapter(folder: Path) -> bool:
 def base_of_adapter(folder: Path) -> str:
     """The hub id or folder of the model that an adapter was trained on."""
     try:
-        return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return read_json(folder / "adapter_config.json")["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError("the adapter's configuration cannot be read", where=folder, found=error) from error

@@ -268,7 +268,7 @@ BAD_CONFIGS = {
     "object for int": ('{"batch_size": {"value": 5}}', "'batch_size': got {'value': 5}, wants a whole number"),
     "list for text": ('{"folder": ["a"]}', "'folder': got ['a'], wants text"),
     "nested groups": ('{"speed": {"batch_size": 5}}', "'speed' is no setting"),
-    "duplicate key": ('{"rate": 1, "batch_size": 5, "batch_size": 6}', "not JSON: 'batch_size' stands there twice"),
+    "duplicate key": ('{"rate": 1, "batch_size": 5, "batch_size": 6}', "the key 'batch_size' is given more than once"),
     "latin-1": (b'{"folder": "caf\xe9"}', "not UTF-8 text (byte 15)"),
     "utf-16": ('{"batch_size": 5}'.encode("utf-16"), "not UTF-8 text (byte 0)"),
     "below its limit": ('{"batch_size": 0}', "--batch_size: got 0, wants at least 1"),
