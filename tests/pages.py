@@ -33,6 +33,7 @@ CONFIGS = {
 ROOT_FILES = [*CONFIGS, "models.py", "data.py", "utils.py"]
 FOLDERS = ["training", "evaluation", "chat_app", "run_manager", "modeling", "data_pipeline", "checkpointing", "common"]
 WITHOUT_DOCSTRING = {
+    "demo_chat_template.jinja": "The demo model's chat template, which writes what Qwen3's writes.",
     "demo_sentences.json": "The words and sentences that the demo's pairs are made of.",
     "page.css": "The page's style, in addition to Gradio's.",
     "page_head.html": "The page's JavaScript: keeps conversations in the browser, and streams in order.",
