@@ -52,7 +52,8 @@ class ChatTab:
         to_save, titles, opened, saved_id = (gr.JSON(visible="hidden") for _ in range(4))
         shown = [self.conversation, chatbot, textbox]
 
-        prepare_saving = {"fn": self.to_save, "inputs": self.conversation, "outputs": to_save, **AT_ONCE}
+        prepare_saving = {"fn": lambda chat: [conversation.title(chat), chat], "inputs": self.conversation,
+                          "outputs": to_save, **AT_ONCE}  # fmt: skip
         save = {"fn": None, "inputs": to_save, "outputs": [titles, storage_problem, saved_id], **QUIET,
                 "js": "conversation => window.conversations.save(conversation)"}  # fmt: skip
 
@@ -188,9 +189,6 @@ class ChatTab:
         titles, found = opened or ([], None)
         chat = conversation.checked(found)
         return [*self.show_all(chat), chat["system_prompt"], self.list_saved(titles, chat["id"])]
-
-    def to_save(self, chat: Conversation) -> list[Any]:
-        return [conversation.title(chat) if chat["messages"] else "", chat]
 
     def list_saved(self, titles: list[tuple[str, str]] | None, saved_id: str) -> gr.Radio:
         """The list of saved conversations; the one shown, whose id is `saved_id`, is selected if it is saved."""

@@ -47,9 +47,9 @@ def _checked_message(message: Message) -> Message:
 
 
 def title(conversation: Conversation) -> str:
-    """The user's first message, shortened."""
+    """The user's first message, shortened; "" for a conversation that has none, which is not worth saving."""
     questions = (message["content"] for message in conversation["messages"] if message["role"] == "user")
-    return shortened(next(questions, "empty"), 48)
+    return shortened(next(questions, ""), 48)
 
 
 def shortened(text: str, length: int) -> str:

@@ -130,7 +130,7 @@ def test_labels_of_candidates_have_rank_reward_and_first_words():
 
 def test_titles_are_the_first_question_shortened():
     assert conversation.title(conversation_of("  what\n is ", "b")) == "what is"
-    assert conversation.title(conversation.new()) == "empty"
+    assert conversation.title(conversation.new()) == ""
     assert len(conversation.title(conversation_of("word " * 50))) == 48
 
 
