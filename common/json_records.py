@@ -70,18 +70,12 @@ def from_json(record_class: type[Record], content: Any) -> Record:
 _type_hints = functools.cache(typing.get_type_hints)
 
 
-@functools.cache
-def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """`dict[str, int]` -> (dict, (str, int))."""
-    return typing.get_origin(hint), typing.get_args(hint)
-
-
 def _checked(hint: Any, value: Any, name: str) -> Any:
-    """A value as a field's type wants it; ValueError if it does not fit."""
+    """A value converted to a field's type; ValueError if it does not fit."""
     # type() and not isinstance(): True is an int to Python
     if hint is Any or type(value) is hint or (hint is float and type(value) is int):
         return value
-    origin, inner = _parts(hint)
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)  # dict[str, int] -> dict, (str, int)
     if origin is types.UnionType:  # X | None
         if value is None and types.NoneType in inner:
             return None

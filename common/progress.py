@@ -6,8 +6,8 @@ from typing import Any, TextIO
 
 import utils
 
-PLAIN_LINES = 20  # lines of a whole run where nobody watches a terminal ...
-PLAIN_SECONDS = 30  # ... and at least one in so many seconds
+PLAIN_LINES = 20  # for a whole run, where the output is no terminal ...
+PLAIN_SECONDS = 30  # ... but at least one line in this many seconds
 
 
 class ProgressBar:
@@ -15,10 +15,10 @@ class ProgressBar:
 
     Args:
         label: what is being done, such as "step" or "tokenizing train.jsonl".
-        total: how many units there are; None if unknown, which leaves out the time left.
-        done: units finished before this process began: a resumed run counts its time from there.
-        unit: what is counted, in the plural; "" if `figures` has a rate already.
-        first_after: seconds without any plain line, so that short work stays silent.
+        total: how many units there are; None if unknown: then no time left is shown.
+        done: units finished before this process began, which do not count towards the rate.
+        unit: what is counted, in the plural; "" if `figures` already has a rate.
+        first_after: nothing is shown for this many seconds, so that short work stays silent.
         stream: where plain lines go (default: standard output).
     """
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
@@ -30,8 +31,6 @@ def peak_gib(device: torch.device) -> float:
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 2**30
     if os.name == "nt":
-        import psutil
-
         return psutil.Process().memory_info().peak_wset / 2**30
     import resource
 
@@ -41,8 +40,6 @@ def peak_gib(device: torch.device) -> float:
 
 def in_use_gib(device: torch.device) -> float:
     """The GPU memory that tensors take right now, or on a CPU the process's resident set."""
-    import psutil
-
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 2**30
     if device.type == "mps":
@@ -58,8 +55,6 @@ def local_bytes(tensor: Any) -> int:
 
 def available_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
     """The memory still available on this machine, or within the container's limit (Linux, cgroup v2)."""
-    import psutil
-
     available = psutil.virtual_memory().available
     try:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
@@ -89,8 +84,6 @@ def trim_heap() -> None:
 
 def trim_heap_if_scarce() -> None:
     """The same if the machine has less memory left than twice what this process holds."""
-    import psutil
-
     if available_bytes() < 2 * psutil.Process().memory_info().rss:
         trim_heap()
 

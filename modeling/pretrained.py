@@ -45,7 +45,7 @@ def load_tokenizer(name: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local_only)
     except Exception as error:  # see open_model
         raise UserError(
-            "no tokenizer can be opened there",
+            "the tokenizer cannot be opened",
             where=name,
             found=f"{type(error).__name__}: {first_line(error)}",
             next="a model's folder (for a checkpoint its step-N), or a hub id",
