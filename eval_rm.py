@@ -9,7 +9,6 @@ python eval_rm.py --model FOLDER --score replies.jsonl > scored.jsonl   rewards 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from typing import Any
 
 import utils
 from checkpointing import resolve
-from checkpointing.run_folder import step_of
 from common import flags
 from common.flags import flag
 from utils import UserError
@@ -27,6 +25,7 @@ with utils.lazy_imports():  # --help must not wait for torch
     import models
     from data_pipeline import parsing
     from evaluation import eval_data, evaluator, html_report, report, score_stream
+    from modeling import scorer
 
 DEFAULT_DATASET = "Anthropic/hh-rlhf"
 
@@ -59,7 +58,7 @@ class EvalConfig:
     # fmt: on
 
     def problems(self) -> list[str]:
-        """Mistakes that no single field shows."""
+        """Settings that do not go together."""
         found = []
         if self.model is None:
             found.append("--model: wants a reward model, such as ./checkpoints/rm/RUN")
@@ -97,59 +96,45 @@ def make_job(config: EvalConfig) -> evaluator.EvalJob:
             "--against names the model itself", where=other, safe="nothing was scored",
             next="another one, such as an earlier step-N of the run",
         )  # fmt: skip
-    model = evaluator.saved_model(display_name(config.model, folder), folder, config.base_model)
-    against = other and evaluator.saved_model(display_name(config.against, other), other, config.base_model)
-    settings = evaluator.training_settings(folder)
+    model = evaluator.saved_model(config.model, folder, config.base_model)
+    against = other and evaluator.saved_model(config.against, other, config.base_model)
+    settings = resolve.training_settings(folder)
     dataset = config.dataset or settings.get("dataset") or DEFAULT_DATASET
     data = eval_data.sample(eval_data.find(dataset, config.split, config.subset_column), config.max_pairs)
-    report_dir = Path(config.report_dir) if config.report_dir else evaluator.report_folder(folder)
-    # only a checkpoint's own report goes beside its training's logs
-    tensorboard_dir = (
-        report_dir / "tensorboard" if config.report_dir else evaluator.tensorboard_folder(folder, report_dir)
-    )
+    report_dir, tensorboard_dir = evaluator.output_folders(folder, config.report_dir)
     scores_out = evaluator.find_scores_file(config.scores_out, data, report_dir) if config.scores_out else None
     for place, name in ((report_dir, "the report's folder"), (tensorboard_dir, "TensorBoard's folder")):
         evaluator.check_writable(place, name, "--report_dir FOLDER")
     untrained, why_not = evaluator.untrained_model(folder) if config.untrained_baseline else (None, "")
     sampled = f"{config.max_pairs:,} rows asked for, spread over all" if config.max_pairs else ""
     notes = [note for note in (sampled, why_not) if note]
-    dataset = utils.seen_from_here(dataset)
-    for note in filter(None, [*data.notes, *notes, replacement_note(report_dir, dataset, config.split)]):
+    for note in filter(None, [*data.notes, *notes, replacement_note(report_dir, data)]):
         print(note, flush=True)
     return evaluator.EvalJob(
-        model, data, dataset, config.split, report_dir, tensorboard_dir, scoring_config(config, settings),
-        step_of(folder.absolute()) or 0, against, untrained, scores_out, tuple(notes),
+        model, data, report_dir, tensorboard_dir, scoring_config(config, settings), against, untrained, scores_out,
+        tuple(notes),
     )  # fmt: skip
 
 
-def replacement_note(report_dir: Path, dataset: str, split: str) -> str | None:
+def replacement_note(report_dir: Path, data: eval_data.Data) -> str | None:
     """A line if the report that is already there is about other data."""
-    try:
-        old = json.loads((report_dir / report.JSON).read_text(encoding="utf-8"))
-        old_data = old["dataset"], old["split"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if old_data == (dataset, split):
-        return None
-    what = f"the report in {report_dir} is on {old_data[0]}, {old_data[1]}"
-    return f"{what}, and will be replaced; to keep both, choose another --report_dir"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        old = utils.read_json(report_dir / report.JSON)
+        if (old["dataset"], old["split"]) != (utils.seen_from_here(data.dataset), data.split):
+            what = f"the report in {report_dir} is on {old['dataset']}, {old['split']}"
+            return f"{what}, and will be replaced; to keep both, choose another --report_dir"
+    return None
 
 
-def display_name(name: str, folder: Path) -> str:
-    """A model's name in the report: its folder, including a run's newest step; a hub id as it was given."""
-    return utils.seen_from_here(str(folder)) if Path(name).expanduser().exists() else name
-
-
-def scoring_config(config: EvalConfig, settings: dict[str, Any]) -> evaluator.ScoringConfig:
+def scoring_config(config: EvalConfig, settings: dict[str, Any]) -> scorer.ScoringConfig:
     stored = settings.get("max_length")
-    default = stored if isinstance(stored, int) and stored > 0 else evaluator.ScoringConfig.max_length
-    return evaluator.ScoringConfig(
-        config.max_length or default, config.batch_size, config.tokens_per_batch, config.precision
-    )
+    default = stored if isinstance(stored, int) and stored > 0 else scorer.ScoringConfig.max_length
+    max_length = config.max_length or default
+    return scorer.ScoringConfig(max_length, config.batch_size, config.tokens_per_batch, config.precision)
 
 
 def show(content: dict[str, Any], job: evaluator.EvalJob) -> None:
-    """Print the tables, and where the rest is."""
+    """Print the tables, and where the full report is."""
     rows = content["rows"]
     print(f"{content['model']} on {content['dataset']}, {content['split']}: {content['n']:,} of {rows['read']:,} rows")
     for line in rows["in_words"]:
@@ -167,9 +152,9 @@ def score_lines(config: EvalConfig) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         lines = score_stream.read(config.score)
         folder = resolve.find_model(config.model)
-        scoring = scoring_config(config, evaluator.training_settings(folder))
-        scorer = scoring.scorer(models.RewardModel.restore(folder, config.base_model))
-    counts = score_stream.score(scorer, lines, config.best_of, config.score != "-", sys.stdout.buffer)
+        scoring = scoring_config(config, resolve.training_settings(folder))
+        ready = scorer.Scorer(models.RewardModel.restore(folder, config.base_model), scoring)
+    counts = score_stream.score(ready, lines, config.best_of, config.score != "-", sys.stdout.buffer)
     scored = counts.pop("scored", 0)
     skipped = f", {counts.total():,} skipped" if counts else ""
     print(f"{scored:,} rows scored{skipped}", file=sys.stderr)

@@ -129,20 +129,21 @@ def evaluate(run: Any, channel: harness.Channel) -> None:
 
 def score_file(run: Any, channel: harness.Channel) -> None:
     """What `eval_rm.py` does with the test file, from its bytes to all metrics, but without drawing the report."""
-    from evaluation import analysis, eval_data, evaluator, scores
+    from evaluation import analysis, eval_data, scores
+    from modeling.scorer import Scorer, ScoringConfig
 
     clock = harness.Clock(run.model.device)
     data = eval_data.find(run.config.dataset, "test", None)
-    scorer = evaluator.ScoringConfig().scorer(run.model)
+    scorer = Scorer(run.model, ScoringConfig())
     while channel.receive()["do"] != "end":
         clock.start()
-        table, log = scores.score_dataset(scorer, data, run.folder / "report", lambda: None, "the test file")
+        table = scores.score_dataset(scorer, data, run.folder / "report", lambda: None, "the test file")
         figures = analysis.measure(table)
         channel.answer(
             **clock.read(), loss=figures["calibration"]["log_loss"], accuracy=figures["accuracy"],
             pairs=figures["n"], peak_gib=harness.peak_gib(run.model.device),
         )  # fmt: skip
-        log.delete()  # otherwise the next round would find everything scored
+        table.log.delete()  # otherwise the next round would find everything scored
     channel.answer()
 
 

@@ -1,6 +1,6 @@
-"""What --model and its like may name: a checkpoint, a run, a folder or a hub id; which kind it is; its base model.
+"""What --model and similar flags may name: a checkpoint, a run, a folder or a hub id; which kind it is; its base model.
 
-Without torch: what a folder holds is told from its files.
+Without torch: a folder's files say what kind of model it holds.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ NOT_MODEL_FILES = ("*.gguf", "*.onnx", "*.msgpack", "*.h5", "*.ot", "optimizer*"
 def find_model(name: str, flag: str = "--model") -> Path:
     """The folder of a reward model: a checkpoint (verified), a run's newest sound one, any model's, or a hub id's copy.
 
-    UserError if it is no reward model with one label; CheckpointError if a checkpoint is damaged.
+    UserError if it is not a reward model with one label; CheckpointError if a checkpoint is damaged.
     """
     hub.check_path_exists(name, flag)
     is_local = Path(name).expanduser().exists()
@@ -27,20 +27,19 @@ def find_model(name: str, flag: str = "--model") -> Path:
     if kind != "reward":
         found = "a model that writes" if kind else "no config.json of a model in it"
         raise UserError(
-            f"{flag} names no reward model", where=folder, found=found,
+            f"{flag} does not name a reward model", where=folder, found=found,
             next="wants a checkpoint of train_rm.py, or a model for sequence classification with one label",
         )  # fmt: skip
-    if (folder / "adapter_config.json").exists():  # its head is looked at when it is opened
+    if (folder / "adapter_config.json").exists():  # its head is checked when it is opened
         return folder
-    # transformers writes the labels down unless there are two, which is its default
+    # transformers stores the labels unless there are two, its default
     labels = read_settings(folder / "config.json").get("id2label") or ["LABEL_0", "LABEL_1"]
     if len(labels) != 1:
         names = list(labels.values()) if isinstance(labels, dict) else labels
         raise UserError(
-            f"{flag} has {len(labels)} labels, and a reward model has one",
-            where=folder,
-            found=", ".join(map(str, names[:6])),
-        )
+            f"{flag} has {len(labels)} labels, but a reward model has one",
+            where=folder, found=", ".join(map(str, names[:6])),
+        )  # fmt: skip
     return folder
 
 
@@ -55,7 +54,7 @@ def _copy_from_hub(name: str, flag: str) -> Path:
         )
     except Exception as error:  # which class depends on the HTTP library underneath
         raise utils.DiskOrNetworkError(
-            f"{name} cannot be fetched", found=f"{type(error).__name__}: {error}", next="try again, or name a folder"
+            f"{name} cannot be downloaded", found=f"{type(error).__name__}: {error}", next="try again, or name a folder"
         ) from error
     return Path(found)
 
@@ -99,10 +98,15 @@ def base_model_of(folder: Path) -> str:
 
 def base_models_named_by(folder: Path) -> list[str]:
     names = [
-        read_settings(folder / "train_config.json").get("model"),
+        training_settings(folder).get("model"),
         read_settings(folder / "adapter_config.json").get("base_model_name_or_path"),
     ]
     return [name for name in names if name]
+
+
+def training_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the training that wrote a checkpoint; {} for any other model."""
+    return read_settings(folder / "train_config.json")
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -178,9 +178,14 @@ class TokenizedGroup:
     reply_lengths: list[int]
 
 
-def tokenize_groups(groups: Sequence[list[Messages]], tokenizer: Any, max_length: int) -> list[TokenizedGroup | str]:
-    """Render and tokenize groups of dialogues; for a group that cannot be scored, the key of `SKIP_REASONS` instead."""
-    rendered = [render(dialogues, tokenizer) for dialogues in groups]
+def tokenize_groups(
+    groups: Sequence[list[Messages] | str], tokenizer: Any, max_length: int
+) -> list[TokenizedGroup | str]:
+    """Render and tokenize groups of dialogues; for a group that cannot be scored, the key of `SKIP_REASONS` instead.
+
+    What is such a key already is returned as it is.
+    """
+    rendered = [None if isinstance(dialogues, str) else render(dialogues, tokenizer) for dialogues in groups]
     texts, replies = [], []
     for dialogues, group_texts in zip(groups, rendered, strict=True):
         if group_texts is not None:
@@ -190,11 +195,13 @@ def tokenize_groups(groups: Sequence[list[Messages]], tokenizer: Any, max_length
     encoded = iter(encode_pairs(texts, backend, cut_tokens(tokenizer)))
     encoded_replies = iter(backend.encode_batch_fast(replies, add_special_tokens=False))
     results: list[TokenizedGroup | str] = []
-    for group_texts in rendered:
+    for dialogues, group_texts in zip(groups, rendered, strict=True):
         size = len(group_texts or [])
         ids = [next(encoded) for _ in range(size + size % 2)][:size]
         reply_lengths = [len(next(encoded_replies).ids) for _ in range(size)]
-        if group_texts is None or not all(len(sequence) for sequence in ids):
+        if isinstance(dialogues, str):
+            results.append(dialogues)
+        elif group_texts is None or not all(len(sequence) for sequence in ids):
             results.append("template")
         else:
             is_too_long = max(map(len, ids)) > max_length

@@ -3,9 +3,6 @@
 `measure` computes everything from numbers; `readings` goes over the data once more for the texts of a few pairs.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -29,16 +26,15 @@ def measure(table: ScoreTable) -> dict[str, Any]:
     turn_counts = sorted(set(table.turns.tolist()))
     headline = metrics.accuracy(table.reward_margins)
     by_subset = metrics.breakdown(table.reward_margins, table.subsets, table.subset_names)
-    has_subsets = set(by_subset) != {""}
     reward_margin = table.rewards[:, 0] - table.rewards[:, 1]  # (N,)
     content: dict[str, Any] = {
         "version": REPORT_VERSION,
-        "n": headline.n,
-        "accuracy": headline.accuracy,
-        "interval": [headline.low, headline.high],
-        "right": headline.right,
-        "ties": headline.ties,
-        "wrong": headline.n - headline.right - headline.ties,
+        "n": headline["n"],
+        "accuracy": headline["accuracy"],
+        "interval": [headline["low"], headline["high"]],
+        "right": headline["right"],
+        "ties": headline["ties"],
+        "wrong": headline["n"] - headline["right"] - headline["ties"],
         "guessing": table.guessing,
         "rows": {
             "read": table.counts.rows, "left_out": table.counts.skipped, "why": dict(table.counts.count),
@@ -47,12 +43,15 @@ def measure(table: ScoreTable) -> dict[str, Any]:
         "mean_margin": float(reward_margin.mean()),
         "mean_reward": dict(zip(("right", "wrong"), table.rewards.mean(axis=0).tolist(), strict=True)),
         "pairs": len(reward_margin),
-        "by_subset": dict(sorted(by_subset.items())) if has_subsets else {},
+        "by_subset": {} if set(by_subset) == {""} else dict(sorted(by_subset.items())),
         "by_turns": metrics.breakdown(
             table.reward_margins, np.searchsorted(turn_counts, table.turns), [str(count) for count in turn_counts]
         ),
         "by_length": metrics.breakdown(table.reward_margins, bucket, bucket_names),
-        "baselines": baselines(table),
+        "baselines": {  # simple rules on the same comparisons
+            f"{rule} wins": metrics.accuracy(by)
+            for rule, by in zip(("longer", "shorter"), table.longer_by.T, strict=True)
+        },
         "length": metrics.length_bias(table.rewards, table.lengths),
         "calibration": metrics.calibration(reward_margin),
         "benchmark": benchmark(table, by_subset),
@@ -62,17 +61,11 @@ def measure(table: ScoreTable) -> dict[str, Any]:
     return content
 
 
-def baselines(table: ScoreTable) -> dict[str, Any]:
-    """The accuracy of simple rules on the same comparisons."""
-    rules = zip(("longer wins", "shorter wins"), table.longer_by.T, strict=True)
-    return {rule: dataclasses.asdict(metrics.accuracy(by)) for rule, by in rules}
-
-
 def benchmark(table: ScoreTable, by_subset: dict[str, Any]) -> dict[str, Any] | None:
     """RewardBench's or RewardBench 2's own score, if the data is theirs."""
     if table.groups:
-        return reward_bench.second(table.groups) if len(table.groups) == len(table.reward_margins) else None
-    return reward_bench.sections(by_subset)
+        return reward_bench.scores_v2(table.groups) if len(table.groups) == len(table.reward_margins) else None
+    return reward_bench.scores_v1(by_subset)
 
 
 def findings(content: dict[str, Any]) -> list[str]:
@@ -135,9 +128,7 @@ def _scored_by_both(table: ScoreTable, other: ScoreTable) -> tuple[np.ndarray, n
     return np.intersect1d(table.positions, other.positions, return_indices=True)[1:]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pairs worth reading
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Pairs worth reading -----------------------------------------------------------------------------------------------
 
 
 def worth_reading(table: ScoreTable, other: ScoreTable | None) -> dict[str, list[int]]:
@@ -155,69 +146,56 @@ def worth_reading(table: ScoreTable, other: ScoreTable | None) -> dict[str, list
     return found
 
 
-def suspected_mislabels(table: ScoreTable, other: ScoreTable | None) -> np.ndarray:
-    """(M,) whether a label is probably wrong: after temperature scaling the model gives it less than 5 %.
+def suspected_mislabels(table: ScoreTable, other: ScoreTable | None) -> set[int]:
+    """Positions whose label is probably wrong: after temperature scaling the model gives it less than 5 %.
 
     With a second model both must agree.
     """
-    suspect = metrics.label_probability(table.reward_margins) < metrics.MISLABEL_BELOW
-    if other is not None:
-        ours, theirs = _scored_by_both(table, other)
-        agrees = np.zeros(len(suspect), dtype=bool)
-        agrees[ours] = metrics.label_probability(other.reward_margins)[theirs] < metrics.MISLABEL_BELOW
-        suspect &= agrees
-    return suspect
+    found = [
+        set(one.positions[metrics.label_probability(one.reward_margins) < metrics.MISLABEL_BELOW].tolist())
+        for one in ([table, other] if other else [table])
+    ]
+    return set.intersection(*found)
 
 
-def readings(
-    data: Data, table: ScoreTable, log: ScoreLog, against: tuple[ScoreTable, ScoreLog] | None, out: Path | None
-) -> dict[str, Any]:
+def readings(data: Data, table: ScoreTable, other: ScoreTable | None, out: Path | None) -> dict[str, Any]:
     """The texts of the pairs worth reading. With `out`, also every comparison as a line of JSON, all or nothing."""
-    other = against[0] if against else None
-    wanted = worth_reading(table, other)
-    suspects = suspected_mislabels(table, other)
-    suspect_at = set(table.positions[suspects].tolist())
+    wanted, suspects = worth_reading(table, other), suspected_mislabels(table, other)
     chances = metrics.label_probability(table.reward_margins)
     positions = {position for found in wanted.values() for position in found}
     texts: dict[int, dict[str, Any]] = {}
     with atomic_files.atomic_file(out) as file:
-        for row in data.read() if positions or out else ():
+        for row in data.read():
             if not out and row.position not in positions:
                 continue
-            entry = _entry(data, row, log, against[1] if against else None)
+            entry = _entry(data, row, table.log, other and other.log)
             if "left_out" not in entry:
-                entry["suspected_mislabel"] = row.position in suspect_at
+                entry["suspected_mislabel"] = row.position in suspects
                 if out:
                     entry["p_label"] = float(chances[np.searchsorted(table.positions, row.position)])
-            if out:
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")  # without `out`, nowhere
             if row.position in positions:
                 texts[row.position] = entry
     return {
-        "suspected_mislabels": int(suspects.sum()),
+        "suspected_mislabels": len(suspects),
         **{kind: [texts[position] for position in found] for kind, found in wanted.items()},
     }
 
 
 def _entry(data: Data, row: Row, log: ScoreLog, other: ScoreLog | None) -> dict[str, Any]:
     """One row as a line of --scores_out."""
-    entry: dict[str, Any] = {
-        "row": row.number,
-        "place": utils.seen_from_here(data.parts[row.part].source.place(row.number)),
-    }
-    found = log[row.position]
-    if isinstance(found, str) or isinstance(row.content, str):
-        return entry | {"left_out": found if isinstance(found, str) else row.content}
-    content = row.content
+    place = data.parts[row.part].source.place(row.number)
+    entry: dict[str, Any] = {"row": row.number, "place": utils.seen_from_here(place)}
+    found, content = log[row.position], row.content
+    if isinstance(found, str):
+        return entry | {"left_out": found}
     if content.subset:
         entry["subset"] = content.subset
     entry |= _scores(content, *found)
     if other is not None and not isinstance(theirs := other[row.position], str):
         entry["against"] = _scores(content, *theirs)
-    return entry | {
-        "chosen": content.chosen[0] if content.is_pair else list(content.chosen),
-        "rejected": content.rejected[0] if content.is_pair else list(content.rejected),
-    }
+    replies = {"chosen": list(content.chosen), "rejected": list(content.rejected)}
+    return entry | ({side: found[0] for side, found in replies.items()} if content.is_pair else replies)
 
 
 def _scores(content: Comparison, rewards: list[float], lengths: list[int]) -> dict[str, Any]:

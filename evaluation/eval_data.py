@@ -1,10 +1,8 @@
-"""What a reward model is asked to compare: which files, which of their rows, and what each row compares.
+"""The data of an evaluation: which files, which of their rows, and what each row compares.
 
-Rows are read as training reads them (data_pipeline/). Besides, there are RewardBench 2's rows, one prompt with several
-chosen or rejected replies, and folders of files, whose accuracy is broken down by file.
+Rows are read as in training (data_pipeline/). In addition, a row of RewardBench 2 has one prompt with several chosen or
+rejected replies, and a folder may hold many files, by which the accuracy is then broken down.
 """
-
-from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
@@ -14,7 +12,7 @@ from typing import Any
 
 from common import hub
 from data_pipeline import parsing, sampler, sources
-from data_pipeline.parsing import Messages, Pair
+from data_pipeline.parsing import Messages, RowError
 from data_pipeline.sources import Source
 from evaluation import reward_bench
 from utils import UserError, nearest
@@ -42,16 +40,12 @@ class Comparison:
     is_listed: bool  # whether the row had lists of replies, as RewardBench 2's have
 
     @property
-    def dialogues(self) -> list[Messages]:
-        return [*self.chosen, *self.rejected]
-
-    @property
     def is_pair(self) -> bool:
         return len(self.chosen) == len(self.rejected) == 1
 
     @property
     def turns(self) -> int:
-        """How often the user speaks in the first chosen dialogue."""
+        """Number of user turns in the first chosen dialogue."""
         return sum(message["role"] == "user" for message in self.chosen[0])
 
 
@@ -64,14 +58,20 @@ class Row:
     number: int  # line or row number in its file
     content: Comparison | str
 
+    @property
+    def dialogues(self) -> list[Messages] | str:
+        return self.content if isinstance(self.content, str) else [*self.content.chosen, *self.content.rejected]
+
 
 @dataclass(frozen=True)
 class Data:
-    """The rows to compare: parts, the column that names subsets, and which rows of them (all if None)."""
+    """The rows to compare: what --dataset and --split name, and which rows of it."""
 
+    dataset: str
+    split: str
     parts: tuple[Part, ...]
-    subset_column: str | None = None
-    chosen_rows: frozenset[tuple[int, int]] | None = None  # (part, number)
+    subset_column: str | None  # whose values name the subsets
+    chosen_rows: frozenset[tuple[int, int]] | None = None  # (part, number); None: all
     num_rows: int | None = None  # how many rows `read` yields, if they were counted
     notes: tuple[str, ...] = ()  # what the user should know about how the files were chosen
 
@@ -93,46 +93,45 @@ class Data:
                     position += 1
 
     def _parse(self, part: Part, number: int, row: Any) -> Comparison | str:
-        def refuse(problem: str) -> UserError:
+        def row_error(problem: str) -> UserError:
             return UserError(
                 f"a row of the data cannot be used: {problem}", where=part.source.place(number),
                 next="wants chosen and rejected: a text, a list of messages, or for several replies a list of those",
             )  # fmt: skip
 
         parsing.check_columns(part.source, number, row)
-        subset = self._subset(part, row, refuse)
-        chosen, rejected = (_replies(row[column], column, refuse) for column in ("chosen", "rejected"))
-        # each chosen reply beside the first rejected one, and each rejected one beside the first chosen one
-        sides = [(reply, rejected[0]) for reply in chosen], [(chosen[0], reply) for reply in rejected]
-        pairs: list[list[Pair]] = []
-        for side in sides:
-            parsed = [parsing.parse_pair({**row, "chosen": a, "rejected": b}, refuse) for a, b in side]
-            if faults := [pair for pair in parsed if isinstance(pair, str)]:
-                return faults[0]
-            pairs.append(parsed)
-        key = str(row.get("id") or "")
-        is_listed = chosen[0] is not row["chosen"] or rejected[0] is not row["rejected"]
+        subset = self._subset(part, row, row_error)
+        chosen, rejected = (_replies(row[column], column, row_error) for column in ("chosen", "rejected"))
+        # each chosen reply beside the first rejected one, then each other rejected one beside the first chosen one
+        beside = [(reply, rejected[0]) for reply in chosen] + [(chosen[0], reply) for reply in rejected[1:]]
+        pairs = [parsing.parse_pair({**row, "chosen": a, "rejected": b}, row_error) for a, b in beside]
+        if reasons := [pair for pair in pairs if isinstance(pair, str)]:
+            return reasons[0]
         return Comparison(
-            tuple(p.chosen for p in pairs[0]), tuple(p.rejected for p in pairs[1]), subset, key, is_listed
+            chosen=tuple(pair.chosen for pair in pairs[: len(chosen)]),
+            rejected=tuple(pair.rejected for pair in [pairs[0], *pairs[len(chosen) :]]),
+            subset=subset,
+            key=str(row.get("id") or ""),
+            is_listed=chosen[0] is not row["chosen"] or rejected[0] is not row["rejected"],
         )
 
-    def _subset(self, part: Part, row: dict[str, Any], refuse: Any) -> str:
+    def _subset(self, part: Part, row: dict[str, Any], row_error: RowError) -> str:
         if self.subset_column is None and len(self.parts) > 1:
             return part.name
         columns = (self.subset_column,) if self.subset_column else SUBSET_COLUMNS
         column = next((name for name in columns if name in row), None)
         if column is None and self.subset_column:
-            raise refuse(f"no column {self.subset_column!r} (--subset_column){nearest(self.subset_column, row)}")
+            raise row_error(f"no column {self.subset_column!r} (--subset_column){nearest(self.subset_column, row)}")
         value = row.get(column)
         return "" if value is None else str(value).encode("utf-8", "replace").decode()
 
 
-def _replies(value: Any, column: str, refuse: Any) -> list[Any]:
+def _replies(value: Any, column: str, row_error: RowError) -> list[Any]:
     """The replies of one side: a list of texts or of message lists holds several, a list of messages is one."""
     if not isinstance(value, list) or any(isinstance(item, dict) for item in value):
         return [value]
     if not value:
-        raise refuse(f"{column!r} is an empty list")
+        raise row_error(f"{column!r} is an empty list")
     return value
 
 
@@ -145,17 +144,14 @@ def is_of_benchmark(row: Any) -> bool:
     return several or row.get("subset") in reward_bench.SUBSETS
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Finding -----------------------------------------------------------------------------------------------------------
 
 
 def find(dataset: str, split: str, subset_column: str | None) -> Data:
     """The files or hub splits that `--dataset` and `--split` name; "all" means every row.
 
-    For a single file, and for a folder with train.* but no test.*, `test` is what training holds out. A folder with
-    neither is taken file by file, or folder by folder if its folders have files of the split, as in HH-RLHF's
-    repository.
+    For a single file, and for a folder with train.* but no test.*, `test` is what training holds out. Of a folder with
+    neither, all files are read, or those of the split in each folder inside it, as in HH-RLHF's repository.
     """
     hub.check_path_exists(dataset, "--dataset")
     path = Path(dataset).expanduser()
@@ -169,7 +165,7 @@ def find(dataset: str, split: str, subset_column: str | None) -> Data:
     for source in (part.source for part in parts if part.source.part != "all"):
         held_out = f"by prompt, 1 in {sources.HELD_OUT_IN} is held out, as in train_rm.py"
         notes.append(f"the {split} split of {source.name}: {held_out}; --split all takes every row")
-    return Data(tuple(parts), subset_column, notes=tuple(notes))
+    return Data(dataset, split, tuple(parts), subset_column, notes=tuple(notes))
 
 
 def _in_file(path: Path, split: str) -> Source:
@@ -185,22 +181,21 @@ def _in_file(path: Path, split: str) -> Source:
 
 def _in_folder(folder: Path, split: str) -> tuple[list[Part], list[str]]:
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name.endswith(hub.DATA_SUFFIXES))
-    if split == "all" and files:
-        return [Part(_stem(path), _whole(path)) for path in files], []
+    names = SPLITS.get(split, (split,))
     if split in SPLITS and sources.file_in(folder, ("train",)):
         return [Part("", sources.find_sources(str(folder))[split == "test"])], []
-    if found := sources.file_in(folder, SPLITS.get(split, (split,))):
-        return [Part("", _whole(found))], []
+    if split != "all" and (found := sources.file_in(folder, names)):
+        return [Part("", Source(str(found), found))], []
+    if files and split not in (*SPLITS, "all"):
+        raise UserError(f"--split {split}: no such file", where=folder, found=", ".join(p.name for p in files[:8]))
     if files:
-        if split not in SPLITS:
-            raise UserError(f"--split {split}: no such file", where=folder, found=", ".join(p.name for p in files[:8]))
-        return [Part(_stem(path), _whole(path)) for path in files], []
+        return [Part(_stem(path), Source(str(path), path)) for path in files], []
+    wanted = [(name,) for names in SPLITS.values() for name in names] if split == "all" else [names]
     parts, without = [], []
     for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        stems = [name for names in SPLITS.values() for name in names] if split == "all" else SPLITS.get(split, (split,))
-        found_here = [path for stem in stems if (path := sources.file_in(inner, (stem,)))]
-        parts += [Part(inner.name, _whole(path)) for path in found_here[: None if split == "all" else 1]]
-        if not found_here:
+        files = [path for names in wanted if (path := sources.file_in(inner, names))]
+        parts += [Part(inner.name, Source(str(path), path)) for path in files]
+        if not files:
             without.append(inner.name)
     if not parts:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
@@ -210,10 +205,6 @@ def _in_folder(folder: Path, split: str) -> tuple[list[Part], list[str]]:
 
 def _stem(path: Path) -> str:
     return path.name.removesuffix(next(suffix for suffix in hub.DATA_SUFFIXES if path.name.endswith(suffix)))
-
-
-def _whole(path: Path) -> Source:
-    return Source(str(path), path)
 
 
 def _on_hub(dataset: str, split: str) -> list[Source]:
@@ -230,16 +221,14 @@ def _on_hub(dataset: str, split: str) -> list[Source]:
 
 def sample(data: Data, size: int) -> Data:
     """`size` rows spread over all of them, the same every time; all of them if there are no more or size is 0."""
-    places = list(_places(data))
+    places = [
+        (part_number, number)
+        for part_number, part in enumerate(data.parts)
+        for number, row in sources.read_rows(part.source)
+        # a row without a chosen reply is counted here, and reported when it is read
+        if not isinstance(row, dict) or row.get("chosen") is None or part.source.includes(row)
+    ]
     if not size or size >= len(places):
         return replace(data, num_rows=len(places))
     chosen = sampler.fixed_sample(len(places), size, seed=0)
     return replace(data, chosen_rows=frozenset(places[index] for index in chosen), num_rows=size)
-
-
-def _places(data: Data) -> Iterator[tuple[int, int]]:
-    for part_number, part in enumerate(data.parts):
-        for number, row in sources.read_rows(part.source):
-            # a row without a chosen reply is counted here, and reported when it is read
-            if not isinstance(row, dict) or row.get("chosen") is None or part.source.includes(row):
-                yield part_number, number

@@ -3,8 +3,6 @@
 The page itself is report.html.jinja. It is autoescaped: what a model or a dataset wrote is text there, never markup.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +61,7 @@ def _pair_view(entry: dict[str, Any]) -> dict[str, Any]:
     is_pair = isinstance(entry["chosen"][0], dict)  # else each side is a list of dialogues
     sides = {side: [entry[side]] if is_pair else entry[side] for side in ("chosen", "rejected")}
     shared = sides["chosen"][0][:-1]
-    about = [entry["place"], *([entry["subset"]] if "subset" in entry else [])]
-    about += ["suspected mislabel"] * entry["suspected_mislabel"]
+    about = [entry["place"], entry.get("subset"), "suspected mislabel" if entry["suspected_mislabel"] else None]
     if "against" in entry:
         about.append(f"the other model: Δr {entry['against']['margin']:+.3f}")
     replies = []
@@ -72,14 +69,12 @@ def _pair_view(entry: dict[str, Any]) -> dict[str, Any]:
         rewards = entry[f"reward_{side}"]
         for dialogue, reward in zip(dialogues, [rewards] if is_pair else rewards, strict=True):
             replies.append({"side": side, "reward": reward, "text": _own_text(dialogue, shared)})
-    return {"margin": entry["margin"], "about": " · ".join(about), "shared": shared, "replies": replies}
+    return {"margin": entry["margin"], "about": " · ".join(filter(None, about)), "shared": shared, "replies": replies}
 
 
 def _own_text(dialogue: list[dict[str, str]], shared: list[dict[str, str]]) -> str:
-    """The last message, preceded by whatever else is not `shared`, for the two replies may answer different prompts."""
+    """The last message, preceded by all that is not `shared`: the two replies may answer different prompts."""
     *before, last = dialogue
-    if before == shared:
-        return last["content"]
     alike = 0
     while alike < min(len(shared), len(before)) and before[alike] == shared[alike]:
         alike += 1

@@ -6,21 +6,19 @@ Numbers in, numbers out. `reward_margin` is always r_chosen − r_rejected: the 
 Letters: N pairs.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy import stats
+from scipy.optimize import brentq
+from scipy.special import expit
 
 import utils
 
-Array = NDArray[Any]
-Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
+Array = np.ndarray
 CALIBRATION_BINS = 10  # over [0.5, 1]
 BOOTSTRAP_SAMPLES = 10_000
 EXACT_UP_TO = 1000  # discordant pairs; beyond, chi-squared and the exact test agree to three digits
@@ -28,27 +26,19 @@ LENGTH_EDGES = (0, 16, 32, 64, 128, 256, 512, 1024)  # tokens; fixed, so that re
 MISLABEL_BELOW = 0.05
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """How many of n pairs are right and how many are ties; accuracy is right / n, with Wilson's 95 % interval."""
+def accuracy(reward_margin: Array) -> dict[str, Any]:
+    """How many of margins (N,) are right and how many are ties; accuracy = right / n, with Wilson's 95 % interval.
 
-    n: int
-    right: int
-    ties: int
-    accuracy: float | None
-    low: float
-    high: float
-
-
-def accuracy(reward_margin: Array) -> Accuracy:
-    """The accuracy of margins (N,). A tie does not count as right: neither reply was preferred."""
+    A tie does not count as right: neither reply was preferred. Without any pair, the accuracy is None.
+    """
     n, right, ties = len(reward_margin), int((reward_margin > 0).sum()), int((reward_margin == 0).sum())
-    return Accuracy(n, right, ties, right / n if n else None, *utils.wilson_interval(right, n))
+    low, high = utils.wilson_interval(right, n)
+    return {"n": n, "right": right, "ties": ties, "accuracy": right / n if n else None, "low": low, "high": high}
 
 
 def breakdown(reward_margin: Array, groups: Array, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """`accuracy` of each group that has pairs; `groups` (N,) are indices into `names`."""
-    return {name: asdict(accuracy(reward_margin[groups == i])) for i, name in enumerate(names) if (groups == i).any()}
+    return {name: accuracy(reward_margin[groups == i]) for i, name in enumerate(names) if (groups == i).any()}
 
 
 def length_buckets(lengths: Array) -> tuple[Array, list[str]]:
@@ -57,9 +47,7 @@ def length_buckets(lengths: Array) -> tuple[Array, list[str]]:
     return np.searchsorted(LENGTH_EDGES, lengths, side="right") - 1, [*names, f"{LENGTH_EDGES[-1]} and more"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Length
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Length ------------------------------------------------------------------------------------------------------------
 
 
 def length_bias(rewards: Array, lengths: Array) -> dict[str, Any]:
@@ -80,9 +68,9 @@ def length_bias(rewards: Array, lengths: Array) -> dict[str, Any]:
     return {
         "within_prompts": correlation(*both),
         "across_prompts": correlation(rewards.reshape(-1), lengths.reshape(-1)),
-        "better_is_longer": asdict(accuracy(reward_margin[longer_by > 0])),
-        "better_is_shorter": asdict(accuracy(reward_margin[longer_by < 0])),
-        "equally_long": asdict(accuracy(reward_margin[longer_by == 0])),
+        "better_is_longer": accuracy(reward_margin[longer_by > 0]),
+        "better_is_shorter": accuracy(reward_margin[longer_by < 0]),
+        "equally_long": accuracy(reward_margin[longer_by == 0]),
         # of the pairs whose replies differ in length (and which the model does not tie)
         "model_prefers_longer": float(prefers_longer[decided].mean()) if decided.any() else None,
         "people_prefer_longer": float((longer_by[differ] > 0).mean()) if differ.any() else None,
@@ -92,8 +80,6 @@ def length_bias(rewards: Array, lengths: Array) -> dict[str, Any]:
 
 def correlation(first: Array, second: Array) -> dict[str, float | None]:
     """Pearson's and Spearman's correlation; None if one side does not vary, for which neither is defined."""
-    from scipy import stats
-
     if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return {"pearson": None, "spearman": None}
     return {
@@ -114,23 +100,19 @@ def length_controlled(reward_margin: Array, longer_by: Array) -> dict[str, float
     doi:10.1002/(SICI)1097-0258(19980430)17:8<873::AID-SIM779>3.0.CO;2-I).
     """
     longer, shorter = accuracy(reward_margin[longer_by > 0]), accuracy(reward_margin[longer_by < 0])
-    if longer.accuracy is None or shorter.accuracy is None:
+    if longer["accuracy"] is None or shorter["accuracy"] is None:
         return {"accuracy": None, "low": None, "high": None}
-    middle = (longer.accuracy + shorter.accuracy) / 2
-    below = math.hypot(longer.accuracy - longer.low, shorter.accuracy - shorter.low) / 2
-    above = math.hypot(longer.high - longer.accuracy, shorter.high - shorter.accuracy) / 2
+    middle = (longer["accuracy"] + shorter["accuracy"]) / 2
+    below = math.hypot(longer["accuracy"] - longer["low"], shorter["accuracy"] - shorter["low"]) / 2
+    above = math.hypot(longer["high"] - longer["accuracy"], shorter["high"] - shorter["accuracy"]) / 2
     return {"accuracy": middle, "low": middle - below, "high": middle + above}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Calibration
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Calibration -------------------------------------------------------------------------------------------------------
 
 
 def probability(reward_margin: Array) -> Array:
     """P(chosen preferred) = σ(reward_margin), (N,), without overflow."""
-    from scipy.special import expit
-
     return expit(reward_margin.astype(np.float64))
 
 
@@ -142,23 +124,15 @@ def calibration(reward_margin: Array) -> dict[str, Any]:
     for a tie. (Counting each pair in both orders, in bins over [0, 1], gives the same result.) ECE, the expected
     calibration error, is the mean over pairs of |outcome − claim| of their bin (Guo et al. 2017, arXiv 1706.04599).
     """
-    from scipy import stats
-
-    if not len(reward_margin):
-        return {"bins": [], "ece": None, "brier": None, "log_loss": None, "temperature": None}
     claimed = probability(np.abs(reward_margin))
     happened = np.heaviside(reward_margin, 0.5)
-    means = stats.binned_statistic(claimed, [claimed, happened], "mean", CALIBRATION_BINS, range=(0.5, 1)).statistic
-    counts = stats.binned_statistic(claimed, None, "count", CALIBRATION_BINS, range=(0.5, 1)).statistic
-    bins = [
-        {"claimed": float(claim), "happened": float(outcome), "count": int(count)}
-        for claim, outcome, count in zip(*means, counts, strict=True)
-        if count
-    ]
-    off = [abs(one["happened"] - one["claimed"]) for one in bins]
+    values = [claimed, happened, np.ones(len(claimed))]
+    sums = stats.binned_statistic(claimed, values, "sum", CALIBRATION_BINS, range=(0.5, 1)).statistic.T.tolist()
+    bins = [{"claimed": c / count, "happened": h / count, "count": int(count)} for c, h, count in sums if count]
+    off = [abs(one["happened"] - one["claimed"]) * one["count"] for one in bins]
     return {
         "bins": bins,
-        "ece": float(np.average(off, weights=[one["count"] for one in bins])),
+        "ece": sum(off) / len(reward_margin),
         "brier": float(np.mean((1 - probability(reward_margin)) ** 2)),
         "log_loss": log_loss(reward_margin),
         "temperature": temperature(reward_margin),
@@ -177,8 +151,6 @@ def temperature(reward_margin: Array) -> dict[str, float | None] | None:
     if every pair is right (T → 0 would be best) or if Δr carries no signal (its mean is not positive: T → ∞). The
     interval is b ± 1.96 / √information; T has no upper end (None) if that b reaches 0.
     """
-    from scipy.optimize import brentq
-
     reward_margin = reward_margin.astype(np.float64)
     if not len(reward_margin) or reward_margin.mean() <= 0 or not (reward_margin < 0).any():
         return None
@@ -193,7 +165,7 @@ def temperature(reward_margin: Array) -> dict[str, float | None] | None:
         high *= 2
     b = brentq(slope, 0.0, high, xtol=1e-12) / scale
     p = probability(b * reward_margin)
-    reach = Z / math.sqrt(float((reward_margin**2 * p * (1 - p)).sum()))
+    reach = stats.norm.ppf(0.975) / math.sqrt(float((reward_margin**2 * p * (1 - p)).sum()))
     return {
         "value": 1 / b,
         "low": 1 / (b + reach),
@@ -208,9 +180,7 @@ def label_probability(reward_margin: Array) -> Array:
     return probability(reward_margin / found["value"] if found else reward_margin)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Two models on the same pairs
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Two models on the same pairs --------------------------------------------------------------------------------------
 
 
 def compare(margin_a: Array, margin_b: Array, seed: int = 0) -> dict[str, Any]:
@@ -219,8 +189,6 @@ def compare(margin_a: Array, margin_b: Array, seed: int = 0) -> dict[str, Any]:
     McNemar's test looks at the pairs that only one of them gets right (a tie is not right). Up to 1000 of them it is
     the exact binomial test, beyond that chi-squared with Edwards' continuity correction.
     """
-    from scipy import stats
-
     right_a, right_b = margin_a > 0, margin_b > 0
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     discordant = only_a + only_b

@@ -1,41 +1,32 @@
 """The plots of a report: as SVG that takes its colours from the page, and as pixels for TensorBoard."""
 
-from __future__ import annotations
-
 import html
 import io
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 import utils
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 BREAKDOWNS = {"by_subset": "subset", "by_turns": "number of user turns", "by_length": "tokens of the longest reply"}
 MOST_ROWS = 40  # of a breakdown
 MOST_POINTS = 800  # of a scatter plot: SVG keeps every one of them
 
 
-@dataclass(frozen=True)
-class Palette:
-    ink: str
-    muted: str
-    grid: str
-    accent: str
-    second: str
-
-
-ON_WHITE = Palette(ink="#1d2430", muted="#5b6472", grid="#dfe3e8", accent="#2563c9", second="#c2410c")
+Palette = dict[str, str]  # colours for: ink, muted (text), grid, accent, second (accent)
+ON_WHITE = {"ink": "#1d2430", "muted": "#5b6472", "grid": "#dfe3e8", "accent": "#2563c9", "second": "#c2410c"}
 # Placeholders that `svg` replaces with the page's CSS variables, since matplotlib does not know `var(--ink)`.
-PLACEHOLDERS = Palette(ink="#010203", muted="#040506", grid="#070809", accent="#0a0b0c", second="#0d0e0f")
+PLACEHOLDERS = {"ink": "#010203", "muted": "#040506", "grid": "#070809", "accent": "#0a0b0c", "second": "#0d0e0f"}
 
-Draw = Callable[["Axes", Palette], None]
+Draw = Callable[[Axes, Palette], None]
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,7 @@ def plots(content: dict[str, Any], rewards: np.ndarray, lengths: np.ndarray) -> 
 
 
 def model_and_baselines(content: dict[str, Any]) -> dict[str, Any]:
-    """The model's accuracy above those of the baselines, each with the fields of `metrics.Accuracy`."""
+    """The model's accuracy above those of the baselines, each as `metrics.accuracy` returns it."""
     low, high = content["interval"]
     model = {key: content[key] for key in ("n", "right", "ties", "accuracy")} | {"low": low, "high": high}
     return {"this model": model, **content["baselines"]}
@@ -78,12 +69,12 @@ def _intervals(name: str, title: str, groups: dict[str, Any]) -> Plot:
         rows = np.arange(len(kept))
         values = np.array([one["accuracy"] for _, one in kept])
         reach = np.abs(np.array([(one["low"], one["high"]) for _, one in kept]).T - values)  # (2, rows)
-        axes.axvline(0.5, color=palette.muted, linewidth=1, linestyle=(0, (4, 3)))
-        axes.errorbar(values, rows, xerr=reach, fmt="o", color=palette.accent, markersize=6, linewidth=2, capsize=0)
+        axes.axvline(0.5, color=palette["muted"], linewidth=1, linestyle=(0, (4, 3)))
+        axes.errorbar(values, rows, xerr=reach, fmt="o", color=palette["accent"], markersize=6, linewidth=2, capsize=0)
         for row, (_, one) in zip(rows, kept, strict=True):
             axes.annotate(
                 f"{one['accuracy']:.1%} of {one['n']:,}", (1.03, row), xycoords=("axes fraction", "data"), va="center",
-                color=palette.muted, fontsize=9,
+                color=palette["muted"], fontsize=9,
             )  # fmt: skip
         axes.set_yticks(rows, [utils.printable(label[:32]) or "(none)" for label, _ in kept])
         axes.set_ylim(len(kept) - 0.4, -0.6)
@@ -99,21 +90,22 @@ def _margins(axes: Axes, palette: Palette, reward_margins: np.ndarray) -> None:
     reach = max(abs(low), abs(high)) or 1.0
     edges = np.linspace(-reach, reach, 61 if len(reward_margins) > 2000 else 31)  # 0 is one of them
     shown = np.clip(reward_margins, -reach, reach)
-    axes.hist(shown[shown <= 0], edges, color=palette.second, label="wrong")
-    axes.hist(shown[shown > 0], edges, color=palette.accent, label="right")
-    axes.axvline(0, color=palette.ink, linewidth=1)
+    axes.hist(shown[shown <= 0], edges, color=palette["second"], label="wrong")
+    axes.hist(shown[shown > 0], edges, color=palette["accent"], label="right")
+    axes.axvline(0, color=palette["ink"], linewidth=1)
     axes.set_xlabel("Δr")
     axes.set_ylabel("pairs")
-    axes.legend(frameon=False, labelcolor=palette.ink)
+    axes.legend(frameon=False, labelcolor=palette["ink"])
 
 
 def _reliability(axes: Axes, palette: Palette, content: dict[str, Any]) -> None:
     bins = content["calibration"]["bins"]
     claimed, happened, counts = (np.array([one[key] for one in bins]) for key in ("claimed", "happened", "count"))
     ends = np.array([utils.wilson_interval(round(h * n), int(n)) for h, n in zip(happened, counts, strict=True)])
-    axes.plot([0.5, 1], [0.5, 1], color=palette.muted, linewidth=1, linestyle=(0, (4, 3)))
-    axes.errorbar(claimed, happened, yerr=np.abs(ends.T - happened), fmt="none", ecolor=palette.accent, linewidth=1.5)
-    axes.scatter(claimed, happened, s=25 + 200 * counts / counts.max(), color=palette.accent, linewidth=0, zorder=3)
+    reach = np.abs(ends.T - happened)  # (2, bins)
+    axes.plot([0.5, 1], [0.5, 1], color=palette["muted"], linewidth=1, linestyle=(0, (4, 3)))
+    axes.errorbar(claimed, happened, yerr=reach, fmt="none", ecolor=palette["accent"], linewidth=1.5)
+    axes.scatter(claimed, happened, s=25 + 200 * counts / counts.max(), color=palette["accent"], linewidth=0, zorder=3)
     axes.set_xlim(0.48, 1.03)
     axes.set_ylim(min(0.45, ends.min() - 0.03), 1.05)
     axes.set_xlabel("claimed: σ(|Δr|); larger points have more pairs")
@@ -124,16 +116,14 @@ def _reliability(axes: Axes, palette: Palette, content: dict[str, Any]) -> None:
 
 def _length(axes: Axes, palette: Palette, reward_margins: np.ndarray, longer_by: np.ndarray) -> None:
     chosen = np.random.default_rng(0).permutation(len(reward_margins))[:MOST_POINTS]
-    axes.axhline(0, color=palette.grid, linewidth=1)
-    axes.axvline(0, color=palette.grid, linewidth=1)
-    axes.scatter(longer_by[chosen], reward_margins[chosen], s=10, color=palette.accent, alpha=0.45, linewidth=0)
+    axes.axhline(0, color=palette["grid"], linewidth=1)
+    axes.axvline(0, color=palette["grid"], linewidth=1)
+    axes.scatter(longer_by[chosen], reward_margins[chosen], s=10, color=palette["accent"], alpha=0.45, linewidth=0)
     axes.set_xlabel("tokens by which the chosen reply is longer")
     axes.set_ylabel("Δr")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Drawing -----------------------------------------------------------------------------------------------------------
 
 
 def svg(plot: Plot) -> str:
@@ -145,7 +135,7 @@ def svg(plot: Plot) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[a-z]+_?\w*">', "<g>", text)  # several plots in one page would repeat these names
-    for name, placeholder in vars(PLACEHOLDERS).items():
+    for name, placeholder in PLACEHOLDERS.items():
         text = text.replace(placeholder, f"var(--{name})")
     opening = rf'<svg viewBox="\1" role="img" aria-label="{html.escape(plot.title)}">'
     text = re.sub(r'<svg[^>]*viewBox="([^"]+)"[^>]*>', opening, text, count=1)
@@ -154,8 +144,6 @@ def svg(plot: Plot) -> str:
 
 def image(plot: Plot) -> np.ndarray:
     """A plot as (height, width, 3) bytes for TensorBoard."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     with _style(ON_WHITE, plot):
         figure = _figure(plot, ON_WHITE)
         figure.axes[0].set_title(plot.title, fontsize=11, loc="left")
@@ -164,21 +152,18 @@ def image(plot: Plot) -> np.ndarray:
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _style(palette: Palette, plot: Plot) -> Any:
-    import matplotlib
-
+def _style(palette: Palette, plot: Plot) -> AbstractContextManager:
     return matplotlib.rc_context({
-        "svg.fonttype": "none", "svg.hashsalt": plot.name, "font.size": 10, "text.color": palette.ink,
-        "axes.edgecolor": palette.grid, "axes.labelcolor": palette.muted, "xtick.color": palette.muted,
-        "ytick.color": palette.muted, "ytick.labelcolor": palette.ink, "axes.grid": True, "grid.color": palette.grid,
+        "svg.fonttype": "none", "svg.hashsalt": plot.name, "font.size": 10, "text.color": palette["ink"],
+        "axes.edgecolor": palette["grid"], "axes.labelcolor": palette["muted"], "xtick.color": palette["muted"],
+        "ytick.color": palette["muted"], "ytick.labelcolor": palette["ink"], "grid.color": palette["grid"],
         "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.axisbelow": True,
         "xtick.major.size": 0, "ytick.major.size": 0, "figure.facecolor": "white", "axes.facecolor": "none",
+        "axes.grid": True,
     })  # fmt: skip
 
 
 def _figure(plot: Plot, palette: Palette) -> Figure:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(5.6, plot.height), dpi=110, layout="constrained")
     plot.draw(figure.add_subplot(), palette)
     return figure

@@ -1,13 +1,16 @@
 """A report as report.json, in TensorBoard and in the terminal, and the figures that all of them show as text."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch.utils.tensorboard import SummaryWriter
 
 from common import atomic_files
 from evaluation import plots
@@ -19,14 +22,11 @@ MOST_GROUPS_SHOWN = 20  # of a breakdown in the terminal
 
 def write_json(folder: Path, content: dict[str, Any]) -> None:
     """report.json, all or nothing."""
-    folder.mkdir(parents=True, exist_ok=True)
     with atomic_files.atomic_file(folder / JSON) as file:
         file.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures as text: (what, value)
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Figures as text: (what, value) ------------------------------------------------------------------------------------
 
 
 def percent(value: float | None) -> str:
@@ -49,14 +49,15 @@ def length_and_calibration(content: dict[str, Any]) -> list[tuple[str, str]]:
         if temperature
         else "none"
     )
+
+    def accuracy_of(key: str) -> str:
+        return f"{percent(length[key]['accuracy'])} of {length[key]['n']:,}"
+
     return [
         ("length-controlled accuracy", percent(controlled["accuracy"]) + interval),
-        *(
-            (f"accuracy, chosen reply {words}", f"{percent(length[key]['accuracy'])} of {length[key]['n']:,}")
-            for words, key in (
-                ("longer", "better_is_longer"), ("shorter", "better_is_shorter"), ("equally long", "equally_long")
-            )
-        ),
+        ("accuracy, chosen reply longer", accuracy_of("better_is_longer")),
+        ("accuracy, chosen reply shorter", accuracy_of("better_is_shorter")),
+        ("accuracy, chosen reply equally long", accuracy_of("equally_long")),
         ("the model prefers the longer reply", percent(length["model_prefers_longer"])),
         ("people prefer the longer reply", percent(length["people_prefer_longer"])),
         ("reward and length within prompts, r (ρ)", f"{number(within['pearson'])} ({number(within['spearman'])})"),
@@ -70,8 +71,7 @@ def length_and_calibration(content: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def benchmark_scores(benchmark: dict[str, Any]) -> list[tuple[str, str]]:
-    parts = [*benchmark["parts"].items(), ("score", benchmark["score"])]
-    return [(name, percent(value)) for name, value in parts]
+    return [(name, percent(value)) for name, value in [*benchmark["parts"].items(), ("score", benchmark["score"])]]
 
 
 def comparison(against: dict[str, Any]) -> list[tuple[str, str]]:
@@ -89,15 +89,11 @@ def comparison(against: dict[str, Any]) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# TensorBoard
-# ---------------------------------------------------------------------------------------------------------------------
+# -- TensorBoard -------------------------------------------------------------------------------------------------------
 
 
 def write_tensorboard(folder: Path, content: dict[str, Any], drawn: list[plots.Plot], step: int) -> None:
     """The figures as scalars and the plots as images, replacing those of an earlier report of the same step."""
-    from torch.utils.tensorboard import SummaryWriter
-
     suffix = f".step-{step}"
     for path in folder.glob(f"events.out.tfevents.*{suffix}"):
         path.unlink()
@@ -127,17 +123,11 @@ def scalars(content: dict[str, Any]) -> dict[str, float]:
     return found | {f"report_by_subset/{name}": one["accuracy"] for name, one in content["by_subset"].items() if name}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The terminal
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The terminal ------------------------------------------------------------------------------------------------------
 
 
 def show(content: dict[str, Any]) -> None:
     """Print the report as tables."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     # into memory first: rich would end the program if standard output is a pipe that was closed
     on_terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if on_terminal else 100

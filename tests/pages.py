@@ -38,6 +38,7 @@ WITHOUT_DOCSTRING = {
     "page.css": "The page's style, in addition to Gradio's.",
     "page_head.html": "The page's JavaScript: keeps conversations in the browser, and streams in order.",
     "report.html.jinja": "The template of report.html.",
+    "reward_bench.json": "RewardBench's sections: subsets and their weights.",
 }
 GENERATED = re.compile(r"(<!-- (flags: .*?|tree) -->\n)((?:.+\n)*)")
 

@@ -22,7 +22,7 @@ def test_a_pair_leaves_numbers_only_and_few_of_them(tmp_path):
         log, columns = scores.ScoreLog(tmp_path, "key"), scores.RowColumns()
         for position in range(PAIRS):
             columns.add(Row(position, 0, position, CONTENT))
-        log.add((position, rewards[position].tolist(), [position % 300, 150]) for position in range(PAIRS))
+        log.add((position, (rewards[position].tolist(), [position % 300, 150])) for position in range(PAIRS))
         kept, _ = tracemalloc.get_traced_memory()
         table = scores.build_table(log, columns, "fingerprint")
         content = analysis.measure(table)

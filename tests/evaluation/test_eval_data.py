@@ -14,14 +14,12 @@ from tests.evaluation.conftest import FP32, lines_of
 from tests.reward_models import save_length_model
 from utils import DiskOrNetworkError, UserError
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which rows
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Which rows --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_folder_of_folders_is_broken_down_by_folder(evaluate, constant_model, tmp_path, capsys):
-    """As HH-RLHF's own repository lies on a disk."""
+    """The layout of HH-RLHF's own repository."""
     dialogue = "\n\nHuman: Hello {}\n\nAssistant: {}"
     for name, count in (("harmless-base", 3), ("helpful-online", 2)):
         (tmp_path / "hh" / name).mkdir(parents=True)
@@ -125,9 +123,9 @@ def test_scores_are_written_through_links_but_never_over_other_files(
     assert Path(data).read_bytes() == before
     if hasattr(os, "mkfifo"):
         os.mkfifo("pipe")
-        with pytest.raises(UserError, match="no regular file"):
+        with pytest.raises(UserError, match="not a regular file"):
             evaluate(reward_checkpoint, "--scores_out", "pipe")
-    with pytest.raises(DiskOrNetworkError, match="--scores_out cannot be written: it is no folder"):
+    with pytest.raises(DiskOrNetworkError, match="--scores_out cannot be written: Not a directory"):
         evaluate(reward_checkpoint, "--scores_out", "mine.jsonl/scores.jsonl")
 
 
@@ -150,9 +148,7 @@ def test_real_pairs_with_the_real_tokenizer(evaluate, real_data, real_tokenizer_
     assert found["length"]["model_prefers_longer"] > 0.9
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Benchmarks
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Benchmarks --------------------------------------------------------------------------------------------------------
 
 
 def test_reward_bench_rows_are_aggregated_by_section(evaluate, length_model, write_rows):
@@ -203,9 +199,7 @@ def test_reward_bench_2_rows_compare_one_with_several(evaluate, length_model, wr
     assert "RewardBench 2" in page and "not in this data: Factuality" in page
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Broken data
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Broken data -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

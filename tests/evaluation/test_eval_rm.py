@@ -14,9 +14,7 @@ from tests.evaluation.conftest import FP32, lines_of
 from tests.reward_models import save_length_model
 from utils import CheckpointError, DiskOrNetworkError, UserError
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models whose behaviour is known
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Models whose behaviour is known -----------------------------------------------------------------------------------
 
 
 def test_a_model_that_rewards_length_is_exposed(evaluate, length_model):
@@ -72,9 +70,7 @@ def test_a_breakdown_by_kind_turns_and_length_loses_no_pair(evaluate, reward_che
     assert {kind: one["n"] for kind, one in found["by_subset"].items()} == {k: kinds.count(k) for k in set(kinds)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rewards are transformers' own
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Rewards are transformers' own -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +129,7 @@ def test_out_of_memory_goes_on_with_a_smaller_budget_and_the_same_rewards(evalua
     assert found["mean_margin"] == pytest.approx(wanted["mean_margin"], abs=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Bad input ---------------------------------------------------------------------------------------------------------
 
 
 def test_anything_but_a_reward_model_is_rejected(evaluate, base, tmp_path, reward_checkpoint):
@@ -145,7 +139,7 @@ def test_anything_but_a_reward_model_is_rejected(evaluate, base, tmp_path, rewar
         evaluate(reward_checkpoint, "--against", "./nowhere")
     with pytest.raises(UserError, match="--against names the model itself"):
         evaluate(reward_checkpoint, "--against", reward_checkpoint.parent)  # a run's folder is its newest step
-    with pytest.raises(UserError, match=r"--model names no reward model(.|\n)*a model that writes"):
+    with pytest.raises(UserError, match=r"--model does not name a reward model(.|\n)*a model that writes"):
         evaluate(base)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no config.json of a model"):
@@ -157,14 +151,14 @@ def test_anything_but_a_reward_model_is_rejected(evaluate, base, tmp_path, rewar
 
 
 def test_a_model_with_two_labels_is_rejected(evaluate, base, tmp_path, constant_model):
-    with pytest.raises(UserError, match="--against names no reward model"):
+    with pytest.raises(UserError, match="--against does not name a reward model"):
         evaluate(constant_model, "--against", base)
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, pad_token_id=0)
     model.save_pretrained(tmp_path / "two")
     models.load_tokenizer(base).save_pretrained(tmp_path / "two")
-    with pytest.raises(UserError, match="--model has 2 labels, and a reward model has one"):
+    with pytest.raises(UserError, match="--model has 2 labels, but a reward model has one"):
         evaluate(tmp_path / "two")
 
 

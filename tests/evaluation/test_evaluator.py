@@ -22,13 +22,12 @@ import train_rm
 import utils
 from checkpointing import resolve
 from checkpointing.run_folder import best_step
+from evaluation import evaluator
 from tests.conftest import ROOT
 from tests.evaluation.conftest import FP32, lines_of
 from utils import DiskOrNetworkError, UserError
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Two models, the untrained one, where the report goes
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Two models, the untrained one, where the report goes --------------------------------------------------------------
 
 
 def test_two_models_on_the_same_pairs(evaluate, length_model, constant_model, capsys):
@@ -135,8 +134,8 @@ def test_a_report_that_cannot_be_written_does_not_fail_the_training(trained_run,
 
 
 def test_a_report_calls_a_hub_model_by_its_id_and_a_run_by_its_newest_step(reward_checkpoint, tmp_path):
-    assert eval_rm.display_name("someone/reward-model", tmp_path / "snapshots/0f3a") == "someone/reward-model"
-    assert eval_rm.display_name(str(reward_checkpoint.parent), reward_checkpoint).endswith("step-2")
+    assert evaluator.saved_model("someone/reward-model", tmp_path / "snapshots/0f3a").name == "someone/reward-model"
+    assert evaluator.saved_model(str(reward_checkpoint.parent), reward_checkpoint).name.endswith("step-2")
 
 
 def test_an_unwritable_folder_is_reported_before_scoring(reward_checkpoint, tmp_path, monkeypatch, demo_folder):
@@ -198,9 +197,7 @@ def test_the_page_is_complete_loads_nothing_and_escapes_replies(evaluate, consta
     assert page.count("<svg") == page.count("</svg>") >= 4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Killed, stopped, no room
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Killed, stopped, no room ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -259,11 +256,11 @@ def test_a_stopped_evaluation_goes_on_where_it_was(
     _, errors = process.communicate(timeout=120)
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     if number != signal.SIGKILL:
-        assert "the same command goes on from there" in errors
+        assert "the same command continues from there" in errors
     kept = kept_scores(tmp_path)
     assert 100 <= kept < MANY
     resumed = evaluate(reward_checkpoint, *WITHOUT_BASELINE, dataset=many_pairs)
-    assert f"going on after {kept:,} rows that were scored before" in capsys.readouterr().err
+    assert f"{kept:,} rows were scored before; continuing after them" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob(".*")), "the partial file goes when the report is there"
     assert resumed["n"] + resumed["rows"]["left_out"] == MANY
     assert resumed["right"] == pytest.approx(uninterrupted["right"], abs=2)
@@ -284,6 +281,7 @@ def test_scores_of_another_model_or_of_other_rows_are_not_reused(
         with pytest.raises(OSError):
             evaluate(length_model, *FP32)
     assert len(list(Path("out").glob(".partial-*"))) == 1
+    Path("out/.partial-0123.jsonl").touch()  # the form before SQLite
     assert evaluate(constant_model, *FP32)["ties"] == 400
     assert evaluate(length_model, "--max_pairs", 30, *FP32)["n"] == 30
     assert len(list(Path("out").glob(".partial-*"))) == 1
@@ -303,4 +301,4 @@ def test_a_full_disk_exits_4_and_keeps_what_was_scored(tmp_path, reward_checkpoi
     assert "writing to disk failed" in result.stderr and "are kept" in result.stderr
     assert "Traceback" not in result.stderr
     evaluate(reward_checkpoint, *WITHOUT_BASELINE, dataset=many_pairs)
-    assert "going on after" in capsys.readouterr().err
+    assert "rows were scored before" in capsys.readouterr().err

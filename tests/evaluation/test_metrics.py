@@ -1,4 +1,4 @@
-"""pair_metrics.py against values worked by hand, and against scikit-learn and scipy where they have them."""
+"""evaluation/metrics.py against values worked by hand, and against scikit-learn and scipy where they have them."""
 
 import math
 
@@ -13,16 +13,16 @@ from evaluation import metrics
 
 def test_accuracy_counts_ties_apart_and_its_interval_is_wilsons():
     found = metrics.accuracy(np.array([1.0, 2.0, 0.5, 0.0, -1.0, 3.0, 1.0, 1.0, 0.0, 1.0]))
-    assert (found.n, found.right, found.ties, found.accuracy) == (10, 7, 2, 0.7)
+    assert (found["n"], found["right"], found["ties"], found["accuracy"]) == (10, 7, 2, 0.7)
     wanted = scipy_stats.binomtest(7, 10).proportion_ci(method="wilson")
-    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
+    assert (found["low"], found["high"]) == pytest.approx((wanted.low, wanted.high))
     # Wilson by hand: z² = 3.8415, (0.7 + 0.19207) / 1.38415 ± 1.95996 / 1.38415 · √(0.021 + 0.0096037)
-    assert (found.low, found.high) == pytest.approx((0.39678, 0.89221), abs=1e-5)
+    assert (found["low"], found["high"]) == pytest.approx((0.39678, 0.89221), abs=1e-5)
 
 
 def test_no_pairs_make_no_accuracy():
     found = metrics.accuracy(np.array([]))
-    assert (found.n, found.accuracy, found.low, found.high) == (0, None, 0.0, 1.0)
+    assert (found["n"], found["accuracy"], found["low"], found["high"]) == (0, None, 0.0, 1.0)
 
 
 def test_breakdown_leaves_out_groups_without_pairs_and_loses_no_pair():
@@ -40,9 +40,7 @@ def test_every_length_has_one_bucket():
     ]  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Length
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Length ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_model_that_measures_length_is_exposed():
@@ -82,9 +80,7 @@ def test_a_constant_model_correlates_with_nothing():
     assert found["model_prefers_longer"] is None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Calibration
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Calibration -------------------------------------------------------------------------------------------------------
 
 
 def test_calibration_of_four_pairs_by_hand():
@@ -153,9 +149,7 @@ def test_huge_margins_overflow_nowhere():
     assert found["temperature"]["value"] == pytest.approx(1e4 / math.log(2))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Two models
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Two models --------------------------------------------------------------------------------------------------------
 
 
 def margins_with(both, only_a, only_b, neither):

@@ -13,7 +13,7 @@ def accuracies(**values):
 
 
 def test_sections_weigh_their_subsets_by_the_prompts_they_count_for():
-    found = reward_bench.sections(accuracies(math_prm=0.5, hep_cpp=1.0, hep_go=0.0, alpacaeval_easy=0.9))
+    found = reward_bench.scores_v1(accuracies(math_prm=0.5, hep_cpp=1.0, hep_go=0.0, alpacaeval_easy=0.9))
     assert found["parts"] == {
         "Chat": pytest.approx(0.9), "Reasoning": pytest.approx((984 * 0.5 + 164) / (984 + 164 + 164)),
     }  # fmt: skip
@@ -28,8 +28,8 @@ def test_all_subsets_of_the_benchmark_are_known():
 
 
 def test_other_subsets_are_no_reward_bench():
-    assert reward_bench.sections(accuracies(helpful_base=0.9, math_prm=1.0)) is None
-    assert reward_bench.sections({}) is None
+    assert reward_bench.scores_v1(accuracies(helpful_base=0.9, math_prm=1.0)) is None
+    assert reward_bench.scores_v1({}) is None
 
 
 def test_one_against_several_is_right_at_the_top_and_shares_it():
@@ -39,7 +39,7 @@ def test_one_against_several_is_right_at_the_top_and_shares_it():
         Group("Math", "3", (0.0,), (1.0, 0.0, 0.0)),
         Group("Focus", "4", (3.0,), (1.0, 0.0, 0.0)),
     ]
-    found = reward_bench.second(groups)
+    found = reward_bench.scores_v2(groups)
     assert found["parts"] == {"Focus": 1.0, "Math": pytest.approx((1 + 1 / 3 + 0) / 3)}
     assert found["score"] == pytest.approx((1 + 4 / 9) / 2)
     assert found["missing"] == ["Factuality", "Precise IF", "Safety", "Ties"]
@@ -57,7 +57,7 @@ def test_ties_by_hand():
     wanted = 0.3 * 1 + 0.3 * 2 / 3 + 0.2 * 2 / 3 + 0.2 * 1 / 3
     wanted += 0.01 * (math.tanh(2 - 1) + math.tanh(0.5 - 1) + math.tanh(-0.25 - 1)) / 3
     assert reward_bench.ties_score(groups) == pytest.approx(wanted)
-    assert reward_bench.second(groups)["parts"]["Ties"] == pytest.approx(wanted)
+    assert reward_bench.scores_v2(groups)["parts"]["Ties"] == pytest.approx(wanted)
 
 
 def test_right_answers_that_are_all_equal_do_not_divide_by_zero():

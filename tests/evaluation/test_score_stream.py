@@ -55,18 +55,21 @@ def test_each_form_gets_the_models_own_reward_and_keeps_what_it_had(score, own_r
 
 
 def test_what_comes_out_goes_in_again(score):
-    """Half a character stays its escape, which is UTF-8 and JSON; a number that no JSON is stops with its line."""
+    """Half a character stays an escape, valid in UTF-8 and JSON; a number that JSON does not allow is an error."""
     found, _ = score([{"prompt": "Hello?", "reply": "Good day.", "note": "\ud800"}, {"prompt": "a", "reply": "\ud800"}])
     assert found[0]["note"] == "\ud800" and found[0]["reward"] is not None
     assert found[1]["reward"] is None and "surrogate" in found[1]["left_out"]
     again, _ = score(found)
     assert again == found
+    (found,), _ = score([{"prompt": "Hello?", "reply": "word " * 50}], "--max_length", "40")
+    (again,), _ = score([found])
+    assert "left_out" in found and again["reward"] is not None and "left_out" not in again
     with pytest.raises(UserError, match=r"in\.jsonl:2[^0-9](.|\n)*") as caught:
         score([{"prompt": "a", "reply": "b"}, {"prompt": "a", "reply": "b", "n": float("inf")}])
     assert "not finite" in str(caught.value)
 
 
-def test_closed_standard_input_is_said(monkeypatch, reward_checkpoint):
+def test_closed_standard_input_is_reported(monkeypatch, reward_checkpoint):
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(UserError, match="standard input is closed"):
         eval_rm.main(["--model", str(reward_checkpoint), "--score", "-"])
@@ -133,12 +136,13 @@ def test_a_broken_line_is_named_after_those_before_it_are_answered(
     assert len(capfdbinary.readouterr().out.splitlines()) == 1
 
 
-def test_what_is_no_file_is_said(reward_checkpoint, tmp_path):
+def test_a_path_that_is_not_a_file_is_reported_before_the_model_is_loaded(reward_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(models.RewardModel, "restore", None)
     (tmp_path / "replies.jsonl").write_text("")
     with pytest.raises(UserError, match=r"--score names no file, did you mean 'replies.jsonl'"):
         eval_rm.main(["--model", str(reward_checkpoint), "--score", str(tmp_path / "reply.jsonl")])
-    for name, what in ((str(tmp_path), "a folder"), (os.devnull, "no regular file")):
-        with pytest.raises(UserError, match=f"--score names {what}"):
+    for name, what in ((str(tmp_path), "a folder"), (os.devnull, "not a regular file")):
+        with pytest.raises(UserError, match=f"--score is {what}"):
             eval_rm.main(["--model", str(reward_checkpoint), "--score", name])
 
 
@@ -150,7 +154,7 @@ def start(model, **pipes):
 
 
 def test_standard_input_is_answered_line_by_line_and_ctrl_c_ends_it(reward_checkpoint):
-    """Somebody who writes one line and waits for its reward gets it, before the input ends."""
+    """A process that writes one line and waits for its reward gets it before the input ends."""
     with start(reward_checkpoint, env={**os.environ, "PYTHONIOENCODING": "ascii"}) as process:
         watchdog = threading.Timer(240, process.kill)
         watchdog.start()
