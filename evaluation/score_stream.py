@@ -69,40 +69,40 @@ def _source(path: Path) -> sources.Source:
 def parse(row: Any, place: str) -> Line:
     """One row; UserError if it has none of the forms above."""
 
-    def refuse(problem: str) -> UserError:
+    def row_error(problem: str) -> UserError:
         return UserError(
             f"a row cannot be scored: {problem}", where=place, next="wants messages, or a prompt with reply or replies"
         )
 
     if not isinstance(row, dict):
-        raise refuse(f"it is a {type(row).__name__}, not an object")
+        raise row_error(f"it is a {type(row).__name__}, not an object")
     try:
         json.dumps(row, allow_nan=False)
     except ValueError:
-        raise refuse("it holds a number that is not finite, which JSON does not allow") from None
+        raise row_error("it holds a number that is not finite, which JSON does not allow") from None
     if row.get("messages") is not None:
         if not isinstance(row["messages"], list):
-            raise refuse(f"'messages' is a {type(row['messages']).__name__}, not a list")
-        dialogues, has_replies = [parsing.checked_messages(row["messages"], "messages", refuse)], False
+            raise row_error(f"'messages' is a {type(row['messages']).__name__}, not a list")
+        dialogues, has_replies = [parsing.checked_messages(row["messages"], "messages", row_error)], False
     else:
-        dialogues, has_replies = _prompt_with_replies(row, refuse)
+        dialogues, has_replies = _prompt_with_replies(row, row_error)
     dialogues = [parsing.merge_same_speaker(dialogue) for dialogue in dialogues]
     faults = [fault for dialogue in dialogues if (fault := parsing.skip_reason(dialogue))]
     return Line(row, faults[0] if faults else dialogues, has_replies)
 
 
-def _prompt_with_replies(row: dict[str, Any], refuse: parsing.RowError) -> tuple[list[Messages], bool]:
+def _prompt_with_replies(row: dict[str, Any], row_error: parsing.RowError) -> tuple[list[Messages], bool]:
     """A dialogue for each reply, and whether they came as a list."""
     column = next((name for name in REPLY_COLUMNS if row.get(name) is not None), "replies")
     if row.get("prompt") is None or row.get(column) is None:
         guess = "".join(nearest(name, COLUMNS) for name in row if name not in COLUMNS)
-        raise refuse(f"it has {', '.join(map(repr, row)) or 'nothing'}{guess}")
+        raise row_error(f"it has {', '.join(map(repr, row)) or 'nothing'}{guess}")
     replies = row[column] if column == "replies" else [row[column]]
     if not isinstance(replies, list) or not replies:
-        raise refuse("'replies' must be a list with at least one reply")
+        raise row_error("'replies' must be a list with at least one reply")
     if wrong := [reply for reply in replies if not isinstance(reply, str)]:
-        raise refuse(f"{column!r} holds a {type(wrong[0]).__name__}, not text")
-    prompt = parsing.prompt_messages(row["prompt"], refuse)
+        raise row_error(f"{column!r} holds a {type(wrong[0]).__name__}, not text")
+    prompt = parsing.prompt_messages(row["prompt"], row_error)
     return [[*prompt, {"role": "assistant", "content": reply}] for reply in replies], column == "replies"
 
 

@@ -129,7 +129,6 @@ class ScoreTable:
 
     subset_names: list[str]
     positions: np.ndarray  # (M,)
-    places: np.ndarray  # (M, 2) part and row number
     subsets: np.ndarray  # (M,) index into subset_names
     turns: np.ndarray  # (M,)
     reward_margins: np.ndarray  # (M,) lowest reward of a chosen reply − highest of a rejected one
@@ -148,7 +147,7 @@ class ScoreTable:
 class RowColumns:
     """What the rows are besides their scores, gathered while they are read."""
 
-    numbers: array = field(default_factory=lambda: array("q"))  # five a row: part, row number, subset, turns, chosen
+    numbers: array = field(default_factory=lambda: array("q"))  # four a row: its number, subset, turns, chosen
     subsets: dict[str, int] = field(default_factory=dict)  # name -> number
     keys: dict[int, str] = field(default_factory=dict)  # by position, of rows with lists of replies only
 
@@ -156,19 +155,19 @@ class RowColumns:
         content = None if isinstance(row.content, str) else row.content
         subset, turns, chosen = (content.subset, content.turns, len(content.chosen)) if content else ("", 0, 0)
         subset = self.subsets.setdefault(subset, len(self.subsets))
-        self.numbers.extend((row.part, row.number, subset, turns, chosen))
+        self.numbers.extend((row.number, subset, turns, chosen))
         if content and content.is_listed:
             self.keys[row.position] = content.key
 
 
 def build_table(log: ScoreLog, columns: RowColumns, fingerprint: str) -> ScoreTable:
     """The log's rewards and lengths beside what was noted of its rows."""
-    rows, names = np.array(columns.numbers, dtype=np.int64).reshape(-1, 5), list(columns.subsets)
+    rows, names = np.array(columns.numbers, dtype=np.int64).reshape(-1, 4), list(columns.subsets)
     counts, groups, guessing = Counts(len(rows)), [], 0.0
     scored, margins, longest, longer_by = array("q"), array("d"), array("i"), array("i")
     rewards, lengths = array("f"), array("i")
     for position, found in log.items():
-        _, number, subset, _, n = rows[position].tolist()
+        number, subset, _, n = rows[position].tolist()
         if isinstance(found, str):
             counts.add(found, number)
             continue
@@ -186,7 +185,7 @@ def build_table(log: ScoreLog, columns: RowColumns, fingerprint: str) -> ScoreTa
             groups.append(reward_bench.Group(names[subset], columns.keys[position], right, wrong))
     at = np.array(scored, dtype=np.int64)
     return ScoreTable(
-        names, at, rows[at, :2], rows[at, 2], rows[at, 3], np.array(margins), np.array(longest),
+        names, at, rows[at, 1], rows[at, 2], np.array(margins), np.array(longest),
         np.array(rewards).reshape(-1, 2), np.array(lengths).reshape(-1, 2), np.array(longer_by).reshape(-1, 2),
         guessing / len(at) if len(at) else 0.5, groups, counts, fingerprint, log,
     )  # fmt: skip
