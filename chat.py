@@ -47,7 +47,7 @@ class ChatConfig:
         found = []
         user, _, password = (self.auth or "").partition(":")
         if self.auth is not None and not (user and password):
-            found.append("--auth: wants USER:PASS, both of them")
+            found.append("--auth: expected USER:PASS, both of them")
         if self.auth is None and self.share:
             found.append("--share: a public address without --auth USER:PASS would let anyone use this machine")
         if self.auth is None and not server.is_loopback(self.host):

@@ -61,7 +61,7 @@ class EvalConfig:
         """Settings that do not go together."""
         found = []
         if self.model is None:
-            found.append("--model: wants a reward model, such as ./checkpoints/rm/RUN")
+            found.append("--model: expected a reward model, such as ./checkpoints/rm/RUN")
         if self.best_of and self.score is None:
             found.append("--best_of: needs --score")
         if self.score is not None:
@@ -69,9 +69,9 @@ class EvalConfig:
             given = [name for name in of_reports if getattr(self, name) != getattr(EvalConfig, name)]
             found += [f"--{name}: cannot be combined with --score, which writes no report" for name in given]
         if self.report_dir and Path(self.report_dir).is_file():
-            found.append(f"--report_dir: {self.report_dir} is a file, wants a folder")
+            found.append(f"--report_dir: {self.report_dir} is a file, expected a folder")
         if self.scores_out and Path(self.scores_out).is_dir():
-            found.append(f"--scores_out: {self.scores_out} is a folder, wants a file")
+            found.append(f"--scores_out: {self.scores_out} is a folder, expected a file")
         return found
 
 

@@ -86,7 +86,7 @@ class ManageConfig:
                 if getattr(self, name) is not None:
                     parse(getattr(self, name))
             except ValueError as error:
-                found.append(f"--{name}: got {getattr(self, name)!r}, wants {error}")
+                found.append(f"--{name}: got {getattr(self, name)!r}, expected {error}")
         return found
 
     @property

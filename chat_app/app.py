@@ -114,7 +114,7 @@ def add_api(engine: ChatEngine) -> None:
         """
         with errors_shown(engine, as_html=False):
             if not all(isinstance(text, str) for text in (prompt, reply_a, reply_b)):
-                raise ValueError("wants three texts: prompt, reply_a, reply_b")
+                raise ValueError("expected three texts: prompt, reply_a, reply_b")
             return engine.compare(conversation.prompt_messages(prompt), (reply_a, reply_b))
 
     gr.api(chat, api_name="chat", concurrency_id="generation", concurrency_limit=1)
@@ -124,7 +124,7 @@ def add_api(engine: ChatEngine) -> None:
 
 def checked_dialogue(messages: Any) -> Messages:
     """The messages that a program sent; ValueError if they are not a dialogue. Content may be a list of text blocks."""
-    wanted = 'wants a list of {"role": "user" or "assistant" or "system", "content": text}'
+    wanted = 'expected a list of {"role": "user" or "assistant" or "system", "content": text}'
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError(f"{wanted}, got {str(messages)[:80]}")
     dialogue = []

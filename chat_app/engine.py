@@ -53,9 +53,9 @@ class Settings:
             is_number = type(value) in (int, float) and (kind is float or value % 1 == 0)
             if not is_number or not low <= value <= high:
                 what = "a whole number from " if kind is int else ""
-                raise ValueError(f"{name}: got {value!r}, wants {what}{low} to {high:,}")
+                raise ValueError(f"{name}: got {value!r}, expected {what}{low} to {high:,}")
         if not isinstance(self.system_prompt, str) or not isinstance(self.thinking, bool):
-            raise ValueError("system prompt wants text, and thinking wants true or false")
+            raise ValueError("system prompt must be text, and thinking must be true or false")
         if self.candidates > 1 and self.temperature == 0:
             raise ValueError("several replies at temperature 0 would all be the same: raise the temperature")
 

@@ -24,7 +24,11 @@ def choose_models(model: str, reward_model: str | None) -> tuple[str, Path | Non
         hub.check_path_exists(str(Path(reward_model).expanduser().absolute()), "--reward_model")
         reward_folder = resolve.sound_checkpoint(reward_model)
         if resolve.kind_of(reward_folder) != "reward":
-            raise UserError("--reward_model is not a reward checkpoint", where=reward_folder.absolute())
+            raise UserError(
+                "--reward_model is not a reward checkpoint",
+                where=reward_folder.absolute(),
+                next=f"--reward_model takes {hub.WANTED['--reward_model']}",
+            )
     if not Path(model).expanduser().exists():
         return model, reward_folder
     folder = resolve.sound_checkpoint(model)

@@ -92,7 +92,9 @@ def free_port(host: str, first: int, last: int) -> int:
             return port
         except OSError as error:
             if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-                raise UserError(f"--host {host} is not an address of this machine", found=error) from error
+                raise UserError(
+                    f"--host {host} is not an address of this machine", found=error, next="leave --host out, or 0.0.0.0"
+                ) from error
             found = error.strerror
     ports = f"--port {first} is" if first == last else f"ports {first} to {last} are"
     raise UserError(f"{ports} taken", where=host, found=found, next="another --port, or none to use a free one")

@@ -79,7 +79,7 @@ def find(resume_from: str) -> Path:
         parent = path.parent
         siblings = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
         raise utils.UserError(
-            f"--resume_from names no folder{utils.nearest(path.name, siblings)}",
+            f"--resume_from: no such folder{utils.nearest(path.name, siblings)}",
             where=path.absolute(),
             found=f"{parent} holds {', '.join(siblings[:8]) or 'no folders'}",
             next="a step-N folder, or a run's folder for its newest step",
@@ -89,7 +89,12 @@ def find(resume_from: str) -> Path:
         return path
     steps = step_folders(path)
     if not steps:
-        raise CheckpointError("no checkpoint there", where=path.absolute(), next="a folder that holds step-N folders")
+        raise CheckpointError(
+            "--resume_from: no checkpoint there",
+            where=path.absolute(),
+            found=f"it holds {', '.join(sorted(p.name for p in path.iterdir())[:8]) or 'nothing'}",
+            next="a step-N folder, or a run's folder for its newest step",
+        )
     damaged = []
     for step in reversed(steps):
         if (trouble := problem(step)) is None:
@@ -132,12 +137,12 @@ def check_has_optimizer(folder: Path) -> None:
     sound = [step for step in step_folders(folder.parent) if has_optimizer(step) and not problem(step)]
     others = f"{', '.join(step.name for step in sound)} still {'has' if len(sound) == 1 else 'have'} it"
     raise CheckpointError(
-        "this checkpoint has no optimizer state any more, so training cannot go on from it",
+        "this checkpoint no longer has its optimizer state, so training cannot continue from it",
         where=folder,
         found="manage_runs.py removed it: the step was shrunk to its weights",
         safe=f"the weights are whole (chat.py loads them); {others if sound else 'no other step of this run has it'}",
         next=resume_command(sound[-1]) if sound
-        else "python manage_runs.py --undo, if that was its last deletion, brings it back",
+        else "python manage_runs.py --undo   (if shrinking it was the last deletion)",
     )  # fmt: skip
 
 

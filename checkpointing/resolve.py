@@ -25,10 +25,10 @@ def find_model(name: str, flag: str = "--model") -> Path:
     folder = sound_checkpoint(name) if is_local else _copy_from_hub(name, flag)
     kind = kind_of(folder)
     if kind != "reward":
-        found = "a model that writes" if kind else "no config.json of a model in it"
+        found = "a language model without a reward head" if kind else "no config.json of a model in it"
         raise UserError(
             f"{flag} does not name a reward model", where=folder, found=found,
-            next="wants a checkpoint of train_rm.py, or a model for sequence classification with one label",
+            next="expected: a checkpoint of train_rm.py, or a model for sequence classification with one label",
         )  # fmt: skip
     if (folder / "adapter_config.json").exists():  # its head is checked when it is opened
         return folder

@@ -30,9 +30,9 @@ def run_name_problem(name: str) -> str | None:
     """Why a run name cannot be a folder's name on every platform, or None."""
     reserved = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))}
     if not re.fullmatch(r"[^\W_][\w.+=@-]*", name) or name.endswith("."):
-        return "wants letters, digits, '_', '-', '.', '+', '=' and '@' only, a letter or digit first, and no '.' last"
+        return "may hold only letters, digits and _-.+=@, must begin with a letter or digit and not end with '.'"
     if len(name.encode()) > 100:
-        return f"wants at most 100 bytes, got {len(name.encode())}"
+        return f"may have at most 100 bytes, not {len(name.encode())}"
     if re.fullmatch(r"step-\d+", name) or name.startswith("superseded-"):
         return "is what folders inside a run are called"
     return "is a device's name on Windows" if name.split(".")[0].lower() in reserved else None

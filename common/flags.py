@@ -59,7 +59,7 @@ def read_flags(config_class: type, argv: list[str], description: str) -> tuple[d
             # the words of a list are names, in which '~' is an ordinary character
             values[name] = tuple(text) if kind is tuple else _from_text(kind, os.path.expanduser(text))
         except ValueError as error:
-            problems.append(f"--{name}: got {text!r}, wants {error}{_or_word(fields[name])}")
+            problems.append(f"--{name}: got {text!r}, expected {error}{_or_word(fields[name])}")
     return values, problems
 
 
@@ -103,10 +103,9 @@ def _parser(config_class: type, description: str) -> argparse.ArgumentParser:
     )
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):
-        title = field.metadata.get("group", "options")
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        group = groups[title]
+        group = parser
+        if title := field.metadata.get("group"):
+            group = groups[title] = groups.get(title) or parser.add_argument_group(title)
         help_text = field.metadata["help"].replace("%", "%%")
         help_text += "" if field.default in (None, ()) else f" (default: {field.default})"
         kind = _type_of(config_class, field.name)
@@ -150,7 +149,7 @@ def _from_text(kind: type, text: str) -> Any:
 
 def _unknown_flag(word: str, fields: dict[str, Any]) -> str:
     if not word.startswith("-"):
-        return f"{word!r}: belongs to no flag"
+        return f"{word!r}: not a flag, nor the value of one"
     name = word.lstrip("-").split("=")[0].replace("-", "_")
     guess = nearest(name, fields)
     return f"{word.split('=')[0]}: no such flag" + guess.replace("'", "--", 1).replace("'", "")
@@ -167,13 +166,13 @@ def _read_config_file(config_class: type, path: Path) -> tuple[dict[str, Any], l
     except (ValueError, RecursionError) as error:
         return {}, [f"not JSON: {error}"]
     if not isinstance(content, dict):
-        return {}, [f"wants one JSON object, got {type(content).__name__}"]
+        return {}, [f"expected one JSON object, got {type(content).__name__}"]
     # --debug must hold before any file is read
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.name not in ("config", "debug")}
     values, problems = {}, []
     for key, value in content.items():
         if key not in fields:
-            problems.append(f"{key!r} is no setting{nearest(key, fields)}")
+            problems.append(f"{key!r} is not a setting{nearest(key, fields)}")
             continue
         kind = _type_of(config_class, key)
         if kind is tuple and type(value) is list and all(type(item) is str for item in value):
@@ -194,7 +193,7 @@ def _wrong_type(config_class: type, field: dataclasses.Field, value: Any) -> str
     is_number = type(value) in (int, float) and abs(value) < 1e300  # nan is not, nor an int too large for a float
     if value == field.metadata.get("word", object) or (is_number if kind is float else type(value) is kind):
         return None
-    return f"{field.name!r}: got {value!r}, wants {_WANTED[kind]}{_or_word(field)}"
+    return f"{field.name!r}: got {value!r}, expected {_WANTED[kind]}{_or_word(field)}"
 
 
 def wrong_types(config_class: type, values: dict[str, Any]) -> list[str]:
@@ -218,13 +217,13 @@ def _broken_limit(field: dataclasses.Field, config: Any) -> str | None:
     for text in texts:
         # bytes of a path that are not UTF-8 reach Python as lone surrogates, which cannot be written to files
         if "is_name_on_disk" not in limits and re.search("[\ud800-\udfff]", text):
-            return f"{flag_name}: got {text!a}, wants UTF-8 text"
+            return f"{flag_name}: got {text!a}, expected UTF-8 text"
         if not text.strip() or "\0" in text:
-            return f"{flag_name}: got {text!r}, wants a text" + ("" if text else " (is a variable unset?)")
+            return f"{flag_name}: got {text!r}, expected text" + ("" if text else " (is a variable unset?)")
     if "choices" in limits and value not in limits["choices"]:
         guess = nearest(value, limits["choices"])
-        return f"{flag_name}: got {value!r}, wants one of {', '.join(limits['choices'])}{guess}"
+        return f"{flag_name}: got {value!r}, expected one of {', '.join(limits['choices'])}{guess}"
     for name, (holds, words) in _LIMITS.items():
         if name in limits and not holds(value, limits[name]):
-            return f"{flag_name}: got {value}, wants {words} {limits[name]}"
+            return f"{flag_name}: got {value}, expected {words} {limits[name]}"
     return None

@@ -31,10 +31,12 @@ def check_path_exists(name: str, flag: str) -> None:
     parent = path.parent
     siblings = [sibling.name for sibling in parent.iterdir()] if parent.is_dir() else []
     raise UserError(
-        f"{flag} names something that does not exist{nearest(path.name, siblings)}",
+        f"{flag}: no such file or folder{nearest(path.name, siblings)}",
         where=path.absolute(),
-        found=f"{parent} holds {', '.join(sorted(siblings)[:8]) or 'nothing'}" if parent.is_dir() else "no such folder",
-        next=f"{flag} wants {WANTED[flag]}",
+        found=f"{parent} holds {', '.join(sorted(siblings)[:8]) or 'nothing'}"
+        if parent.is_dir()
+        else f"{parent} does not exist either",
+        next=f"{flag} takes {WANTED[flag]}",
     )
 
 
@@ -57,7 +59,7 @@ def only_local_copy(repo_id: str, repo_type: str, flag: str, instead: str) -> bo
         return False
     except GatedRepoError as error:
         raise UserError(
-            f"{flag} {repo_id} is gated: its owner wants you to accept terms first",
+            f"{flag} {repo_id} is gated: you must accept its owner's terms first",
             where=f"https://huggingface.co/{repo_id}",
             next="accept them there, then: hf auth login",
         ) from error
@@ -75,8 +77,8 @@ def only_local_copy(repo_id: str, repo_type: str, flag: str, instead: str) -> bo
             return True
         raise DiskOrNetworkError(
             f"{why}, and there is no local copy of {repo_id}",
-            where=f"nor is there a folder {Path(repo_id).absolute()}",
-            found=f"{type(error).__name__}: {error}",
+            where=Path(repo_id).absolute(),
+            found=f"no such folder either; {type(error).__name__}: {error}",
             next=instead,
         ) from error
 

@@ -57,7 +57,7 @@ def from_json(record_class: type[Record], content: Any) -> Record:
     Unknown keys are ignored: a later version may have written them.
     """
     if not isinstance(content, dict):
-        raise ValueError(f"wants a JSON object, got {type(content).__name__}")
+        raise ValueError(f"expected a JSON object, got {type(content).__name__}")
     hints, values = _type_hints(record_class), {}
     for field in dataclasses.fields(record_class):
         if field.name in content:
@@ -90,4 +90,4 @@ def _checked(hint: Any, value: Any, name: str) -> Any:
         if inner[1] is Any:
             return value
         return {key: _checked(inner[1], item, f"{name}[{key}]") for key, item in value.items()}
-    raise ValueError(f"{name!r} is {value!r}, wants {getattr(hint, '__name__', hint)}")
+    raise ValueError(f"{name!r} is {value!r}, expected {getattr(hint, '__name__', hint)}")

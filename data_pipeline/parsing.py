@@ -67,13 +67,13 @@ def read_pairs(source: Source) -> Iterator[tuple[int, Pair | str]]:
 def _row_error(source: Source, number: int, problem: str) -> UserError:
     return UserError(
         f"a row of the data cannot be used: {problem}", where=source.place(number),
-        next="wants chosen and rejected (text or message lists), and optionally prompt and margin",
+        next="expected: chosen and rejected (text or message lists), and optionally prompt and margin",
     )  # fmt: skip
 
 
 def check_columns(source: Source, number: int, row: Any) -> None:
     if not isinstance(row, dict):
-        raise _row_error(source, number, f"it is a {type(row).__name__}, not an object")
+        raise _row_error(source, number, f"it is of type {type(row).__name__}, not an object")
     for column in ("chosen", "rejected"):
         if row.get(column) is None:
             guess = nearest(column, [name for name in row if name not in ("chosen", "rejected", "prompt")])

@@ -56,14 +56,15 @@ def find_sources(dataset: str) -> tuple[Source, Source]:
     path, test = Path(dataset).expanduser(), None
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
-            wanted = f"wants {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+            wanted = f"expected: {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
             raise UserError("--dataset is not a supported file type", where=path, next=wanted)
         train = Source(str(path), path)
     elif path.is_dir():
         train, test = (_source_in(path, stems) for stems in (("train",), TEST_NAMES))
         if train is None:
             found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-            raise UserError("--dataset is a folder without a train file", where=path, found=found, next="wants train.*")
+            advice = "name its training file train.jsonl, or pass a single file"
+            raise UserError("--dataset is a folder without a train file", where=path, found=found, next=advice)
     else:
         splits = hub_splits(dataset)
         train, test = (_source_on_hub(dataset, splits, stems) for stems in (("train",), TEST_NAMES))

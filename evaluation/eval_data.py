@@ -96,7 +96,7 @@ class Data:
         def row_error(problem: str) -> UserError:
             return UserError(
                 f"a row of the data cannot be used: {problem}", where=part.source.place(number),
-                next="wants chosen and rejected: a text, a list of messages, or for several replies a list of those",
+                next="expected: chosen and rejected, a text, a list of messages or for several replies a list of those",
             )  # fmt: skip
 
         parsing.check_columns(part.source, number, row)
@@ -187,7 +187,10 @@ def _in_folder(folder: Path, split: str) -> tuple[list[Part], list[str]]:
     if split != "all" and (found := sources.file_in(folder, names)):
         return [Part("", Source(str(found), found))], []
     if files and split not in (*SPLITS, "all"):
-        raise UserError(f"--split {split}: no such file", where=folder, found=", ".join(p.name for p in files[:8]))
+        raise UserError(
+            f"--split {split}: no such file", where=folder, found=", ".join(p.name for p in files[:8]),
+            next="--split takes train, test, all or a file's name without its ending",
+        )  # fmt: skip
     if files:
         return [Part(_stem(path), Source(str(path), path)) for path in files], []
     wanted = [(name,) for names in SPLITS.values() for name in names] if split == "all" else [names]

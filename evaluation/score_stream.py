@@ -28,7 +28,7 @@ from utils import UserError, nearest
 REPLY_COLUMNS = ("reply", "response", "completion")
 COLUMNS = (*REPLY_COLUMNS, "replies", "messages", "prompt")
 ROWS_AT_A_TIME = 1024
-WANTS_FILE = "wants .jsonl, or - for standard input"
+WANTS_FILE = "expected: .jsonl, or - for standard input"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def read(name: str) -> Iterator[Line]:
 def _source(path: Path) -> sources.Source:
     if not path.exists():
         siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"--score names no file{nearest(path.name, siblings)}", where=path.absolute())
+        raise UserError(f"--score names no file{nearest(path.name, siblings)}", where=path.absolute(), next=WANTS_FILE)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "not a regular file"
         raise UserError(f"--score is {found}", where=path.absolute(), next=WANTS_FILE)
@@ -71,11 +71,13 @@ def parse(row: Any, place: str) -> Line:
 
     def row_error(problem: str) -> UserError:
         return UserError(
-            f"a row cannot be scored: {problem}", where=place, next="wants messages, or a prompt with reply or replies"
+            f"a row cannot be scored: {problem}",
+            where=place,
+            next="expected: messages, or a prompt with reply or replies",
         )
 
     if not isinstance(row, dict):
-        raise row_error(f"it is a {type(row).__name__}, not an object")
+        raise row_error(f"it is of type {type(row).__name__}, not an object")
     try:
         json.dumps(row, allow_nan=False)
     except ValueError:

@@ -153,7 +153,9 @@ def add_lora(model: nn.Module, lora: LoraSettings, task_type: str, seed: int) ->
     if wrong := [name for name in lora.target_modules if name not in known]:
         guesses = "".join(nearest(name, known) for name in wrong[:1])
         raise UserError(
-            f"--lora_target_modules: this model has no {', '.join(wrong)}{guesses}", found=f"it has {', '.join(known)}"
+            f"--lora_target_modules: this model has no {', '.join(wrong)}{guesses}",
+            found=f"it has {', '.join(known)}",
+            next="some of these, separated by commas",
         )
     torch.manual_seed(seed)  # the adapters' A matrices are drawn at random
     config = LoraConfig(

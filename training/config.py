@@ -84,12 +84,12 @@ class TrainingConfig:
         """What is wrong with settings that each look right alone."""
         found = []
         if self.run_name is not None and (why := run_name_problem(self.run_name)):
-            found.append(f"--run_name: got {self.run_name!r}, {why}")
+            found.append(f"--run_name: {self.run_name!r} {why}")
         for name in ("output_dir", "log_dir"):
             if Path(getattr(self, name)).is_file():
-                found.append(f"--{name}: {getattr(self, name)} is a file, wants a folder")
+                found.append(f"--{name}: {getattr(self, name)} is a file, expected a folder")
         if not all(name.strip() for name in self.lora_target_modules.split(",")):
-            found.append(f"--lora_target_modules: got {self.lora_target_modules!r}, wants names separated by commas")
+            found.append(f"--lora_target_modules: got {self.lora_target_modules!r}, expected names separated by commas")
         if self.demo and self.resume_from:
             found.append("--demo: cannot be combined with --resume_from; a demo run resumes like any other")
         return found
@@ -183,13 +183,14 @@ def check_changed_settings(
     fixed = [name for name in changed if rules[name] == "fixed" and not (name == "model" and stored.get("lora"))]
     inexact = [name for name in changed if rules[name] == "exact" and not allow_data_change]
     if changed:
-        print(f"{'setting':<24} {'stored':<24} {'asked':<24} used")
+        print(f"{'setting':<24} {'stored':<24} {'requested':<24} used")
         for name, value in changed.items():
-            used = "refused" if name in fixed + inexact else value
+            used = "rejected" if name in fixed + inexact else value
             print(f"{name:<24} {stored[name]!s:<24} {value!s:<24} {used}")
     if fixed:  # (an adapter's base may have moved: its weights are compared, see run.go_back_to)
         raise UserError(
             f"a checkpoint's {', '.join('--' + name for name in fixed)} cannot change",
+            safe="the checkpoint is untouched",
             next="leave it out to go on as before, or start a new run without --resume_from",
         )
     if inexact:

@@ -124,7 +124,7 @@ def check_data(config: TrainingConfig, world: World, train_data: Any, eval_data:
     for split, dataset in (("train", train_data), ("test", eval_data)):
         if config.bad_rows == "stop":
             dataset.check_skipped()
-        kept = f"{split}: {len(dataset):,} of {dataset.counts.rows:,} rows kept of {dataset.name}"
+        kept = f"{split}: kept {len(dataset):,} of {dataset.counts.rows:,} rows of {dataset.name}"
         print("\n".join([kept, *dataset.counts.lines()]))
     if len(eval_data) == 0:
         print("nothing is held out: this run cannot say how good the model is", flush=True)

@@ -93,7 +93,7 @@ BAD_DIALOGUES = ["{", 3, [], None, [{"role": "user"}], ["hello"], {"role": "user
 def test_bad_dialogues_are_refused_and_the_server_keeps_running(client, messages):
     with pytest.raises(AppError) as caught:
         client.predict(messages, api_name="/score")
-    assert "wants a list" in str(caught.value) or "only a reply has a reward" in str(caught.value)
+    assert "expected a list" in str(caught.value) or "only a reply has a reward" in str(caught.value)
     assert isinstance(client.predict(ANSWERED, api_name="/score"), float)
 
 
@@ -101,15 +101,15 @@ def test_bad_dialogues_are_refused_and_the_server_keeps_running(client, messages
     "options, message",
     [
         ({"max_new_tokens": 2040}, "limit is 2,048"),
-        ({"temperature": -1}, "temperature: got -1, wants 0 to 2"),
-        ({"temperature": "hot"}, "temperature: got 'hot', wants 0 to 2"),
-        ({"max_new_tokens": 1.5}, "max new tokens: got 1.5, wants a whole number from 1"),
-        ({"thinking": "no"}, "thinking wants true or false"),
+        ({"temperature": -1}, "temperature: got -1, expected 0 to 2"),
+        ({"temperature": "hot"}, "temperature: got 'hot', expected 0 to 2"),
+        ({"max_new_tokens": 1.5}, "max new tokens: got 1.5, expected a whole number from 1"),
+        ({"thinking": "no"}, "thinking must be true or false"),
         ({"message": 3}, "the message is empty, or no text"),
-        ({"candidates": 99}, "candidates: got 99, wants a whole number from 1 to 16"),
+        ({"candidates": 99}, "candidates: got 99, expected a whole number from 1 to 16"),
         ({"candidates": 2, "temperature": 0}, "would all be the same"),
         ({"message": "  "}, "the message is empty"),
-        ({"history": [{"role": "user"}]}, "wants a list"),
+        ({"history": [{"role": "user"}]}, "expected a list"),
     ],
 )
 def test_bad_requests_are_refused_with_the_reason(client, options, message):
@@ -272,8 +272,8 @@ def test_files_of_this_machine_are_not_served(server, reward_checkpoint):
         (["--share"], "--share: a public address without --auth"),
         (["--host", "0.0.0.0"], "--host: 0.0.0.0 is reachable by others, so --auth"),
         (["--host", "::"], "--host: :: is reachable by others"),
-        (["--auth", "me"], "--auth: wants USER:PASS"),
-        (["--auth", ":secret"], "--auth: wants USER:PASS"),
+        (["--auth", "me"], "--auth: expected USER:PASS"),
+        (["--auth", ":secret"], "--auth: expected USER:PASS"),
         (["--demo", "--model", "x"], "--demo: brings its own models"),
     ],
 )

@@ -190,7 +190,7 @@ def test_a_damaged_newest_step_is_named_when_an_older_one_is_taken(saved, capsys
         ("optimizer.safetensors", None, "no such file"),
         ("train_config.json", None, "no such file"),
         ("train_config.json", "[]", "no 'model'; no 'dataset'"),
-        ("train_config.json", '{"lr": "abc", "log_dir": "x"}', "'lr': got 'abc', wants a number"),
+        ("train_config.json", '{"lr": "abc", "log_dir": "x"}', "'lr': got 'abc', expected a number"),
         ("training_state.json", '{"step": 2}', "'examples_seen' is missing"),
     ],
 )

@@ -55,7 +55,7 @@ def test_a_list_in_a_config_file_is_a_list_of_texts(tmp_path):
     assert read("--config", str(path)).names == ("a", "b")
     for wrong in ('"a"', "[1]", "[null]", "{}"):
         path.write_text(f'{{"names": {wrong}}}')
-        assert "wants a list of texts" in problem_with("--config", str(path))
+        assert "expected a list of texts" in problem_with("--config", str(path))
 
 
 def test_without_flags_everything_has_its_default():
@@ -119,24 +119,24 @@ def test_the_last_of_several_wins(argv, name, value):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--batch_size", "many"], "--batch_size: got 'many', wants a whole number"),
-        (["--batch_size", "1.5"], "--batch_size: got '1.5', wants a whole number"),
-        (["--batch_size", ""], "--batch_size: got '', wants a whole number"),
-        (["--batch_size", "9" * 5000], "wants a whole number"),
-        (["--rate", "fast"], "--rate: got 'fast', wants a number"),
-        (["--rate", "nan"], "--rate: got 'nan', wants a finite number"),
-        (["--rate", "inf"], "--rate: got 'inf', wants a finite number"),
-        (["--rate", "1e999"], "--rate: got '1e999', wants a finite number"),
-        (["--fast", "maybe"], "--fast: got 'maybe', wants True or False"),
-        (["--fast="], "--fast: got '', wants True or False"),
-        (["--batch_size", "0"], "--batch_size: got 0, wants at least 1"),
-        (["--batch_size", "-3"], "--batch_size: got -3, wants at least 1"),
-        (["--rate", "0"], "--rate: got 0.0, wants more than 0"),
-        (["--rate", "10"], "--rate: got 10.0, wants less than 10"),
-        (["--schedule", "cosin"], "got 'cosin', wants one of constant, linear, cosine, did you mean 'cosine'?"),
+        (["--batch_size", "many"], "--batch_size: got 'many', expected a whole number"),
+        (["--batch_size", "1.5"], "--batch_size: got '1.5', expected a whole number"),
+        (["--batch_size", ""], "--batch_size: got '', expected a whole number"),
+        (["--batch_size", "9" * 5000], "expected a whole number"),
+        (["--rate", "fast"], "--rate: got 'fast', expected a number"),
+        (["--rate", "nan"], "--rate: got 'nan', expected a finite number"),
+        (["--rate", "inf"], "--rate: got 'inf', expected a finite number"),
+        (["--rate", "1e999"], "--rate: got '1e999', expected a finite number"),
+        (["--fast", "maybe"], "--fast: got 'maybe', expected True or False"),
+        (["--fast="], "--fast: got '', expected True or False"),
+        (["--batch_size", "0"], "--batch_size: got 0, expected at least 1"),
+        (["--batch_size", "-3"], "--batch_size: got -3, expected at least 1"),
+        (["--rate", "0"], "--rate: got 0.0, expected more than 0"),
+        (["--rate", "10"], "--rate: got 10.0, expected less than 10"),
+        (["--schedule", "cosin"], "got 'cosin', expected one of constant, linear, cosine, did you mean 'cosine'?"),
         (["--folder", "forbidden"], "--folder: may not be 'forbidden'"),
-        (["stray"], "'stray': belongs to no flag"),
-        (["--no_fast", "True"], "'True': belongs to no flag"),
+        (["stray"], "'stray': not a flag, nor the value of one"),
+        (["--no_fast", "True"], "'True': not a flag, nor the value of one"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_named_with_what_came_and_what_is_wanted(argv, message):
@@ -245,33 +245,33 @@ BAD_CONFIGS = {
     "cut": ('{"batch_size": 5', "not JSON"),
     "single quotes": ("{'batch_size': 5}", "not JSON"),
     "trailing comma": ('{"batch_size": 5,}', "not JSON"),
-    "list": ('[{"batch_size": 5}]', "wants one JSON object, got list"),
-    "null": ("null", "wants one JSON object, got NoneType"),
+    "list": ('[{"batch_size": 5}]', "expected one JSON object, got list"),
+    "null": ("null", "expected one JSON object, got NoneType"),
     "very deep": ("[" * 100_000, "not JSON"),
-    "unknown key": ('{"batch_sise": 5}', "'batch_sise' is no setting, did you mean 'batch_size'?"),
-    "key with dashes": ('{"batch-size": 5}', "'batch-size' is no setting, did you mean 'batch_size'?"),
-    "config in config": ('{"config": "other.json"}', "'config' is no setting"),
-    "text for int": ('{"batch_size": "5"}', "'batch_size': got '5', wants a whole number"),
-    "bool for int": ('{"batch_size": true}', "'batch_size': got True, wants a whole number"),
-    "float for int": ('{"batch_size": 5.0}', "'batch_size': got 5.0, wants a whole number"),
-    "null for int": ('{"batch_size": null}', "'batch_size': got None, wants a whole number"),
-    "text for float": ('{"rate": "1e-5"}', "'rate': got '1e-5', wants a number"),
-    "bool for float": ('{"rate": true}', "'rate': got True, wants a number"),
-    "NaN": ('{"rate": NaN}', "'rate': got nan, wants a number"),
-    "Infinity": ('{"rate": Infinity}', "'rate': got inf, wants a number"),
-    "too large a float": ('{"rate": 1e999}', "'rate': got inf, wants a number"),
+    "unknown key": ('{"batch_sise": 5}', "'batch_sise' is not a setting, did you mean 'batch_size'?"),
+    "key with dashes": ('{"batch-size": 5}', "'batch-size' is not a setting, did you mean 'batch_size'?"),
+    "config in config": ('{"config": "other.json"}', "'config' is not a setting"),
+    "text for int": ('{"batch_size": "5"}', "'batch_size': got '5', expected a whole number"),
+    "bool for int": ('{"batch_size": true}', "'batch_size': got True, expected a whole number"),
+    "float for int": ('{"batch_size": 5.0}', "'batch_size': got 5.0, expected a whole number"),
+    "null for int": ('{"batch_size": null}', "'batch_size': got None, expected a whole number"),
+    "text for float": ('{"rate": "1e-5"}', "'rate': got '1e-5', expected a number"),
+    "bool for float": ('{"rate": true}', "'rate': got True, expected a number"),
+    "NaN": ('{"rate": NaN}', "'rate': got nan, expected a number"),
+    "Infinity": ('{"rate": Infinity}', "'rate': got inf, expected a number"),
+    "too large a float": ('{"rate": 1e999}', "'rate': got inf, expected a number"),
     "too large an int for a float": ('{"rate": 1' + "0" * 400 + "}", "'rate': got 1000"),
-    "int for bool": ('{"fast": 1}', "'fast': got 1, wants True or False"),
-    "text for bool": ('{"fast": "true"}', "'fast': got 'true', wants True or False"),
-    "int for text": ('{"folder": 5}', "'folder': got 5, wants text"),
-    "int for a text that may be missing": ('{"run_name": 5}', "'run_name': got 5, wants text"),
-    "object for int": ('{"batch_size": {"value": 5}}', "'batch_size': got {'value': 5}, wants a whole number"),
-    "list for text": ('{"folder": ["a"]}', "'folder': got ['a'], wants text"),
-    "nested groups": ('{"speed": {"batch_size": 5}}', "'speed' is no setting"),
+    "int for bool": ('{"fast": 1}', "'fast': got 1, expected True or False"),
+    "text for bool": ('{"fast": "true"}', "'fast': got 'true', expected True or False"),
+    "int for text": ('{"folder": 5}', "'folder': got 5, expected text"),
+    "int for a text that may be missing": ('{"run_name": 5}', "'run_name': got 5, expected text"),
+    "object for int": ('{"batch_size": {"value": 5}}', "'batch_size': got {'value': 5}, expected a whole number"),
+    "list for text": ('{"folder": ["a"]}', "'folder': got ['a'], expected text"),
+    "nested groups": ('{"speed": {"batch_size": 5}}', "'speed' is not a setting"),
     "duplicate key": ('{"rate": 1, "batch_size": 5, "batch_size": 6}', "the key 'batch_size' is given more than once"),
     "latin-1": (b'{"folder": "caf\xe9"}', "not UTF-8 text (byte 15)"),
     "utf-16": ('{"batch_size": 5}'.encode("utf-16"), "not UTF-8 text (byte 0)"),
-    "below its limit": ('{"batch_size": 0}', "--batch_size: got 0, wants at least 1"),
+    "below its limit": ('{"batch_size": 0}', "--batch_size: got 0, expected at least 1"),
     "no choice": ('{"schedule": "cosin"}', "did you mean 'cosine'?"),
 }  # fmt: skip
 
@@ -309,19 +309,19 @@ def test_an_empty_text_is_refused_because_a_shell_variable_may_be_unset(text):
 
 @pytest.mark.parametrize("text", ["-1e-5", "-1", "-.5"])
 def test_a_negative_value_is_a_value_and_no_flag(text):
-    assert f"--rate: got {float(text)}, wants more than 0" in problem_with("--rate", text)
+    assert f"--rate: got {float(text)}, expected more than 0" in problem_with("--rate", text)
 
 
 def test_a_switch_is_not_given_a_negative_number_that_follows_it():
-    assert "--fast: got '-1', wants True or False" in problem_with("--fast", "-1")
+    assert "--fast: got '-1', expected True or False" in problem_with("--fast", "-1")
 
 
 def test_debug_in_a_config_file_is_refused_because_it_must_hold_before_the_file_is_read(config_file):
-    assert "'debug' is no setting" in problem_with("--config", config_file('{"debug": true}'))
+    assert "'debug' is not a setting" in problem_with("--config", config_file('{"debug": true}'))
 
 
 def test_bytes_that_are_no_utf8_are_refused():
-    assert "--folder: got 'out\\udcff', wants UTF-8 text" in problem_with("--folder", "out\udcff")
+    assert "--folder: got 'out\\udcff', expected UTF-8 text" in problem_with("--folder", "out\udcff")
 
 
 def test_a_home_folder_in_a_config_file_is_expanded_as_on_the_command_line(config_file):
@@ -331,6 +331,6 @@ def test_a_home_folder_in_a_config_file_is_expanded_as_on_the_command_line(confi
 
 def test_wrong_types_in_stored_settings_are_all_named():
     assert flags.wrong_types(Config, {"batch_size": "7", "rate": 1, "fast": 1}) == [
-        "'batch_size': got '7', wants a whole number",
-        "'fast': got 1, wants True or False",
+        "'batch_size': got '7', expected a whole number",
+        "'fast': got 1, expected True or False",
     ]

@@ -39,17 +39,17 @@ def test_a_record_survives_being_written_and_read():
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"name": 1}, "'name' is 1, wants str"),
-        ({"name": None}, "'name' is None, wants str"),
-        ({"note": 1}, "'note' is 1, wants str"),
-        ({"is_good": 1}, "'is_good' is 1, wants bool"),
-        ({"inner": {"number": True}}, "'number' is True, wants int"),
+        ({"name": 1}, "'name' is 1, expected str"),
+        ({"name": None}, "'name' is None, expected str"),
+        ({"note": 1}, "'note' is 1, expected str"),
+        ({"is_good": 1}, "'is_good' is 1, expected bool"),
+        ({"inner": {"number": True}}, "'number' is True, expected int"),
         ({"inner": {}}, "'number' is missing"),
-        ({"inner": [3]}, "wants a JSON object, got list"),
-        ({"rows": [[1], [2, "3"]]}, r"'rows\[1\]\[1\]' is '3', wants int"),
-        ({"rows": [1]}, r"'rows\[0\]' is 1, wants list"),
-        ({"path": "xy"}, "'path' is 'xy', wants tuple"),
-        ({"limits": {"a": "b"}}, r"'limits\[a\]' is 'b', wants float"),
+        ({"inner": [3]}, "expected a JSON object, got list"),
+        ({"rows": [[1], [2, "3"]]}, r"'rows\[1\]\[1\]' is '3', expected int"),
+        ({"rows": [1]}, r"'rows\[0\]' is 1, expected list"),
+        ({"path": "xy"}, "'path' is 'xy', expected tuple"),
+        ({"limits": {"a": "b"}}, r"'limits\[a\]' is 'b', expected float"),
     ],
 )
 def test_a_wrong_field_is_named(changed, message):
@@ -61,7 +61,7 @@ def test_a_missing_field_and_another_kind_of_content_are_named():
     with pytest.raises(ValueError, match="'rows' is missing"):
         json_records.from_json(Outer, {key: value for key, value in GOOD.items() if key != "rows"})
     for content in ([], "text", 1, None):
-        with pytest.raises(ValueError, match="wants a JSON object"):
+        with pytest.raises(ValueError, match="expected a JSON object"):
             json_records.from_json(Outer, content)
 
 

@@ -193,8 +193,8 @@ BAD_ROWS = {
     "true as margin": ({**GOOD_ROW, "margin": True}, "'margin' is True, not a finite number"),
     "NaN as margin": ({**GOOD_ROW, "margin": float("nan")}, "'margin' is nan, not a finite number"),
     "infinite margin": ({**GOOD_ROW, "margin": float("inf")}, "'margin' is inf, not a finite number"),
-    "a list": ([GOOD_ROW["chosen"], GOOD_ROW["rejected"]], "it is a list, not an object"),
-    "a text": ("Yes.", "it is a str, not an object"),
+    "a list": ([GOOD_ROW["chosen"], GOOD_ROW["rejected"]], "it is of type list, not an object"),
+    "a text": ("Yes.", "it is of type str, not an object"),
     "null": (None, "it is a NoneType, not an object"),
 }  # fmt: skip
 

@@ -138,7 +138,7 @@ def test_a_folder_without_a_train_file_says_what_it_holds(tmp_path):
     write_as(tmp_path / "test.jsonl", [GOOD_ROW])
     (tmp_path / "notes.txt").write_text("nothing")
     with pytest.raises(
-        UserError, match=r"without a train file(.|\n)*notes\.txt, test\.jsonl(.|\n)*wants train"
+        UserError, match=r"without a train file(.|\n)*notes\.txt, test\.jsonl(.|\n)*train.jsonl"
     ) as caught:
         sources.find_sources(str(tmp_path))
     assert str(tmp_path) in str(caught.value)

@@ -210,7 +210,7 @@ def test_reward_bench_2_rows_compare_one_with_several(evaluate, length_model, wr
         ('{"prompt": "a", "chosen": 3, "rejected": "b"}', "'chosen' is a int"),
         ('{"prompt": "a", "chosen": [], "rejected": ["b"]}', "'chosen' is an empty list"),
         ('{"prompt": "a", "chosen": ["c"], "rejected": ["b", 3]}', "'rejected' is a int"),
-        ("[1]", "it is a list, not an object"),
+        ("[1]", "it is of type list, not an object"),
         ('{"prompt": "\xff", "chosen": "c", "rejected": "b"}', "not UTF-8"),
     ],
 )

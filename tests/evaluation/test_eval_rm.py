@@ -133,20 +133,22 @@ def test_out_of_memory_goes_on_with_a_smaller_budget_and_the_same_rewards(evalua
 
 
 def test_anything_but_a_reward_model_is_rejected(evaluate, base, tmp_path, reward_checkpoint):
-    with pytest.raises(UserError, match="--model names something that does not exist"):
+    with pytest.raises(UserError, match="--model : no such file or folder"):
         evaluate("./nowhere")
-    with pytest.raises(UserError, match="--against names something that does not exist"):
+    with pytest.raises(UserError, match="--against : no such file or folder"):
         evaluate(reward_checkpoint, "--against", "./nowhere")
     with pytest.raises(UserError, match="--against names the model itself"):
         evaluate(reward_checkpoint, "--against", reward_checkpoint.parent)  # a run's folder is its newest step
-    with pytest.raises(UserError, match=r"--model does not name a reward model(.|\n)*a model that writes"):
+    with pytest.raises(
+        UserError, match=r"--model does not name a reward model(.|\n)*a language model without a reward head"
+    ):
         evaluate(base)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no config.json of a model"):
         evaluate(tmp_path / "empty")
     with pytest.raises(DiskOrNetworkError, match="no local copy of some/where"):
         evaluate("some/where")
-    with pytest.raises(UserError, match="--model: wants a reward model"):
+    with pytest.raises(UserError, match="--model: expected a reward model"):
         eval_rm.main([])
 
 

@@ -121,7 +121,7 @@ def test_what_cannot_be_scored_keeps_its_place_and_is_counted(score):
         (b'{"prompt": "a", "replies": []}', "a list with at least one reply"),
         (b'{"prompt": "a", "reply": 3}', "'reply' holds a int"),
         (b'{"messages": "hello"}', "'messages' is a str"),
-        (b'"hello"', "it is a str, not an object"),
+        (b'"hello"', "it is of type str, not an object"),
     ],
 )
 def test_a_broken_line_is_named_after_those_before_it_are_answered(

@@ -327,7 +327,7 @@ def test_processes_that_were_not_started_alike_are_refused(script_server, tmp_pa
 
 def test_a_bad_flag_is_said_once(script_server, tmp_path):
     result = script_server.run(torchrun(2, "--epochs", 0), tmp_path)
-    assert result.returncode != 0 and result.stderr.count("wants at least 1") == 1
+    assert result.returncode != 0 and result.stderr.count("expected at least 1") == 1
 
 
 def test_nobody_to_connect_with_is_said(run_script):

@@ -148,5 +148,5 @@ def test_a_config_file_takes_auto_or_a_number(base, small_dataset, tmp_path, mon
 def test_another_word_is_refused(tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "settings.json").write_text('{"tokens_per_batch": "most"}')
-    with pytest.raises(UserError, match=r"tokens_per_batch(.|\n)*'most', wants a whole number or auto"):
+    with pytest.raises(UserError, match=r"tokens_per_batch(.|\n)*'most', expected a whole number or auto"):
         train_rm.main(words)

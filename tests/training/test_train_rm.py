@@ -307,7 +307,7 @@ def test_a_finished_run_says_so_and_goes_on_with_more_epochs(run_script, run_one
     assert again.returncode == 0 and "nothing to do: step 1 of 1 is done" in again.stdout
     more = run_script("train_rm.py", "--resume_from", run_one, "--epochs", 3, "--lr", "2e-3")
     assert more.returncode == 0, more.stderr
-    assert re.search(r"setting +stored +asked +used\n", more.stdout)
+    assert re.search(r"setting +stored +requested +used\n", more.stdout)
     assert re.search(r"epochs +1 +3 +3", more.stdout) and re.search(r"lr +0.001 +0.002 +0.002", more.stdout)
     assert json.loads((run_one / "step-3/train_config.json").read_text())["lr"] == 0.002
 
@@ -554,7 +554,7 @@ def test_a_finished_run_names_the_setting_that_ends_it(base, small_dataset, tmp_
     flags = ["--model", base, "--dataset", small_dataset, "--batch_size", "8", "--run_name", "one", *TINY]
     train_rm.main([*flags, "--max_steps", "1"])
     train_rm.main(["--resume_from", "checkpoints/rm/one", "--epochs", "8"])
-    assert "a larger --max_steps, or 0 for none" in capsys.readouterr().out
+    assert "a larger --max_steps, or 0 for no limit" in capsys.readouterr().out
 
 
 def test_what_stands_in_the_way_of_a_folder_is_named_before_the_model_is_loaded(
