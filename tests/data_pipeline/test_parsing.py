@@ -195,7 +195,7 @@ BAD_ROWS = {
     "infinite margin": ({**GOOD_ROW, "margin": float("inf")}, "'margin' is inf, not a finite number"),
     "a list": ([GOOD_ROW["chosen"], GOOD_ROW["rejected"]], "it is of type list, not an object"),
     "a text": ("Yes.", "it is of type str, not an object"),
-    "null": (None, "it is a NoneType, not an object"),
+    "null": (None, "it is of type NoneType, not an object"),
 }  # fmt: skip
 
 

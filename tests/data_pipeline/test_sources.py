@@ -161,7 +161,7 @@ def test_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path, name):
 def test_a_mistyped_path_names_the_nearest(tmp_path, mistyped):
     write_as(tmp_path / "train.jsonl", [GOOD_ROW])
     (tmp_path / "zebra").mkdir()
-    with pytest.raises(UserError, match=r"--dataset .*did you mean 'train\.jsonl'\?") as caught:
+    with pytest.raises(UserError, match=r"--dataset: .*did you mean 'train\.jsonl'\?") as caught:
         sources.find_sources(str(tmp_path / mistyped))
     assert str(tmp_path / mistyped) in str(caught.value)
 
@@ -177,7 +177,7 @@ def test_a_mistyped_file_name_is_not_taken_for_a_hub_id(tmp_path, monkeypatch, m
 
 
 def test_a_path_in_a_missing_folder_says_so(tmp_path):
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="nowhere does not exist either"):
         sources.find_sources(str(tmp_path / "nowhere" / "train.jsonl"))
 
 
