@@ -210,7 +210,7 @@ def test_a_run_logs_every_tag_once_a_step_and_says_what_to_type_next(run_script,
     assert manifest.problem(run / "step-6") is None
     position = json.loads((run / "step-6/training_state.json").read_text())
     assert (position["step"], position["examples_seen"]) == (6, 128)
-    assert "train: 64 of 64 rows kept" in result.stdout
+    assert "train: kept 64 of 64 rows" in result.stdout
     assert re.search(r"held-out accuracy [\d.]+% \(95 % interval [\d.]+% to [\d.]+%\)", result.stdout)
     assert "tensorboard --logdir ./logs/rm" in result.stdout
     assert "python chat.py --model checkpoints/rm/full/step-6" in result.stdout
@@ -776,8 +776,8 @@ def test_real_pairs_are_counted_and_evaluated_to_the_end(run_script, small_qwen3
         "--run_name", "real", timeout=600,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "1,199 of 1,200 rows kept" in result.stdout and "skipped 1: no reply" in result.stdout
-    assert "300 of 300 rows kept" in result.stdout and "300 pairs" in result.stdout.split("done:")[1]
+    assert "kept 1,199 of 1,200 rows" in result.stdout and "skipped 1: no reply" in result.stdout
+    assert "kept 300 of 300 rows" in result.stdout and "300 pairs" in result.stdout.split("done:")[1]
     assert scalars(tmp_path / "logs/rm/real")[0]["train/useful_tokens"][0][1] >= 0.95
 
 
