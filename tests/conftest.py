@@ -118,28 +118,25 @@ def lora_checkpoint(base, tokenizer, tmp_path_factory):
     return folder
 
 
+def folder_from(variable, missing):
+    """The folder that an environment variable names; without it the test is skipped and says what is missing."""
+    folder = os.environ.get(variable)
+    return folder or pytest.skip(f"{variable} is not set: {missing}")
+
+
 @pytest.fixture(scope="session")
 def real_data():
-    folder = os.environ.get("HH_RLHF_DIR")
-    if not folder:
-        pytest.skip("HH_RLHF_DIR is not set: no real HH-RLHF pairs here")
-    return folder
+    return folder_from("HH_RLHF_DIR", "no real HH-RLHF pairs here")
 
 
 @pytest.fixture(scope="session")
 def real_model_folder():
-    folder = os.environ.get("SMOLLM2_DIR")
-    if not folder:
-        pytest.skip("SMOLLM2_DIR is not set: no pretrained model here")
-    return folder
+    return folder_from("SMOLLM2_DIR", "no pretrained model here")
 
 
 @pytest.fixture(scope="session")
 def real_tokenizer_folder():
-    folder = os.environ.get("QWEN3_DIR")
-    if not folder:
-        pytest.skip("QWEN3_DIR is not set: no Qwen3 tokenizer here")
-    return folder
+    return folder_from("QWEN3_DIR", "no Qwen3 tokenizer here")
 
 
 @pytest.fixture(scope="session")
