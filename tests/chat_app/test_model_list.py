@@ -72,7 +72,7 @@ def test_the_models_of_the_flags_are_offered_and_none_twice(output_dir, base, lo
     _, reward_models = model_list.list_models(output_dir, base, model_list.Path("new/step-3"))
     assert labels(reward_models).count("new / step-3 (best)") == 1 and len(reward_models) == 4
     _, reward_models = model_list.list_models(output_dir, base, lora_checkpoint)
-    assert labels(reward_models)[-1] == "lora0 / adapter"
+    assert labels(reward_models)[-1] == f"{lora_checkpoint.parent.name} / adapter"
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_offered_and_no_folder_offers_nothing(output_dir, base, tmp_path):
