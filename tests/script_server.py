@@ -23,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CAN_FORK = sys.platform == "linux"
+SET_BY_IMPORTS = ("TORCHINDUCTOR_CACHE_DIR",)  # by torch itself, in whichever process imports its compiler
 READ_BY_IMPORTS = ("HF_", "TRANSFORMERS_", "TORCH", "OMP_", "MKL_", "CUDA_", "PYTHON", "MPL", "GRADIO_", "LD_")
 
 # What the server imports before it forks for a script. A script's other modules are imported by each child.
@@ -97,7 +98,10 @@ class ScriptServer:
 
 
 def read_by_imports(env):
-    return {name: value for name, value in env.items() if name.startswith(READ_BY_IMPORTS)}
+    """Those variables of `env` that a library may have read while it was imported."""
+    return {
+        name: value for name, value in env.items() if name.startswith(READ_BY_IMPORTS) and name not in SET_BY_IMPORTS
+    }
 
 
 class Script:

@@ -73,6 +73,13 @@ def test_a_variable_that_imports_read_makes_a_new_process(script_server, tmp_pat
     assert script.wait().returncode == 0 and script.read("stdout").startswith("usage: manage_runs.py")
 
 
+def test_a_variable_that_torch_set_here_does_not(script_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    script = script_server.start(["manage_runs.py", "--help"], tmp_path)
+    assert isinstance(script.process, Forked)
+    assert script.wait().returncode == 0
+
+
 def test_a_script_can_be_watched_and_stopped(script_server, tmp_path):
     code = "import time\nprint('kneading', flush=True)\ntime.sleep(60)"
     script = script_server.start(["-c", code], tmp_path)

@@ -135,7 +135,7 @@ def test_out_of_memory_goes_on_with_a_smaller_budget_and_the_same_rewards(evalua
 def test_anything_but_a_reward_model_is_rejected(evaluate, base, tmp_path, reward_checkpoint):
     with pytest.raises(UserError, match="--model: no such file or folder"):
         evaluate("./nowhere")
-    with pytest.raises(UserError, match="--against : no such file or folder"):
+    with pytest.raises(UserError, match="--against: no such file or folder"):
         evaluate(reward_checkpoint, "--against", "./nowhere")
     with pytest.raises(UserError, match="--against names the model itself"):
         evaluate(reward_checkpoint, "--against", reward_checkpoint.parent)  # a run's folder is its newest step
