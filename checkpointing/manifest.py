@@ -75,50 +75,48 @@ def find(resume_from: str) -> Path:
     path = path.resolve() if path.name in ("", "..") else path  # "." has no name
     if path.parent.name == "":  # `step-6` typed inside its run's folder
         path = path.absolute()
-    if not path.is_dir():
-        parent = path.parent
-        siblings = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
-        raise utils.UserError(
-            f"--resume_from: no such folder{utils.nearest(path.name, siblings)}",
-            where=path.absolute(),
-            found=f"{parent} holds {', '.join(siblings[:8]) or 'no folders'}",
-            next="a step-N folder, or a run's folder for its newest step",
-        )
-    if step_of(path) is not None or (path / MANIFEST).exists():
-        verify(path)
+    if path.is_dir() and (step_of(path) is not None or (path / MANIFEST).exists()):
+        verify(path, is_resuming=True)
         return path
-    steps = step_folders(path)
-    if not steps:
-        raise CheckpointError(
-            "--resume_from: no checkpoint there",
-            where=path.absolute(),
-            found=f"it holds {', '.join(sorted(p.name for p in path.iterdir())[:8]) or 'nothing'}",
-            next="a step-N folder, or a run's folder for its newest step",
-        )
     damaged = []
-    for step in reversed(steps):
+    for step in reversed(step_folders(path)):
         if (trouble := problem(step)) is None:
             for file, found in damaged:
                 print(f"{file.parent.name} is damaged ({file.name}: {found}); going on from {step.name}", flush=True)
             return step
         damaged.append(trouble)
-    raise CheckpointError(
-        "every checkpoint of this run is damaged",
-        where=damaged[0][0],
-        found=damaged[0][1],
-        next="restore the files from a copy, or start a new run",
+    if damaged:
+        raise CheckpointError(
+            "every checkpoint of this run is damaged",
+            where=damaged[0][0],
+            found=damaged[0][1],
+            next="restore the files from a copy, or start a new run",
+        )
+    looked_in = path if path.is_dir() else path.parent
+    names = sorted(entry.name for entry in looked_in.iterdir()) if looked_in.is_dir() else []
+    error_class, what = CheckpointError, "no checkpoint there"
+    if not path.is_dir():
+        error_class, what = utils.UserError, f"no such folder{utils.nearest(path.name, names)}"
+    raise error_class(
+        f"--resume_from: {what}",
+        where=path.absolute(),
+        found=f"{looked_in} holds {', '.join(names[:8]) or 'nothing'}",
+        next="a step-N folder, or a run's folder for its newest step",
     )
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings stored with a checkpoint; {} if its file holds something else."""
-    content = utils.read_json(folder / SETTINGS)
-    return content if isinstance(content, dict) else {}
 
 
 def check_resumable(folder: Path) -> None:
     """Raise CheckpointError if a checkpoint, even a sound one, lacks what resuming needs."""
-    check_has_optimizer(folder)
+    if not has_optimizer(folder):
+        sound = _newest_sound([step for step in step_folders(folder.parent) if has_optimizer(step)])
+        raise CheckpointError(
+            "this checkpoint no longer has its optimizer state, so training cannot continue from it",
+            where=folder,
+            found="manage_runs.py removed it: the step was shrunk to its weights",
+            safe=f"the weights are whole (chat.py loads them); {sound.name if sound else 'no other step'} still has it",
+            next=resume_command(sound) if sound
+            else "python manage_runs.py --undo   (if shrinking it was the last deletion)",
+        )  # fmt: skip
     for name in (OPTIMIZER, RANDOM_STATE, STATE, SETTINGS):
         if not (folder / name).is_file():
             raise CheckpointError(
@@ -130,37 +128,23 @@ def check_resumable(folder: Path) -> None:
             )
 
 
-def check_has_optimizer(folder: Path) -> None:
-    """Raise CheckpointError for a step that manage_runs.py shrank to its weights: nothing could go on from it."""
-    if has_optimizer(folder):
+def verify(folder: Path, is_resuming: bool = False) -> None:
+    """Raise CheckpointError if any file is missing, changed or cut; name the newest sound step before it.
+
+    With `is_resuming` the message ends in the command that resumes from that step.
+    """
+    if (trouble := problem(folder)) is None:
         return
-    sound = [step for step in step_folders(folder.parent) if has_optimizer(step) and not problem(step)]
-    others = f"{', '.join(step.name for step in sound)} still {'has' if len(sound) == 1 else 'have'} it"
-    raise CheckpointError(
-        "this checkpoint no longer has its optimizer state, so training cannot continue from it",
-        where=folder,
-        found="manage_runs.py removed it: the step was shrunk to its weights",
-        safe=f"the weights are whole (chat.py loads them); {others if sound else 'no other step of this run has it'}",
-        next=resume_command(sound[-1]) if sound
-        else "python manage_runs.py --undo   (if shrinking it was the last deletion)",
-    )  # fmt: skip
+    earlier = [step for step in step_folders(folder.parent) if (step_of(step) or 0) < (step_of(folder) or 0)]
+    advice = {"safe": "no earlier step of this run is complete"}
+    if sound := _newest_sound(earlier):
+        next_step = resume_command(sound) if is_resuming else f"use {sound} instead"
+        advice = {"safe": f"{sound.name} is complete", "next": next_step}
+    raise CheckpointError("the checkpoint is damaged", where=trouble[0], found=trouble[1], **advice)
 
 
-def verify(folder: Path) -> None:
-    """Raise CheckpointError if any file is missing, changed or cut; name the newest sound step before it."""
-    found = problem(folder)
-    if found is None:
-        return
-    number = step_of(folder) or 0
-    earlier = [step for step in step_folders(folder.parent) if (step_of(step) or 0) < number]
-    sound = next((step for step in reversed(earlier) if problem(step) is None), None)
-    raise CheckpointError(
-        "the checkpoint is damaged",
-        where=found[0],
-        found=found[1],
-        safe=f"{sound.name} is complete" if sound else "no earlier step of this run is complete",
-        next=resume_command(sound) if sound else None,
-    )
+def _newest_sound(steps: list[Path]) -> Path | None:
+    return next((step for step in reversed(steps) if problem(step) is None), None)
 
 
 def problem(folder: Path) -> tuple[Path, str] | None:

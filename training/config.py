@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import utils
-from checkpointing import manifest
+from checkpointing import manifest, resolve
 from checkpointing.run_folder import run_name_problem
 from common import flags
 from common.flags import flag
@@ -130,7 +130,7 @@ def read_config(config_class: type[Config], argv: list[str], description: str) -
     if config.resume_from:
         folder = manifest.find(config.resume_from)
         manifest.check_resumable(folder)
-        stored = manifest.read_settings(folder)
+        stored = resolve.training_settings(folder)
         wrong = [f"no {name!r}" for name in ("model", "dataset", "log_dir") if name not in stored]
         if wrong := wrong + flags.wrong_types(config_class, stored):
             raise utils.CheckpointError(

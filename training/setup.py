@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 import utils
-from checkpointing import checkpoint, manifest, run_folder
+from checkpointing import checkpoint, resolve, run_folder
 from checkpointing.run_folder import resume_command, step_of
 from common import atomic_files, file_locks
 from data_pipeline.sampler import StepSampler
@@ -43,7 +43,7 @@ def set_up(config: TrainingConfig, resumed_from: Path | None, world: World, open
     """A run, new or resumed. What can fail early fails here, cheapest first: names, data, then the model."""
     launch.connect_model(world, config.fsdp)
     folder, lock = claim_run_folder(config, resumed_from) if world.is_main else (None, None)
-    folder = world.broadcast(lambda: folder)
+    folder = world.broadcast(folder)
     config = dataclasses.replace(config, run_name=folder.name)
     log_folder = Path(config.log_dir) / folder.name
     try:
@@ -155,7 +155,7 @@ def go_back_to(folder: Path, run: Run) -> int | str:
     run.eval_value, run.eval_count = state.eval_value, state.eval_count
     run.examples_before = state.examples_seen - run.sampler.examples_seen(run.step)
     print(f"resuming after step {run.step} of {run.sampler.total_steps} from {folder}")
-    if run.config.tokens_per_batch == manifest.read_settings(folder)["tokens_per_batch"]:
+    if run.config.tokens_per_batch == resolve.training_settings(folder)["tokens_per_batch"]:
         return state.tokens_per_batch  # the smaller one if memory ran out before
     return run.config.tokens_per_batch
 
@@ -191,11 +191,8 @@ def claim_run_folder(config: TrainingConfig, resumed_from: Path | None) -> tuple
     root = Path(config.output_dir)
     if resumed_from and (root / str(config.run_name)).resolve() == resumed_from.resolve().parent:
         return resumed_from.parent, file_locks.RunLock(resumed_from.parent)
-    if config.run_name:
-        names = [config.run_name]
-    else:  # several runs may begin in one second
-        now = utils.timestamp()
-        names = [now, *(f"{now}-{number}" for number in range(2, 100))]
+    now = utils.timestamp()  # of several runs, if they begin in one second
+    names = [config.run_name] if config.run_name else [now, *(f"{now}-{number}" for number in range(2, 100))]
     for name in names:
         folder = root / name
         make_folder(folder, "--output_dir with --run_name")

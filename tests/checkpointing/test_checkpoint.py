@@ -8,7 +8,7 @@ import torch
 
 import models
 import utils
-from checkpointing import checkpoint, manifest
+from checkpointing import checkpoint, manifest, resolve
 from checkpointing.run_folder import step_folders
 from train_rm import RewardTrainingConfig
 from training.config import read_config
@@ -46,7 +46,7 @@ def test_everything_comes_back(saved, base):
         for key in ("step", "exp_avg", "exp_avg_sq"):
             assert torch.equal(optimizer.state[old][key], other.state[new][key]), (name, key)
     assert checkpoint.read_training_state(folder) == checkpoint.TrainingState(2, 16, "data", 64, 4096)
-    assert manifest.read_settings(folder) == {"lr": 1e-3}
+    assert resolve.training_settings(folder) == {"lr": 1e-3}
 
 
 def test_random_numbers_go_on_where_they_were():
@@ -120,7 +120,7 @@ def test_an_existing_step_is_never_written_into(saved):
     with pytest.raises(FileExistsError):
         save(run, model, optimizer, 2, {"lr": 1})
     assert (run / "step-2" / "manifest.json").stat().st_mtime_ns == before
-    assert manifest.read_settings(run / "step-2") == {"lr": 1e-3}
+    assert resolve.training_settings(run / "step-2") == {"lr": 1e-3}
 
 
 def test_a_disk_without_room_is_foreseen_with_needed_and_free_bytes(saved, monkeypatch):

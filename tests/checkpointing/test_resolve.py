@@ -30,8 +30,9 @@ def test_a_run_folder_means_its_newest_sound_step(tmp_path):
     assert resolve.sound_checkpoint(str(tmp_path)) == tmp_path / "step-10"
     (tmp_path / "step-10" / "config.json").write_text("wholf")
     assert resolve.sound_checkpoint(str(tmp_path)) == tmp_path / "step-9"
-    with pytest.raises(utils.CheckpointError, match="step-9 is complete"):
+    with pytest.raises(utils.CheckpointError, match="step-9 is complete") as caught:
         resolve.sound_checkpoint(str(tmp_path / "step-10"))
+    assert f"use {tmp_path / 'step-9'} instead" in str(caught.value) and "--resume_from" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "3"])
