@@ -13,20 +13,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import transformers
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from modeling import attention, generation, speedups
-from modeling.pretrained import (
-    LoraSettings,
-    add_lora,
-    base_of_adapter,
-    is_adapter,
-    load_tokenizer,
-    open_model,
-    quiet_transformers,
-    save_model,
-)
-from utils import CheckpointError, UserError, first_line
+from modeling import attention, generation, pretrained, speedups
+from modeling.pretrained import LoraSettings, load_tokenizer
+from utils import CheckpointError, UserError
 
 
 class PretrainedModel(nn.Module):
@@ -46,13 +39,22 @@ class PretrainedModel(nn.Module):
         self.__dict__["peft_model"] = peft_model
         self.autocast_dtype: torch.dtype | None = None
         self.attention = "sdpa"
-        self.can_pack, self.why_not = self.try_packing()
+        self.why_not = self.try_packing()  # packed rows are allowed; "" if they are
+        self.can_pack = not self.why_not
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
         """Write weights (`state()` unless given), configuration and tokenizer; with LoRA, what was trained only."""
-        save_model(self.hf_model, self.peft_model, self.tokenizer, folder, self.state() if state is None else state)
+        state = self.state() if state is None else state
+        with pretrained.quiet_transformers():
+            if self.peft_model is None:
+                self.hf_model.save_pretrained(folder, state_dict=state)
+            else:
+                # "auto" would ask the hub whether the base's vocabulary was resized; ours never is
+                self.peft_model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+                (folder / "README.md").unlink(missing_ok=True)  # an empty model card
+            self.tokenizer.save_pretrained(folder)
 
     def state(self) -> dict[str, Tensor]:
         """What `save` writes: all weights, or with LoRA the adapters and the head."""
@@ -118,8 +120,8 @@ class PretrainedModel(nn.Module):
                 input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
             ).last_hidden_state
 
-    def try_packing(self, backward: bool = False) -> tuple[bool, str]:
-        """Whether packed rows give the same numbers as separate ones, and if not, why."""
+    def try_packing(self, backward: bool = False) -> str:
+        """Why packed rows do not give the same numbers as separate ones; "" if they do."""
         return speedups.try_packing(self, backward)
 
     def use_attention(self, choice: str = "auto") -> str:
@@ -133,11 +135,11 @@ class PretrainedModel(nn.Module):
         if implementation == "sdpa" or not self.can_pack:
             return self.attention
         if not attention.install(self.hf_model):
-            works, why_not = False, "the architecture computes attention in its own way"
+            why_not = "the architecture computes attention in its own way"
         else:
             self.attention = implementation
-            works, why_not = self.try_packing(backward=True)
-        if not works:
+            why_not = self.try_packing(backward=True)
+        if why_not:
             self.attention = "sdpa"
             print(f"attention: sdpa instead of {implementation}: {why_not}", flush=True)
         return self.attention
@@ -181,11 +183,9 @@ class RewardModel(PretrainedModel):
 
         The head is normal with standard deviation 1/sqrt(D + 1), as in Stiennon et al. 2020 (arXiv 2009.01325).
         """
-        from transformers import AutoModelForSequenceClassification
-
         torch.manual_seed(seed)  # for the heads that transformers draws
-        classifier, missing = open_model(
-            AutoModelForSequenceClassification, name, num_labels=1, pad_token_id=tokenizer.pad_token_id
+        classifier, missing = pretrained.open_model(
+            transformers.AutoModelForSequenceClassification, name, num_labels=1, pad_token_id=tokenizer.pad_token_id
         )
         # Whatever the head is called, it is not part of the backbone; poolers are, and they belong to heads.
         backbone = f"{classifier.base_model_prefix}."
@@ -200,7 +200,7 @@ class RewardModel(PretrainedModel):
             generator = torch.Generator().manual_seed(seed)
             with torch.no_grad():
                 weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1] + 1))
-        return cls(classifier, tokenizer, add_lora(classifier, lora, "SEQ_CLS", seed) if lora else None)
+        return cls(classifier, tokenizer, pretrained.add_lora(classifier, lora, "SEQ_CLS", seed) if lora else None)
 
     @classmethod
     def restore(cls, folder: Path, base: str | None = None) -> Self:
@@ -208,14 +208,12 @@ class RewardModel(PretrainedModel):
 
         `base` is where an adapter's base model is now, if it has moved.
         """
-        from transformers import AutoModelForSequenceClassification
-
         tokenizer = load_tokenizer(str(folder))
-        name = (base or base_of_adapter(folder)) if is_adapter(folder) else str(folder)
-        classifier, missing = open_model(
-            AutoModelForSequenceClassification, name, num_labels=1, pad_token_id=tokenizer.pad_token_id
+        name = (base or pretrained.base_of_adapter(folder)) if pretrained.is_adapter(folder) else str(folder)
+        classifier, missing = pretrained.open_model(
+            transformers.AutoModelForSequenceClassification, name, num_labels=1, pad_token_id=tokenizer.pad_token_id
         )
-        if not is_adapter(folder):
+        if not pretrained.is_adapter(folder):
             if missing:
                 raise CheckpointError(
                     f"the checkpoint lacks {len(missing)} of the model's weights",
@@ -224,26 +222,13 @@ class RewardModel(PretrainedModel):
                     safe="no new weights were drawn in their place",
                 )
             return cls(classifier, tokenizer)
-        from peft import PeftModel
-        from safetensors import safe_open
-
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             if not any("score" in key or "classifier" in key for key in file.keys()):  # noqa: SIM118
                 raise CheckpointError("the adapter holds no reward head", where=folder, found="only LoRA matrices")
-        try:
-            with quiet_transformers():
-                peft_model = PeftModel.from_pretrained(classifier, folder, is_trainable=True)
-                peft_model.active_peft_config.base_model_name_or_path = name  # where it is now
-        except RuntimeError as error:
-            raise CheckpointError(
-                "the adapter does not fit its base model", where=folder, found=f"base {name}: {first_line(error)}"
-            ) from error
-        return cls(classifier, tokenizer, peft_model)
+        return cls(classifier, tokenizer, pretrained.open_adapter(classifier, folder, name))
 
-    def try_packing(self, backward: bool = False) -> tuple[bool, str]:
-        if not self._has_score_head():
-            return False, "its head reads more than the last token"
-        return super().try_packing(backward)
+    def try_packing(self, backward: bool = False) -> str:
+        return super().try_packing(backward) if self._has_score_head() else "its head reads more than the last token"
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """`score_packed` of five tensors, `score_rows` of two: what DDP and FSDP hook into."""
@@ -333,29 +318,25 @@ class PolicyModel(PretrainedModel):
     @classmethod
     def create(cls, name: str, lora: LoraSettings | None = None, seed: int = 0) -> Self:
         """The causal LM of a hub id or folder, in fp32, with new adapters if `lora` is given."""
-        from transformers import AutoModelForCausalLM
-
         tokenizer = load_tokenizer(name)
-        model, missing = open_model(AutoModelForCausalLM, name)
+        model, missing = pretrained.open_model(transformers.AutoModelForCausalLM, name)
         if missing:
             raise UserError(
                 "this is not a language model: its files lack weights that generation needs",
                 where=name,
                 found=f"missing: {', '.join(sorted(missing)[:3])}",
             )
-        return cls(model, tokenizer, add_lora(model, lora, "CAUSAL_LM", seed) if lora else None)
+        return cls(model, tokenizer, pretrained.add_lora(model, lora, "CAUSAL_LM", seed) if lora else None)
 
     @classmethod
     def restore(cls, folder: Path) -> Self:
         """A saved policy: a whole model, or an adapter on its base."""
-        if not is_adapter(folder):
+        if not pretrained.is_adapter(folder):
             return cls.create(str(folder))
-        from peft import PeftModel
-
-        base = cls.create(base_of_adapter(folder))
-        with quiet_transformers():
-            peft_model = PeftModel.from_pretrained(base.hf_model, folder, is_trainable=True)
-        return cls(base.hf_model, load_tokenizer(str(folder)), peft_model)
+        name = pretrained.base_of_adapter(folder)
+        base = cls.create(name)
+        adapter = pretrained.open_adapter(base.hf_model, folder, name)
+        return cls(base.hf_model, load_tokenizer(str(folder)), adapter)
 
     def token_logprobs(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """log p(token t+1 | tokens up to t) in fp32, (B, T - 1); 0 where either token is padding."""
@@ -364,12 +345,6 @@ class PolicyModel(PretrainedModel):
         chosen = logits.gather(2, input_ids[:, 1:, None]).squeeze(2)  # (B, T - 1)
         both_real = attention_mask[:, 1:] * attention_mask[:, :-1]
         return (chosen - logits.logsumexp(dim=2)) * both_real
-
-    def stream(self, messages: list[dict[str, str]], **sampling: Any) -> Iterator[str]:
-        """Write the next reply and yield its text piece by piece; `sampling` as in `generation.stream_candidates`."""
-        for (piece,) in self.stream_candidates(messages, 1, **sampling):
-            if piece:
-                yield piece
 
     def stream_candidates(
         self, messages: list[dict[str, str]], candidates: int, **sampling: Any

@@ -1,7 +1,6 @@
 """Open and save tokenizers, pretrained models and LoRA adapters: transformers' own classes, which models.py wraps."""
 
 import contextlib
-import functools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from transformers import AutoTokenizer
+from transformers.utils import logging
 
 from common import hub
 from utils import CheckpointError, UserError, first_line, nearest, read_json
@@ -37,8 +38,6 @@ class LoraSettings:
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a hub id or folder, with a chat template and a pad token that scoring can rely on."""
-    from transformers import AutoTokenizer
-
     hub.check_path_exists(name, "--model")
     local_only = _is_local_only(name)
     try:
@@ -92,8 +91,6 @@ def _is_local_only(name: str) -> bool:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence the table of missing weights: a new head is always missing, and we check the rest ourselves."""
-    from transformers.utils import logging
-
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -115,16 +112,12 @@ def open_model(auto_class: Any, name: str, **options: Any) -> tuple[nn.Module, s
             next=f"python train_rm.py --resume_from {name}   (to train the adapter on), or name its base model",
         )
     hub.check_path_exists(name, "--model")
-    options = {"dtype": torch.float32, "trust_remote_code": False, "local_files_only": _is_local_only(name), **options}
-    open_it = functools.partial(auto_class.from_pretrained, name, output_loading_info=True, **options)
+    # attention None, whatever the configuration names: sdpa, or eager for architectures without it, which
+    # `try_packing` notices
+    options |= {"dtype": torch.float32, "attn_implementation": None, "local_files_only": _is_local_only(name)}
     with quiet_transformers():
         try:
-            try:
-                model, info = open_it(attn_implementation="sdpa")
-            except ValueError as error:  # the architecture has no sdpa; `try_packing` will notice
-                if "attn_implementation" not in str(error) and "scaled_dot_product_attention" not in str(error):
-                    raise
-                model, info = open_it(attn_implementation="eager")
+            model, info = auto_class.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **options)
         except Exception as error:  # any file in the folder can be wrong, and each library has its own errors
             raise UserError(
                 "this model cannot be opened",
@@ -174,17 +167,19 @@ def add_lora(model: nn.Module, lora: LoraSettings, task_type: str, seed: int) ->
     return wrapped
 
 
-def save_model(
-    model: nn.Module, peft_model: nn.Module | None, tokenizer: Any, folder: Path, state: dict[str, Tensor] | None = None
-) -> None:
-    with quiet_transformers():
-        if peft_model is None:
-            model.save_pretrained(folder, state_dict=state)
-        else:
-            # "auto" would ask the hub whether the base's vocabulary was resized; ours never is
-            peft_model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
-            (folder / "README.md").unlink(missing_ok=True)  # an empty model card
-        tokenizer.save_pretrained(folder)
+def open_adapter(model: nn.Module, folder: Path, base: str) -> nn.Module:
+    """PEFT's wrapper around the model that was opened from `base`, with the adapter in `folder`, ready to train on."""
+    from peft import PeftModel
+
+    try:
+        with quiet_transformers():
+            peft_model = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            "the adapter does not fit its base model", where=folder, found=f"base {base}: {first_line(error)}"
+        ) from error
+    peft_model.active_peft_config.base_model_name_or_path = base  # where it is now
+    return peft_model
 
 
 def is_adapter(folder: Path) -> bool:

@@ -15,11 +15,11 @@ from utils import UserError, first_line
 TOLERANCE = 1e-4  # of packed against separate rows, in fp32, relative to the norm
 
 
-def try_packing(model: Any, backward: bool = False) -> tuple[bool, str]:
-    """Whether packed rows give this architecture's own hidden states, and if not, why: tried, not assumed.
+def try_packing(model: Any, backward: bool = False) -> str:
+    """Why packed rows do not give this architecture's own hidden states, "" if they do: tried, not assumed.
 
-    A causal decoder with rotary or learned positions does; encoders, ALiBi, state-space and eager-only models do not,
-    and get one sequence a row. With `backward` the gradient must be computable too.
+    Those of a causal decoder with rotary or learned positions do; encoders, ALiBi, state-space and eager-only models
+    get one sequence a row. With `backward` the gradient must be computable too.
 
     Computed in fp32: in bf16 rounding alone moves a real model's hidden states by a tenth of their norm, more than a
     mistake would. So call it before `cast_frozen_weights`.
@@ -44,14 +44,14 @@ def try_packing(model: Any, backward: bool = False) -> tuple[bool, str]:
             output = model.backbone(input_ids=rows.to(on), attention_mask=row_mask.to(on))
             wanted = output.last_hidden_state[[0, 1], [4, 5]]  # (2, D)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-        return False, f"its forward pass refuses packed rows ({first_line(error)})"
+        return f"its forward pass refuses packed rows ({first_line(error)})"
     finally:
         model.train(was_training)
         model.autocast_dtype = autocast_dtype
     difference = float((got.detach().float() - wanted.float()).norm() / wanted.float().norm())
     if difference <= TOLERANCE:
-        return True, ""
-    return False, f"packed rows do not give its own hidden states (they differ by {difference:.2g} of their norm)"
+        return ""
+    return f"packed rows do not give its own hidden states (they differ by {difference:.2g} of their norm)"
 
 
 def compile_layers(model: Any, backend: str = "inductor") -> None:

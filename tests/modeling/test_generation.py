@@ -4,12 +4,13 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import models
 from modeling import generation, pretrained
 from tests.test_models import tiny_config
-from utils import UserError
+from utils import CheckpointError, UserError
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 
@@ -28,7 +29,7 @@ def test_token_logprobs_are_those_of_the_language_model(base):
 
 def test_streamed_pieces_are_the_generated_text(base):
     model = models.PolicyModel.create(base).eval()
-    pieces = list(model.stream(HELLO, max_new_tokens=12, temperature=0))
+    pieces = [text for (text,) in model.stream_candidates(HELLO, 1, max_new_tokens=12, temperature=0)]
     prompt = model.tokenizer.apply_chat_template(
         HELLO, add_generation_prompt=True, enable_thinking=False, return_tensors="pt", return_dict=True
     )
@@ -40,7 +41,7 @@ def test_streamed_pieces_are_the_generated_text(base):
 def test_a_stopped_stream_ends_at_the_next_token(base):
     model = models.PolicyModel.create(base).eval()
     stop = threading.Event()
-    stream = model.stream(HELLO, max_new_tokens=1000, temperature=1.0, stop=stop)
+    stream = model.stream_candidates(HELLO, 1, max_new_tokens=1000, temperature=1.0, stop=stop)
     next(stream)
     stop.set()
     assert len(list(stream)) < 50
@@ -54,7 +55,20 @@ def test_a_failing_generation_raises_instead_of_hanging(base, monkeypatch):
 
     monkeypatch.setattr(model.hf_model, "generate", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(model.stream(HELLO))
+        list(model.stream_candidates(HELLO, 1))
+
+
+def test_an_adapter_that_does_not_fit_its_base_is_explained_for_both_models(base, tokenizer, tmp_path):
+    reward_model = models.RewardModel.create(base, tokenizer, 0, pretrained.LoraSettings())
+    policy = models.PolicyModel.create(base, pretrained.LoraSettings())
+    for name, model in (("policy", policy), ("reward", reward_model)):
+        model.save(tmp_path / name)
+        path = tmp_path / name / "adapter_model.safetensors"
+        weights = load_file(path)
+        cut = {key: weight[:, :2].contiguous() if "lora_A" in key else weight for key, weight in weights.items()}
+        save_file(cut, path, {"format": "pt"})
+        with pytest.raises(CheckpointError, match="the adapter does not fit its base model"):
+            type(model).restore(tmp_path / name)
 
 
 def test_a_policy_with_adapters_comes_back_the_same(base, tmp_path):
