@@ -120,10 +120,8 @@ def accumulate_gradients(
     return results
 
 
-def gradients_of_step(
-    run: runs.Run, step: int, stop: StopRequest
-) -> tuple[list[packing.MicroBatchPlan], Tensor, Tensor]:
-    """The gradient of a step's pairs: its plans, and in their order losses (N,) and rewards (N, 2).
+def gradients_of_step(run: runs.Run, step: int, stop: StopRequest) -> tuple[list[packing.MicroBatchPlan], Tensor]:
+    """The gradient of a step's pairs: its plans, and in their order each pair's loss and two rewards, (N, 3).
 
     If the device runs out of memory, the step begins again in smaller micro-batches: the gradient is the same.
     """
@@ -141,13 +139,12 @@ def gradients_of_step(
         checkpoint.set_random_state(run.random_state)  # the same dropout as in the first try
 
     indices = run.sampler.indices_for(step)
-    plans, results = run.batcher.run(run.train_data, indices, compute, is_training=True, before_retry=forget_first_try)
-    return plans, results[:, 0], results[:, 1:]
+    return run.batcher.run(run.train_data, indices, compute, is_training=True, before_retry=forget_first_try)
 
 
-def pair_metrics(losses: Tensor, rewards: Tensor) -> dict[str, float]:
-    """Means over pairs, in one transfer from the device."""
-    chosen, rejected = rewards.unbind(dim=1)  # (N,) each
+def pair_metrics(results: Tensor) -> dict[str, float]:
+    """Means over pairs, from the loss and the two rewards of each, (N, 3), in one transfer from the device."""
+    losses, chosen, rejected = results.unbind(dim=1)  # (N,) each
     is_correct = (chosen > rejected).float()
     values = torch.stack([losses, is_correct, chosen - rejected, chosen, rejected]).mean(dim=1).tolist()
     return dict(zip(("loss", "accuracy", "margin", "reward_chosen", "reward_rejected"), values, strict=True))
@@ -181,24 +178,6 @@ class Evaluation:
 
 def evaluate(run: runs.Run, indices: Any, stop: StopRequest) -> Evaluation:
     """Loss and accuracy over `indices` of the test pairs, without dropout. A tie counts as wrong."""
-    was_training = run.model.training
-    run.model.eval()
-    try:
-        losses, rewards, order = score_test_pairs(run, indices, stop)
-    finally:
-        run.model.train(was_training)
-    is_correct = (rewards[:, 0] > rewards[:, 1]).cpu().numpy()  # (N,)
-    kinds = run.eval_data.kinds[order]
-    by_kind = {
-        run.eval_data.kind_names[kind]: (int(is_correct[kinds == kind].sum()), int((kinds == kind).sum()))
-        for kind in np.unique(kinds)
-        if run.eval_data.kind_names[kind]
-    }
-    return Evaluation(pair_metrics(losses, rewards), int(is_correct.sum()), len(is_correct), rewards.cpu(), by_kind)
-
-
-def score_test_pairs(run: runs.Run, indices: Any, stop: StopRequest) -> tuple[Tensor, Tensor, Any]:
-    """Losses (N,), rewards (N, 2) and indices (N,) of test pairs, in the order of the micro-batches."""
 
     def compute(plans: list[packing.MicroBatchPlan], micro_batches: Iterable[Any]) -> Tensor:
         margins = label_margins(run.eval_data, plans, run.model.device)  # (N,)
@@ -212,8 +191,18 @@ def score_test_pairs(run: runs.Run, indices: Any, stop: StopRequest) -> tuple[Te
                 results[rank_batch.positions] = torch.column_stack([losses, rewards])
         return run.world.all_reduce(results, stop)
 
-    plans, results = run.batcher.run(run.eval_data, indices, compute, is_training=False)
-    return results[:, 0], results[:, 1:], np.concatenate([plan.indices for plan in plans])
+    run.model.eval()
+    plans, results = run.batcher.run(run.eval_data, indices, compute, is_training=False)  # (N, 3)
+    run.model.train()
+    rewards = results[:, 1:].cpu()
+    is_correct = (rewards[:, 0] > rewards[:, 1]).numpy()  # (N,)
+    kinds = run.eval_data.kinds[np.concatenate([plan.indices for plan in plans])]
+    by_kind = {
+        run.eval_data.kind_names[kind]: (int(is_correct[kinds == kind].sum()), int((kinds == kind).sum()))
+        for kind in np.unique(kinds)
+        if run.eval_data.kind_names[kind]
+    }
+    return Evaluation(pair_metrics(results), int(is_correct.sum()), len(is_correct), rewards, by_kind)
 
 
 # -- The run -----------------------------------------------------------------------------------------------------------
@@ -271,21 +260,21 @@ def train(run: runs.Run, stop: StopRequest) -> Evaluation | None:
             started = time.perf_counter()
 
             # choose pairs, forward and backward
-            plans, losses, rewards = gradients_of_step(run, step, stop)
+            plans, results = gradients_of_step(run, step, stop)
 
             # clip; max_norm infinity measures without clipping
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
             grad_norm = float(run.world.gather_full(grad_norm))
 
             # the step's only wait for the device: .item() in the inner loop would stall a GPU
-            metrics = {f"train/{name}": value for name, value in pair_metrics(losses, rewards).items()}
+            metrics = {f"train/{name}": value for name, value in pair_metrics(results).items()}
             is_finite = math.isfinite(metrics["train/loss"]) and math.isfinite(grad_norm)
 
             # update
             run.complete_step(step, is_finite)
             if not is_finite:
                 indices = np.concatenate([plan.indices for plan in plans])
-                shown.say(run.explain_skipped_step(indices, losses.isfinite().cpu().numpy()))
+                shown.say(run.explain_skipped_step(indices, results[:, 0].isfinite().cpu().numpy()))
 
             # log
             metrics |= {
@@ -299,7 +288,7 @@ def train(run: runs.Run, stop: StopRequest) -> Evaluation | None:
 
             # evaluate
             if run.is_evaluation_missing:
-                log.histogram("train/rewards", rewards, step)
+                log.histogram("train/rewards", results[:, 1:], step)
                 evaluation = evaluate_and_show(run, log, shown, stop)
 
             # save
@@ -367,15 +356,9 @@ def summary(run: runs.Run, evaluation: Evaluation | None) -> str:
         for kind, (correct, pairs) in sorted(evaluation.by_kind.items())[:MAX_KINDS_SHOWN]:
             lines.append(f"  {kind:<{width}}  {correct / pairs:6.1%} of {pairs}")
     saved = step_folder(run.folder, run.step)
-    return "\n".join(
-        [
-            *lines,
-            f"checkpoint: {saved}",
-            "next:",
-            f"  tensorboard --logdir {run.config.log_dir}",
-            f"  python chat.py --model {saved}",
-        ]
-    )
+    lines += [f"checkpoint: {saved}", "next:"]
+    lines += [f"  tensorboard --logdir {run.config.log_dir}", f"  python chat.py --model {saved}"]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
