@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 EXIT_BUG, EXIT_BAD_INPUT, EXIT_BAD_CHECKPOINT, EXIT_DISK_OR_NETWORK = 1, 2, 3, 4
-EXIT_CTRL_C, EXIT_SIGTERM = 130, 143
+EXIT_CTRL_C = 130
 
 # -- Errors: what happened, where, what is safe, what to type next -----------------------------------------------------
 
@@ -194,23 +194,21 @@ def wants_debug(argv: list[str]) -> bool:
 
 def _explain_disk_error(error: OSError) -> UserError:
     details = {"where": error.filename, "found": error.strerror, "safe": "everything saved before is untouched"}
-    if error.errno in {getattr(errno, name) for name in PATH_ERRORS}:
+    if error.errno in PATH_ERRORS:
         return UserError("a path cannot be used", **details, next="another name or folder")
     is_limit = error.errno == errno.EFBIG
     advice = "raise the limit on file sizes (ulimit -f)" if is_limit else "free some space, or name another folder"
     return DiskOrNetworkError("writing to disk failed", **details, next=advice)
 
 
-PATH_ERRORS = ("ENAMETOOLONG", "ENOTDIR", "EISDIR", "EEXIST")
-DISK_ERRORS = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EACCES", "EPERM")
+PATH_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 
 
 def disk_full_cause(error: BaseException | None) -> OSError | None:
     """The OSError about a full or unwritable disk in an exception's chain of causes, or None."""
-    names = PATH_ERRORS + DISK_ERRORS
-    disk_errors = {getattr(errno, name) for name in names if hasattr(errno, name)}  # Windows lacks some
     while error is not None:
-        if isinstance(error, OSError) and error.errno in disk_errors:
+        if isinstance(error, OSError) and error.errno in PATH_ERRORS + DISK_ERRORS:
             return error
         error = error.__cause__ or error.__context__
     return None

@@ -247,7 +247,7 @@ def main() -> None:
     run = open_run(settings["flags"])
     channel.answer(peak_gib=harness.peak_gib(run.model.device), config=dataclasses.asdict(run.config))
     JOBS[settings["job"]](run, channel)
-    run.release()
+    run.lock.release()
     sys.stderr.flush()
     os._exit(0)  # nothing is left to do, and freeing gigabytes takes time
 

@@ -222,31 +222,29 @@ def set_aside_later_steps(run_folder: Path, step: int) -> Path | None:
 
 
 def _optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {}
-    for name, parameter in model.trained_parameters().items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}/{name}"] = value.contiguous()
-    return tensors
+    return {
+        f"{key}/{name}": value.contiguous()
+        for name, parameter in model.trained_parameters().items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
 def restore_optimizer(folder: Path, model: Any, optimizer: torch.optim.Optimizer, world: Any) -> None:
     """Put AdamW's moments back. Raises CheckpointError if they are not those of this model's parameters."""
-    tensors = load_file(folder / OPTIMIZER)
-    for name, parameter in model.trained_parameters().items():
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        state = {key: tensors.pop(f"{key}/{name}", None) for key in keys}
-        if any(value is None for value in state.values()) or state["exp_avg"].shape != parameter.shape:
-            raise CheckpointError("the optimizer's state does not fit the model", where=folder / OPTIMIZER, found=name)
+    tensors, parameters = load_file(folder / OPTIMIZER), model.trained_parameters()
+    keys = ("step", "exp_avg", "exp_avg_sq")
+    wrong = sorted(tensors.keys() ^ {f"{key}/{name}" for key in keys for name in parameters})
+    wrong = wrong or [name for name in parameters if tensors[f"exp_avg/{name}"].shape != parameters[name].shape]
+    if wrong:
+        raise CheckpointError("the optimizer's state does not fit the model", where=folder / OPTIMIZER, found=wrong[0])
+    for name, parameter in parameters.items():
         # Adam's step counters belong on the device when fused, else on the CPU
         on_device = optimizer.defaults.get("fused") or parameter.device.type == "cpu"
+        state = {key: tensors.pop(f"{key}/{name}") for key in keys}
         state["step"] = state["step"].to(parameter.device if on_device else "cpu")
         for key in ("exp_avg", "exp_avg_sq"):
             state[key] = world.shard_like(state[key], parameter)
         optimizer.state[parameter] = state
-    if tensors:
-        raise CheckpointError(
-            "the optimizer's state is of another model", where=folder / OPTIMIZER, found=next(iter(tensors))
-        )
 
 
 def read_training_state(folder: Path) -> TrainingState:

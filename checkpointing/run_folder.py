@@ -130,18 +130,9 @@ def new_record(
     """The record of a run that begins now in this process."""
     now = time_text()
     changed = {name: defaults[name] for name, value in config.items() if name in defaults and value != defaults[name]}
-    return RunRecord(
-        RUNNING,
-        now,
-        now,
-        os.getpid(),
-        platform.node(),
-        step,
-        planned_steps,
-        config=config,
-        changed=changed,
-        script=script,
-    )
+    record = RunRecord(RUNNING, now, now, os.getpid(), platform.node(), step, planned_steps, script=script)
+    record.config, record.changed = config, changed
+    return record
 
 
 def time_text() -> str:

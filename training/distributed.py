@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -110,11 +110,11 @@ class World:
         if self.local_rank == 0:
             self.barrier()
 
-    def broadcast(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns on the main rank, on every rank."""
+    def broadcast(self, value: Any) -> Any:
+        """The main rank's `value`, on every rank."""
         if self.is_alone:
-            return make()
-        box = [make() if self.is_main else None]
+            return value
+        box = [value]
         torch.distributed.broadcast_object_list(box)
         return box[0]
 

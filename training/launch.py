@@ -79,9 +79,9 @@ def join() -> World:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one process speaks for all
     gpus = torch.cuda.device_count()
     if gpus and world.local_rank >= gpus:
+        started = _number("LOCAL_WORLD_SIZE", size)
         raise UserError(
-            f"{_number('LOCAL_WORLD_SIZE', size)} processes were started on a machine with {gpus} GPU"
-            + ("s" if gpus > 1 else ""),
+            f"{started} processes were started on a machine with {utils.counted(gpus, 'GPU')}",
             next=f"--nproc_per_node {gpus}",
         )
     from accelerate import PartialState
@@ -163,7 +163,10 @@ def _asked_of_accelerate() -> int:
 
 def explained(error: BaseException, world: World) -> BaseException:
     """A broken connection as what it means, that another process ended; any other error unchanged."""
-    if world.is_alone or not isinstance(error, RuntimeError) or not _is_broken_connection(error):
+    if world.is_alone or not isinstance(error, RuntimeError):
+        return error
+    words = ("gloo/", "Connection closed by peer", "Connection reset by peer", "NCCL")
+    if not isinstance(error, torch.distributed.DistError) and not any(word in str(error) for word in words):
         return error
     lost = PeerLost(
         "another process of this run has ended, so this one cannot go on",
@@ -189,19 +192,10 @@ def leave(exit_code: int) -> typing.NoReturn:
     os._exit(exit_code)
 
 
-def _is_broken_connection(error: BaseException) -> bool:
-    if isinstance(error, torch.distributed.DistError):
-        return True
-    words = ("gloo/", "Connection closed by peer", "Connection reset by peer", "NCCL")
-    return any(word in str(error) for word in words)
-
-
 def let_main_speak_first(error: BaseException) -> None:
     """Most errors happen on every rank: the main one reports it, and then the launcher ends the others."""
-    try:
+    with contextlib.suppress(Stopped):  # the launcher ends this process, as expected
         if isinstance(error, Exception):
             time.sleep(OTHERS_SPEAK_AFTER_SECONDS)
             return
-    except Stopped:
-        pass  # the launcher ends this process, as expected
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115  the main rank reports the stop

@@ -61,14 +61,12 @@ def drop_events_after(folder: Path, step: int, examples: int) -> None:
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
     from tensorboard.summary.writer.record_writer import RecordWriter
 
+    def counts_examples(event: Any) -> bool:
+        return any(value.tag.endswith(BY_EXAMPLES) for value in event.summary.value)
+
     for path in sorted(folder.glob("events.out.tfevents.*")):
         events = list(LegacyEventFileLoader(str(path)).Load())
-        kept = []
-        for event in events:
-            tags = [value.tag for value in event.summary.value]
-            last = examples if any(tag.endswith(BY_EXAMPLES) for tag in tags) else step
-            if event.step <= last:
-                kept.append(event)
+        kept = [event for event in events if event.step <= (examples if counts_examples(event) else step)]
         if len(kept) == len(events):
             continue
         temporary = path.with_name(f".tmp-{path.name}")

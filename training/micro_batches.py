@@ -7,12 +7,12 @@ it was probed.
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data_pipeline import packing
 from data_pipeline.packing import Examples, MicroBatchPlan
@@ -26,8 +26,6 @@ FIRST_BUDGET = 1024
 MIN_GAIN = 1.1  # a budget that is larger by less than this factor is not worth another try
 SECONDS_BETWEEN_SAMPLES = 0.005
 
-Result = TypeVar("Result")
-
 
 class MicroBatcher:
     """Cuts steps and evaluations into micro-batches and runs them, in smaller ones if memory runs out.
@@ -37,12 +35,9 @@ class MicroBatcher:
         tokens_per_batch: the token budget in use; it falls when memory runs out.
     """
 
-    def __init__(
-        self, model: Any, module: torch.nn.Module, world: World, *, batch_size: int, max_length: int,
-        tokens_per_batch: int = FIRST_BUDGET,
-    ):  # fmt: skip
+    def __init__(self, model: Any, module: torch.nn.Module, world: World, *, batch_size: int, max_length: int):
         self.model, self.module, self.world = model, module, world
-        self.batch_size, self.tokens_per_batch = batch_size, tokens_per_batch
+        self.batch_size, self.tokens_per_batch = batch_size, FIRST_BUDGET
         packs = model.packs_up_to(max_length)
         self.crossover_length = model.attention_crossover_length() if packs else None
 
@@ -70,11 +65,11 @@ class MicroBatcher:
         self,
         dataset: Examples,
         indices: np.ndarray,
-        compute: Callable[[list[MicroBatchPlan], Iterable[tuple[RankBatch, Any]]], Result],
+        compute: Callable[[list[MicroBatchPlan], Iterable[tuple[RankBatch, Any]]], Tensor],
         *,
         is_training: bool,
         before_retry: Callable[[], None] = lambda: None,
-    ) -> tuple[list[MicroBatchPlan], Result]:
+    ) -> tuple[list[MicroBatchPlan], Tensor]:
         """The plans of examples `indices`, and what `compute(plans, this rank's micro-batches)` returns.
 
         If the device runs out of memory, all of it is computed again with half the token budget, which stays:
@@ -126,10 +121,10 @@ def find_max_tokens_per_batch(batcher: MicroBatcher, dataset: Examples, optimize
     devices.free(device)  # what opening the model left behind is not part of what it holds
     limit = memory_limit(device, bytes_of_optimizer_to_come(optimizer))
     budget = min(largest_useful, max(int(lengths[0]), FIRST_BUDGET))
-    tried = [(0, memory_now(device))]
+    budget_before, peak_before = 0, memory_now(device)
     while True:
         try:
-            tried.append((budget, peak_bytes(batcher, dataset, optimizer, budget)))
+            peak = peak_bytes(batcher, dataset, optimizer, budget)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -137,19 +132,15 @@ def find_max_tokens_per_batch(batcher: MicroBatcher, dataset: Examples, optimize
                 f"{budget:,} tokens in a micro-batch do not fit the memory of {device}",
                 next="a smaller --max_length, --gradient_checkpointing, or --lora",
             ) from error
-        (budget_before, peak_before), (_, peak) = tried[-2:]
         slope = max(1.0, (peak - peak_before) / (budget - budget_before))  # bytes a token
         fitting = batcher.world.smallest(int(budget + max(0.0, limit - peak) / slope))
         following = min(2 * budget, fitting, largest_useful)
         if following < MIN_GAIN * budget:
             budget = following if following == largest_useful else budget
             break
-        budget = following
-    print(
-        f"tokens a batch: {budget:,} (probed: {peak / 2**30:.1f} of {limit / 2**30:.1f} GiB"
-        + (", and no step needs more)" if budget == largest_useful else ")"),
-        flush=True,
-    )
+        budget_before, peak_before, budget = budget, peak, following
+    enough = ", and no step needs more" if budget == largest_useful else ""
+    print(f"tokens a batch: {budget:,} (probed: {peak / 2**30:.1f} of {limit / 2**30:.1f} GiB{enough})", flush=True)
     return budget
 
 
@@ -211,9 +202,8 @@ def watched_memory(device: torch.device) -> Iterator[list[int]]:
     is_over = threading.Event()
 
     def look() -> None:
-        while not is_over.is_set():
+        while not is_over.wait(SECONDS_BETWEEN_SAMPLES):
             peak[0] = max(peak[0], memory_now(device))
-            time.sleep(SECONDS_BETWEEN_SAMPLES)
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()

@@ -215,11 +215,6 @@ class Run:
             self.record.step = self.step
             run_folder.write_record(self.folder, self.record)
 
-    def release(self) -> None:
-        """Let other processes train this run."""
-        if self.lock is not None:
-            self.lock.release()
-
 
 @contextlib.contextmanager
 def supervised(run: Run, resumed_from: Path | None) -> Iterator[utils.StopRequest]:
@@ -243,4 +238,5 @@ def supervised(run: Run, resumed_from: Path | None) -> Iterator[utils.StopReques
             run.end_record(cause)
             raise cause  # noqa: B904
         finally:
-            run.release()
+            if run.lock is not None:
+                run.lock.release()
