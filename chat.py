@@ -20,7 +20,7 @@ from common.flags import flag
 from utils import UserError
 
 with utils.lazy_imports():
-    from chat_app import app, engine, server
+    from chat_app import app, engine, server, votes
     from data_pipeline import demo
 
 DEMO_RUN = "demo-chat"
@@ -76,7 +76,8 @@ def main(argv: list[str]) -> None:
     given, problems = flags.read_flags(ChatConfig, argv, __doc__.split("\n\n")[0])
     config = flags.build_config(ChatConfig, given, problems)
     port = server.free_port(config.host, config.port, config.port if "port" in given else config.port + 99)
-    output_dir = Path(config.output_dir)
+    output_dir, votes_file = Path(config.output_dir), Path(config.votes_file)
+    votes.check_file(votes_file)
     if config.demo:
         policy_name, reward_folder = demo_models(output_dir)
     else:
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> None:
     if config.autoload or config.demo or "model" in given or "reward_model" in given:
         print(f"loading {chat_engine.policy_name}", flush=True)
         chat_engine.load()
-    page = app.build_page(chat_engine, Path(config.votes_file))
+    page = app.build_page(chat_engine, votes_file)
     try:
         server.launch(page, config.host, port, config.share, config.auth)
         server.wait_for_ctrl_c()

@@ -13,7 +13,7 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -234,11 +234,11 @@ MENU = {
 
 def look(config: ManageConfig, roots: Roots) -> tuple[list[RunInfo], list[RunInfo], list[str]]:
     """All runs; those that pass the filters, sorted; and notes about what else is in the roots."""
-    if not roots.output.is_dir() and not roots.logs.is_dir():
+    if not roots.output.is_dir() and not (roots.has_orphans and roots.logs.is_dir()):
         raise UserError(
             "there are no runs yet",
             where=roots.output.absolute(),
-            found="no such folder, and none for logs either",
+            found="no such folder" + (", and none for logs either" if roots.has_orphans else ""),
             next="python train_rm.py makes one; --output_dir names another place",
         )
     runs, notes = inventory.scan(roots)
@@ -265,8 +265,8 @@ def add_names(plan: Plan, names: tuple[str, ...]) -> None:
     plan.add_runs(whole_runs)
 
 
-def delete_named(plan: Plan, names: list[str], config: ManageConfig) -> None:
-    """Delete what was asked for by name: all of it or nothing."""
+def delete_named(plan: Plan, config: ManageConfig) -> None:
+    """Delete runs and steps that were asked for by name: all of them or nothing."""
     if plan.refused:
         raise UserError(
             "not all of this can be deleted",
@@ -275,24 +275,7 @@ def delete_named(plan: Plan, names: list[str], config: ManageConfig) -> None:
             safe="nothing was changed",
             next="the same command without these" if plan.items else "python manage_runs.py --list",
         )
-    carry_out(plan, config, "--delete", *map(printable, names))
-
-
-def act(action: str, plan: Plan, chosen: list[RunInfo], config: ManageConfig) -> None:
-    """Carry out an action that needs no names, on the chosen runs; `plan` is still empty."""
-    if action == "undo":
-        return undo(plan.roots, config)
-    if action == "empty_trash":
-        return empty_trash(plan.roots, config)
-    words = [f"--{action}"]
-    if action == "prune":
-        words.append(config.prune or "keep=best,last")
-        plan.add_pruned(chosen, parse_keep(words[1]))
-    elif action == "shrink":
-        plan.add_optimizers(chosen)
-    else:
-        plan.add_leftovers(chosen)
-    carry_out(plan, config, *words)
+    carry_out(plan, config, "--delete", *dict.fromkeys(item.name for item in plan.items))
 
 
 def act_on_picked(action: str, plan: Plan, chosen: list[RunInfo], config: ManageConfig) -> None:
@@ -301,14 +284,14 @@ def act_on_picked(action: str, plan: Plan, chosen: list[RunInfo], config: Manage
     if action == "delete":
         picked = [chosen[index] for index in questions.pick("Runs to delete", titles)]
         plan.add_runs(picked)
-        return delete_named(plan, [run.name for run in picked], config)
+        return delete_named(plan, config)
     run = chosen[questions.choose("Which run?", titles)]
     if action == "show":
         return display.show_run(run, plan.runs, plan.roots, None)
     titles = [f"{n}  {step.folder.name}  {utils.format_bytes(step.bytes)}" for n, step in enumerate(run.steps, 1)]
     steps = [run.steps[index] for index in questions.pick("Steps to delete", titles)] if titles else []
     plan.add_steps(run, steps)
-    delete_named(plan, [f"{run.name}/{step.folder.name}" for step in steps], config)
+    delete_named(plan, config)
 
 
 def run_menu(config: ManageConfig, roots: Roots) -> None:
@@ -320,8 +303,10 @@ def run_menu(config: ManageConfig, roots: Roots) -> None:
         if action == "leave":
             return
         try:
-            needs_picking = action in ("show", "delete", "delete steps")
-            (act_on_picked if needs_picking else act)(action, Plan(roots, runs), chosen, config)
+            if action in ("show", "delete", "delete steps"):
+                act_on_picked(action, Plan(roots, runs), chosen, config)
+            else:
+                manage(replace(config, **{action: "keep=best,last" if action == "prune" else True}), roots)
         except UserError as error:  # a refused deletion is no reason to leave the menu
             print(error, file=sys.stderr)
 
@@ -329,32 +314,38 @@ def run_menu(config: ManageConfig, roots: Roots) -> None:
 def main(argv: list[str]) -> None:
     given, problems = flags.read_flags(ManageConfig, argv, __doc__.split("\n\n")[0])
     config = flags.build_config(ManageConfig, given, problems)
-    roots = Roots(Path(config.output_dir), Path(config.log_dir), "log_dir" in given or "output_dir" not in given)
-    try:
-        manage(config, roots)
-    except questions.EndOfInput:
-        print("end of input: this question deleted nothing")
+    has_orphans = "log_dir" in given or "output_dir" not in given
+    manage(config, Roots(Path(config.output_dir), Path(config.log_dir), has_orphans))
 
 
 def manage(config: ManageConfig, roots: Roots) -> None:
     """Do what the flags ask for. Without any, show the menu on a terminal and the list elsewhere."""
     action = next((name for name in ACTIONS if getattr(config, name)), None)
-    if action in ("undo", "empty_trash"):
-        return act(action, Plan(roots, []), [], config)
+    if action == "undo":
+        return undo(roots, config)
+    if action == "empty_trash":
+        return empty_trash(roots, config)
     if action is None and questions.has_terminal():
         return run_menu(config, roots)
     runs, chosen, notes = look(config, roots)
+    plan = Plan(roots, runs)
     if action == "json":
         print(json.dumps([display.as_object(run) for run in chosen], indent=2))
     elif action == "show":
         other = inventory.find_run(config.against, runs) if config.against else None
         display.show_run(inventory.find_run(config.show, runs), runs, roots, other)
     elif action == "delete":
-        plan = Plan(roots, runs)
         add_names(plan, config.delete)
-        delete_named(plan, list(config.delete), config)
-    elif action in CHANGING:
-        act(action, Plan(roots, runs), chosen, config)
+        delete_named(plan, config)
+    elif action == "prune":
+        plan.add_pruned(chosen, parse_keep(config.prune))
+        carry_out(plan, config, "--prune", config.prune)
+    elif action == "shrink":
+        plan.add_optimizers(chosen)
+        carry_out(plan, config, "--shrink")
+    elif action == "delete_superseded":
+        plan.add_leftovers(chosen)
+        carry_out(plan, config, "--delete_superseded")
     else:
         display.show_runs(chosen, notes)
 

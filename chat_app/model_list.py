@@ -19,16 +19,8 @@ def choose_models(model: str, reward_model: str | None) -> tuple[str, Path | Non
     """
     hub.check_path_exists(model, "--model")
     reward_folder = None
-    if reward_model:
-        # always a folder; an absolute path, so that a mistyped "runs/a" is not taken for a hub id
-        hub.check_path_exists(str(Path(reward_model).expanduser().absolute()), "--reward_model")
-        reward_folder = resolve.sound_checkpoint(reward_model)
-        if resolve.kind_of(reward_folder) != "reward":
-            raise UserError(
-                "--reward_model is not a reward checkpoint",
-                where=reward_folder.absolute(),
-                next=f"--reward_model takes {hub.WANTED['--reward_model']}",
-            )
+    if reward_model:  # always a folder; an absolute path, so that a mistyped "runs/a" is not taken for a hub id
+        reward_folder = resolve.find_model(str(Path(reward_model).expanduser().absolute()), "--reward_model")
     if not Path(model).expanduser().exists():
         return model, reward_folder
     folder = resolve.sound_checkpoint(model)

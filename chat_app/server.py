@@ -85,10 +85,8 @@ def free_port(host: str, first: int, last: int) -> int:
     """The first port from `first` to `last` that is not in use; UserError if there is none."""
     for port in range(first, last + 1):
         try:
-            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server itself does
-                probe.bind(address)
+            family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            socket.create_server(address, family=family).close()
             return port
         except OSError as error:
             if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:

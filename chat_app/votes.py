@@ -4,6 +4,7 @@ A row is {"prompt": messages, "chosen": [reply], "rejected": [reply], "vote": â€
 saved too, with A as `chosen`; because of their `vote`, training counts and skips them.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -37,6 +38,21 @@ def row_of(prompt: Messages, reply_a: str, reply_b: str, vote: str) -> dict[str,
         "vote": vote,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),  # ISO 8601, local time
     }
+
+
+def check_file(path: Path) -> None:
+    """Raise UserError if votes cannot be appended to a file. Creates nothing: the file and its folder may be new."""
+    folder = next((place for place in path.absolute().parents if os.path.exists(place)), path.parent)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            path.open("r+b", 0).close()
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, f"{folder} is not writable")
+    except OSError as error:
+        advice = "the name of a file, in a folder that you may write to"
+        raise utils.UserError(
+            "--votes_file cannot be written", where=path.absolute(), found=error.strerror, next=advice
+        ) from error
 
 
 def append(path: Path, row: dict[str, Any]) -> int:

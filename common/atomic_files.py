@@ -28,9 +28,10 @@ def atomic_folder(final: Path, temporary_name: str | None = None) -> Iterator[Pa
     temporary.mkdir()
     try:
         yield temporary
+        mode = temporary.stat().st_mode & 0o666  # as the umask wants; safetensors writes 0600, but groups share runs
         for path in temporary.rglob("*"):
             if path.is_file():
-                path.chmod(_file_mode())  # safetensors writes 0600, and a group shares its checkpoints
+                path.chmod(mode)
                 fsync_path(path)
         fsync_path(temporary)
         try:
@@ -67,12 +68,6 @@ def atomic_file(final: Path | None, temporary_name: str | None = None) -> Iterat
         with contextlib.suppress(OSError):  # the first error matters, not this one
             temporary.unlink(missing_ok=True)
         raise
-
-
-def _file_mode() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 def remove_dead_saves(folder: Path) -> list[Path]:

@@ -3,18 +3,15 @@
 The operating system holds them (through `filelock`) and releases them when a process ends, however it ends.
 """
 
+import contextlib
 import os
 import platform
-import stat
 import time
 import typing
 from pathlib import Path
 from typing import Any
 
 from utils import UserError
-
-if typing.TYPE_CHECKING:
-    import filelock
 
 try:
     import fcntl
@@ -96,10 +93,7 @@ def is_locked(path: Path) -> bool:
 
 def _is_special(path: Path) -> bool:
     """Whether something other than an ordinary file is there: a link, a pipe, a folder."""
-    try:
-        return not stat.S_ISREG(path.lstat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+    return path.is_symlink() or (path.exists() and not path.is_file())
 
 
 def _lock_within(seconds: float, file: typing.IO[Any]) -> bool:
@@ -114,7 +108,7 @@ def _lock_within(seconds: float, file: typing.IO[Any]) -> bool:
     return True
 
 
-def exclusive(lock_file: Path, patience_seconds: float = 30) -> "filelock.BaseFileLock":
+def exclusive(lock_file: Path, patience_seconds: float = 30) -> contextlib.AbstractContextManager[Any]:
     """`with exclusive(path):` keeps other threads and processes out; TimeoutError if it takes too long to get in."""
     import filelock
 

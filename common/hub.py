@@ -29,13 +29,12 @@ def check_path_exists(name: str, flag: str) -> None:
     if not looks_like_a_path(name) or path.exists():
         return
     parent = path.parent
-    siblings = [sibling.name for sibling in parent.iterdir()] if parent.is_dir() else []
+    siblings = sorted(sibling.name for sibling in parent.iterdir()) if parent.is_dir() else []
+    holds = f"{parent} holds {', '.join(siblings[:8]) or 'nothing'}"
     raise UserError(
         f"{flag}: no such file or folder{nearest(path.name, siblings)}",
         where=path.absolute(),
-        found=f"{parent} holds {', '.join(sorted(siblings)[:8]) or 'nothing'}"
-        if parent.is_dir()
-        else f"{parent} does not exist either",
+        found=holds if parent.is_dir() else f"{parent} does not exist either",
         next=f"{flag} takes {WANTED[flag]}",
     )
 
@@ -48,15 +47,12 @@ def only_local_copy(repo_id: str, repo_type: str, flag: str, instead: str) -> bo
     """
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
-    from huggingface_hub.utils import validate_repo_id
 
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UserError(f"{flag} is neither a local path nor a hub id", found=repo_id, next=str(error)) from error
     try:
         huggingface_hub.HfApi().repo_info(repo_id, repo_type=repo_type, timeout=ANSWER_WITHIN_SECONDS)
         return False
+    except HFValidationError as error:
+        raise UserError(f"{flag} is neither a local path nor a hub id", found=repo_id, next=str(error)) from error
     except GatedRepoError as error:
         raise UserError(
             f"{flag} {repo_id} is gated: you must accept its owner's terms first",

@@ -38,7 +38,8 @@ PLACES = ("run_name", "output_dir", "log_dir")  # settings that differ between a
 def cells_of(number: int, run: RunInfo) -> list[str]:
     """A run's row: one text for each of HEADS."""
     best, last = run.best_and_last_accuracy()
-    done, planned = run.steps_done, run.planned_steps
+    done = run.steps_done
+    planned = run.record.planned_steps if run.record else None
     steps = "-" if done is None else f"{done:,} of {'?' if planned is None else f'{planned:,}'}"
     has_folder = run.folder is not None
     return [
@@ -87,17 +88,16 @@ def show_table(rows: list[list[str]]) -> bool:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=False)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for head in ("#", "name", "started", "state", "base model", "steps", "best", "last", "checkpoints", "on disk"):
         table.add_column(head, no_wrap=True, justify="right" if head in RIGHT_ALIGNED else "left")
     for number, name, started, state, model, training, steps, best, last, count, size, logs in rows:
-        two_lines = [
+        table.add_row(
             number, name, started.replace(" ", "\n"), Text(state, STATE_STYLES.get(state, "")), f"{model}\n{training}",
             steps.replace(" of ", "\nof "), best.replace(" ", "\n"), last.replace(" ", "\n"), count,
             f"{size}\n{logs} logs",
-        ]  # fmt: skip
-        table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in two_lines))
+        )  # fmt: skip
     if console.measure(table, options=console.options.update(max_width=10_000)).maximum > console.width:
         return False
     console.print(table)
@@ -137,7 +137,7 @@ def as_object(run: RunInfo) -> dict[str, Any]:
         "base_model": model if type(model) is str else None,
         "training": None if run.training == "?" else run.training.lower(),
         "steps_done": run.steps_done,
-        "planned_steps": run.planned_steps,
+        "planned_steps": run.record.planned_steps if run.record else None,
         "best": best,
         "last": last,
         "checkpoints": [step.folder.name for step in run.steps],

@@ -80,10 +80,6 @@ class RunInfo:
         return max(newest, default=None)
 
     @property
-    def planned_steps(self) -> int | None:
-        return self.record.planned_steps if self.record else None
-
-    @property
     def base_model(self) -> str:
         """Hub id or path; a path below the working folder is relative to it."""
         model = self.config.get("model")

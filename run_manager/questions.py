@@ -8,16 +8,12 @@ from typing import Any
 import questionary
 
 
-class EndOfInput(Exception):
-    """The terminal was closed, or Ctrl-D pressed, at a question."""
-
-
 def has_terminal() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def ask(kind: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """The answer to one question; KeyboardInterrupt or EndOfInput if there is none."""
+    """The answer to one question. Ctrl-C raises KeyboardInterrupt; Ctrl-D and a closed terminal end the program."""
     question = kind(*arguments, **options)
     if kind in (questionary.select, questionary.checkbox):  # unlike text questions, they ignore Ctrl-D
         end_input = question.application.key_bindings.add("c-d", eager=True)
@@ -27,8 +23,9 @@ def ask(kind: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     except KeyboardInterrupt:
         print("Ctrl-C: this question deleted nothing")
         raise
-    except EOFError as error:
-        raise EndOfInput from error
+    except EOFError:
+        print("end of input: this question deleted nothing")
+        raise SystemExit from None
 
 
 def yes_or_no(question: str) -> bool:
@@ -58,19 +55,18 @@ def parse_numbers(text: str, highest: int) -> list[int]:
     return sorted(numbers)
 
 
-def check_numbers(text: str, highest: int) -> bool | str:
-    """True, or what is wrong: what questionary's `validate` wants."""
-    try:
-        parse_numbers(text, highest)
-    except ValueError as error:
-        return str(error)
-    return True
-
-
 def pick(what: str, titles: list[str]) -> list[int]:
     """Indices of `titles`, picked by numbers and ranges, or from a list with arrow keys and space."""
+
+    def validate(text: str) -> bool | str:  # True, or what is wrong
+        try:
+            parse_numbers(text, len(titles))
+        except ValueError as error:
+            return str(error)
+        return True
+
     question = f"{what}: numbers and ranges (1,3-5), or Enter for a list to pick from:"
-    text = ask(questionary.text, question, validate=lambda text: check_numbers(text, len(titles)))
+    text = ask(questionary.text, question, validate=validate)
     if text.strip():
         return [number - 1 for number in parse_numbers(text, len(titles))]
     return ask(questionary.checkbox, what, choices=indexed(titles))

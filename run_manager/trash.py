@@ -12,6 +12,7 @@ What is under files/ is in the trash, whatever the manifest says, so an interrup
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -106,7 +107,7 @@ def locked_trashes(roots: Iterable[Path]) -> Iterator[dict[Path, Path]]:
     """The trash of each root, held so that one manage_runs.py at a time moves things in and out of the roots."""
     with contextlib.ExitStack() as locks:
         places = {}
-        for root in sorted(roots):  # always in this order, so no two processes block each other
+        for root in sorted(set(roots)):  # always in this order, so no two processes block each other
             root.mkdir(parents=True, exist_ok=True)  # to undo after the root itself was removed
             check_folder(root, "root", "name the real folder")
             places[root] = make_trash(root)
@@ -127,11 +128,6 @@ def entries(roots: Roots, prefix: str = "") -> dict[str, dict[Path, Path]]:
     return dict(sorted(found.items()))
 
 
-def roots_in(deletions: dict[str, dict[Path, Path]]) -> set[Path]:
-    """The roots that deletions took something from."""
-    return {root for folders in deletions.values() for root in folders}
-
-
 def summary(roots: Roots) -> str | None:
     """What the trash holds, in one line; None if it is empty."""
     found = entries(roots)
@@ -147,7 +143,9 @@ def delete(plan: Plan) -> Outcome:
     """Move a plan's items to the trash, run by run; each is checked again right before."""
     outcome, roots = Outcome(), plan.roots
     with locked_trashes({item.root for item in plan.items}) as places:
-        name = new_entry_name(roots)
+        now, taken = utils.timestamp(), {*entries(roots), *entries(roots, GONE)}
+        names = (f"{now}-{number:03d}" for number in range(1, 1000))
+        name = next(name for name in names if name not in taken)
         folders = {root: place / name for root, place in places.items()}
         for root, folder in folders.items():
             items = [TakenItem(item.parts, item.bytes, item.began) for item in plan.items if item.root == root]
@@ -162,13 +160,6 @@ def delete(plan: Plan) -> Outcome:
         print(f"warning: {roots.logs} has no room for a trash beside it: TensorBoard shows deleted logs until "
               "--empty_trash", file=sys.stderr)  # fmt: skip
     return outcome
-
-
-def new_entry_name(roots: Roots) -> str:
-    """A name that no trash has: date, time and a number."""
-    now, taken = utils.timestamp(), {*entries(roots), *entries(roots, GONE)}
-    names = (f"{now}-{number:03d}" for number in range(1, 1000))
-    return next(name for name in names if name not in taken)
 
 
 def delete_items_of_run(items: list[Item], folders: dict[Path, Path], outcome: Outcome) -> None:
@@ -239,7 +230,7 @@ def undo(roots: Roots, is_dry: bool = False) -> tuple[str, Outcome]:
     """Move the last deletion back to where it came from; returns its name. UserError, before anything moves, if
     something is in the way."""
     outcome = Outcome()
-    with contextlib.nullcontext() if is_dry else locked_trashes(roots_in(entries(roots))):
+    with contextlib.nullcontext() if is_dry else locked_trashes(itertools.chain(*entries(roots).values())):
         name, folders, items = last_deletion(roots, is_dry)
         waiting = [item for item in items if os.path.lexists(in_trash(item, folders))]
         if problems := [f"{item.name}: {why}" for item in waiting if (why := in_the_way(item, waiting))]:
@@ -264,20 +255,13 @@ def undo(roots: Roots, is_dry: bool = False) -> tuple[str, Outcome]:
 def last_deletion(roots: Roots, is_dry: bool) -> tuple[str, dict[Path, Path], list[Item]]:
     """The newest deletion that took something: name, folders by root, items. Removes newer ones that took nothing."""
     for name, folders in reversed(entries(roots).items()):
-        if is_other_half(folders, roots):
-            continue
+        if roots.output not in folders and inventory.read_object(folders[roots.logs] / MANIFEST).get("has_checkpoints"):
+            continue  # it took only logs from these roots: its checkpoints are in the trash of another --output_dir
         if items := [item for root, folder in folders.items() for item in read_entry(root, folder)]:
             return name, folders, items
         for root, folder in folders.items() if not is_dry else ():  # killed before it took anything
             remove_if_empty(root, folder)
     raise UserError("the trash is empty: nothing to undo", where=trash_places(roots.output)[0])
-
-
-def is_other_half(folders: dict[Path, Path], roots: Roots) -> bool:
-    """Whether a deletion took only logs from these roots and their checkpoints from another --output_dir."""
-    if roots.output in folders:
-        return False
-    return inventory.read_object(folders[roots.logs] / MANIFEST).get("has_checkpoints") is True
 
 
 def read_entry(root: Path, folder: Path) -> list[Item]:
@@ -339,7 +323,7 @@ def empty(roots: Roots, older_than: timedelta | None, is_dry: bool = False) -> O
     """Delete for good what is in the trash, or has been there long enough."""
     outcome = Outcome()
     limit = "" if older_than is None else f"{datetime.now() - older_than:%Y%m%d_%H%M%S}".zfill(15)  # year 110: 0110
-    touched = roots_in(entries(roots, GONE)) | roots_in(entries(roots))
+    touched = itertools.chain(*entries(roots, GONE).values(), *entries(roots).values())
     with contextlib.nullcontext() if is_dry else locked_trashes(touched):
         old = [folders for name, folders in entries(roots).items() if not limit or name[:15] <= limit]
         for folders in [*entries(roots, GONE).values(), *old]:

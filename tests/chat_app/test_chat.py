@@ -319,6 +319,30 @@ def test_the_demo_trains_its_reward_model_once_and_replies(run_chat):
     run_chat(visit, "--demo")  # finds that run and trains none
 
 
+@pytest.mark.parametrize(
+    "votes_file, found",
+    [
+        ("folder", "Is a directory"),
+        ("file/votes.jsonl", "Not a directory"),
+        ("locked/new/votes.jsonl", "locked is not writable"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_a_votes_file_that_cannot_be_written_is_refused_before_the_demo_is_trained(
+    votes_file, found, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(chat, "demo_models", lambda output_dir: pytest.fail("the demo is trained"))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")  # root may write anywhere
+    for name in ("folder", "locked"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(chat.UserError, match=f"--votes_file cannot be written(.|\n)*{found}") as caught:
+        chat.main(["--demo", "--port", str(free_port()), "--votes_file", votes_file])
+    assert caught.value.exit_code == 2
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder", "locked"]
+
+
 def test_the_demo_without_a_reward_model_trains_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     commands = []

@@ -32,7 +32,7 @@ def test_a_reward_checkpoint_of_unknown_base_asks_for_the_reward_model_flag(tmp_
 
 
 def test_a_policy_is_refused_as_reward_model(base):
-    with pytest.raises(utils.UserError, match="--reward_model is not a reward checkpoint"):
+    with pytest.raises(utils.UserError, match="--reward_model does not name a reward model"):
         model_list.choose_models(base, base)
 
 

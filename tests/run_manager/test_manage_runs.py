@@ -1103,6 +1103,14 @@ def test_flags_that_make_no_sense_together_exit_2_and_say_why(manage, work, word
     assert tree(work) == before
 
 
+@pytest.mark.parametrize("words", [[], ["--json"], ["--show", "first"], ["--prune", "keep=last", "--dry_run"]])
+def test_an_output_dir_that_does_not_exist_is_refused_although_there_are_logs(manage, work, words):
+    assert (work / "logs/rm").is_dir()
+    result = manage("--output_dir", "no/such", *words)
+    assert result.returncode == 2 and result.stdout == "", result.stdout
+    assert "no/such\n  found:  no such folder\n" in result.stderr, result.stderr
+
+
 def test_a_reader_that_leaves_early_causes_no_traceback(work):
     command = f"{sys.executable} {ROOT / 'manage_runs.py'} --json | head -1"
     result = subprocess.run(command, shell=True, cwd=work, capture_output=True, text=True, timeout=60)
