@@ -184,7 +184,7 @@ def _tokenize(source: Source, tokenizer: Any, folder: Path) -> None:
             for key, row in chunk.skipped:
                 counts.add(key, row)
             packed = []
-            for (row, pair), chosen, rejected in zip(chunk.pairs, ids[::2], ids[1::2], strict=True):
+            for (row, pair), (chosen, rejected) in zip(chunk.pairs, ids, strict=True):
                 if np.array_equal(chosen, rejected):  # different texts, same tokens
                     counts.add("identical", row)
                     continue

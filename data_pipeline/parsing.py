@@ -16,7 +16,7 @@ from data_pipeline.sources import Source, read_rows
 from utils import UserError, nearest
 
 Messages = list[dict[str, str]]
-RowError = Callable[[str], UserError]
+RowError = Callable[[str], UserError]  # what `row_errors` returns
 
 # Every row is either kept or counted under exactly one of these.
 SKIP_REASONS = {
@@ -29,6 +29,7 @@ SKIP_REASONS = {
     "template": "refused by the model's chat template",
     "too_long": "too long",
 }
+EXPECTED_ROW = "chosen and rejected (text or message lists), and optionally prompt and margin"
 VOTES_FOR_NEITHER = ("tie", "both_bad")  # the column `vote`, which chat.py writes
 # Unusual, but kept.
 WARNINGS = {
@@ -58,27 +59,28 @@ _ROLE = {"Human": "user", "Assistant": "assistant"}
 def read_pairs(source: Source) -> Iterator[tuple[int, Pair | str]]:
     """Yield (row number, pair), or (row number, a key of `SKIP_REASONS`) for a row that holds no preference."""
     for number, row in read_rows(source):
-        check_columns(source, number, row)
-        pair = parse_pair(row, lambda problem, number=number: _row_error(source, number, problem))
+        row_error = row_errors(source.place, number, EXPECTED_ROW)
+        check_columns(row, row_error)
+        pair = parse_pair(row, row_error)
         if source.includes(row):
             yield number, pair
 
 
-def _row_error(source: Source, number: int, problem: str) -> UserError:
-    return UserError(
-        f"a row of the data cannot be used: {problem}", where=source.place(number),
-        next="expected: chosen and rejected (text or message lists), and optionally prompt and margin",
-    )  # fmt: skip
+def row_errors(place: Callable[[int], str], number: int, expected: str) -> RowError:
+    """A function that makes the error about one row from a sentence that says what is wrong with it."""
+    return lambda problem: UserError(
+        f"a row of the data cannot be used: {problem}", where=place(number), next=f"expected: {expected}"
+    )
 
 
-def check_columns(source: Source, number: int, row: Any) -> None:
+def check_columns(row: Any, row_error: RowError) -> None:
     if not isinstance(row, dict):
-        raise _row_error(source, number, f"it is of type {type(row).__name__}, not an object")
+        raise row_error(f"it is of type {type(row).__name__}, not an object")
     for column in ("chosen", "rejected"):
         if row.get(column) is None:
             guess = nearest(column, [name for name in row if name not in ("chosen", "rejected", "prompt")])
             found = f"no column {column!r}{guess}; it has {', '.join(map(repr, row)) or 'none'}"
-            raise _row_error(source, number, f"{column!r} is null{guess}" if column in row else found)
+            raise row_error(f"{column!r} is null{guess}" if column in row else found)
 
 
 def parse_pair(row: dict[str, Any], row_error: RowError) -> Pair | str:
@@ -86,8 +88,7 @@ def parse_pair(row: dict[str, Any], row_error: RowError) -> Pair | str:
 
     Three forms, told apart by the columns and their types: HH-RLHF's transcripts; message lists; a `prompt` (text,
     transcript or messages) beside replies (text or messages). Consecutive turns of one speaker are merged with an empty
-    line between them; sides with different prompts are kept, because two whole dialogues were compared. `row_error`
-    makes the error to raise for a wrong type from a sentence about it.
+    line between them; sides with different prompts are kept, because two whole dialogues were compared.
     """
     prompt = prompt_messages(row["prompt"], row_error) if row.get("prompt") is not None else None
     sides = [_side_messages(row[column], prompt, column, row_error) for column in ("chosen", "rejected")]

@@ -60,7 +60,7 @@ def find_sources(dataset: str) -> tuple[Source, Source]:
             raise UserError("--dataset is not a supported file type", where=path, next=wanted)
         train = Source(str(path), path)
     elif path.is_dir():
-        train, test = (_source_in(path, stems) for stems in (("train",), TEST_NAMES))
+        train, test = (source_in(path, stems) for stems in (("train",), TEST_NAMES))
         if train is None:
             found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
             advice = "name its training file train.jsonl, or pass a single file"
@@ -75,18 +75,13 @@ def find_sources(dataset: str) -> tuple[Source, Source]:
     return train, test
 
 
-def _source_in(folder: Path, stems: tuple[str, ...]) -> Source | None:
-    path = file_in(folder, stems)
-    return None if path is None else Source(str(path), path)
-
-
 def _source_on_hub(dataset: str, splits: Any, stems: tuple[str, ...]) -> Source | None:
     """The first split whose name starts with one of `stems`, earlier stems first."""
     name = next((name for stem in stems for name in splits if name.startswith(stem)), None)
     return None if name is None else Source(f"{dataset} {name}", hub_rows=splits[name])
 
 
-def file_in(folder: Path, stems: tuple[str, ...]) -> Path | None:
+def source_in(folder: Path, stems: tuple[str, ...]) -> Source | None:
     """The folder's data file for the first of `stems` that has one; UserError if a stem has two files."""
     for stem in stems:
         found = [folder / f"{stem}{suffix}" for suffix in SUFFIXES if (folder / f"{stem}{suffix}").is_file()]
@@ -96,7 +91,7 @@ def file_in(folder: Path, stems: tuple[str, ...]) -> Path | None:
                 next="keep one of them there, or name the file itself",
             )  # fmt: skip
         if found:
-            return found[0]
+            return Source(str(found[0]), found[0])
     return None
 
 

@@ -23,15 +23,15 @@ class Chunk:
     row_count: int
     skipped: list[tuple[str, int]] = field(default_factory=list)  # (key of SKIP_REASONS, row)
     pairs: list[tuple[int, Pair]] = field(default_factory=list)  # (row, pair)
-    texts: list[str] = field(default_factory=list)  # two a pair: chosen, rejected
+    texts: list[list[str]] = field(default_factory=list)  # of each pair: chosen, rejected
 
 
-def tokenized_chunks(source: Source, tokenizer: Any) -> Iterator[tuple[Chunk, list[np.ndarray]]]:
+def tokenized_chunks(source: Source, tokenizer: Any) -> Iterator[tuple[Chunk, list[list[np.ndarray]]]]:
     """Yield a source's rows a chunk at a time, with the token ids of each chunk's texts."""
     backend, tokens = tokenizer.backend_tokenizer, cut_tokens(tokenizer)
     # The template runs in Python and needs its lock, the tokenizer does not: one chunk is rendered while a thread
     # encodes the chunk before it.
-    return prefetched(_rendered(source, tokenizer), lambda chunk: (chunk, encode_pairs(chunk.texts, backend, tokens)))
+    return prefetched(_rendered(source, tokenizer), lambda chunk: (chunk, encode_groups(chunk.texts, backend, tokens)))
 
 
 def _rendered(source: Source, tokenizer: Any) -> Iterator[Chunk]:
@@ -48,7 +48,7 @@ def _rendered(source: Source, tokenizer: Any) -> Iterator[Chunk]:
             if texts is None:
                 chunk.skipped.append(("template", row))
                 continue
-            chunk.texts += texts
+            chunk.texts.append(texts)
             chunk.pairs.append((row, pair))
         yield chunk
 
@@ -63,31 +63,30 @@ def render(dialogues: list[Messages], tokenizer: Any) -> list[str] | None:
         return None
 
 
-def encode_pairs(texts: list[str], backend: Any, cut_tokens: list[str]) -> list[np.ndarray]:
-    """The ids of each text, as if encoded alone. The start that two texts (chosen, rejected) share is encoded once."""
+def encode_groups(groups: list[list[str]], backend: Any, cut_tokens: list[str]) -> list[list[np.ndarray]]:
+    """The ids of each text, as if encoded alone. The start that all texts of a group share is encoded once."""
     # A cut behind any of them gives the same ids; the most frequent one in the first text ends every turn.
-    token = max(cut_tokens, key=texts[0].count, default="") if texts else ""
-    has_start, stretches = [], []
-    for chosen, rejected in zip(texts[::2], texts[1::2], strict=True):
-        cut = _last_cut(chosen, rejected, token) if token else 0
-        has_start.append(cut > 0)
-        stretches += [chosen[:cut]] if cut else []
-        stretches += [chosen[cut:], rejected[cut:]]
+    token = max(cut_tokens, key=groups[0][0].count, default="") if groups else ""
+    cuts = [_last_cut(texts, token) if token else 0 for texts in groups]
+    stretches = []
+    for texts, cut in zip(groups, cuts, strict=True):
+        stretches += [texts[0][:cut]] if cut else []
+        stretches += [text[cut:] for text in texts]
     # `encode_batch_fast` skips the offsets into the text, which nothing here needs
     encodings = iter(backend.encode_batch_fast(stretches, add_special_tokens=False))
     ids = []
-    for starts_shared in has_start:
-        start = next(encodings).ids if starts_shared else []
-        ids += [np.array(start + next(encodings).ids, dtype=np.int32) for _ in ("chosen", "rejected")]
+    for texts, cut in zip(groups, cuts, strict=True):
+        start = next(encodings).ids if cut else []
+        ids.append([np.array(start + next(encodings).ids, dtype=np.int32) for _ in texts])
     return ids
 
 
-def _last_cut(chosen: str, rejected: str, token: str) -> int:
-    """Where the last `token` in the shared start of two texts ends, leaving each some text; 0 if there is none."""
-    end = min(len(chosen), len(rejected)) - 1
-    while (found := chosen.rfind(token, 0, end)) >= 0:
+def _last_cut(texts: list[str], token: str) -> int:
+    """Where the last `token` in the shared start of some texts ends, leaving each some text; 0 if there is none."""
+    end = min(map(len, texts)) - 1
+    while (found := texts[0].rfind(token, 0, end)) >= 0:
         end = found + len(token)
-        if chosen[:end] == rejected[:end]:
+        if all(text.startswith(texts[0][:end]) for text in texts):
             return end
         end -= 1
     return 0
@@ -185,25 +184,19 @@ def tokenize_groups(
 
     What is such a key already is returned as it is.
     """
-    rendered = [None if isinstance(dialogues, str) else render(dialogues, tokenizer) for dialogues in groups]
-    texts, replies = [], []
-    for dialogues, group_texts in zip(groups, rendered, strict=True):
-        if group_texts is not None:
-            texts += group_texts + group_texts[-1:] * (len(group_texts) % 2)  # in twos, as `encode_pairs` wants them
-            replies += [messages[-1]["content"] for messages in dialogues]
+    results: list[TokenizedGroup | str] = [group if isinstance(group, str) else "template" for group in groups]
+    rendered = {
+        at: texts
+        for at, group in enumerate(groups)
+        if not isinstance(group, str) and (texts := render(group, tokenizer)) is not None
+    }
     backend = tokenizer.backend_tokenizer
-    encoded = iter(encode_pairs(texts, backend, cut_tokens(tokenizer)))
-    encoded_replies = iter(backend.encode_batch_fast(replies, add_special_tokens=False))
-    results: list[TokenizedGroup | str] = []
-    for dialogues, group_texts in zip(groups, rendered, strict=True):
-        size = len(group_texts or [])
-        ids = [next(encoded) for _ in range(size + size % 2)][:size]
-        reply_lengths = [len(next(encoded_replies).ids) for _ in range(size)]
-        if isinstance(dialogues, str):
-            results.append(dialogues)
-        elif group_texts is None or not all(len(sequence) for sequence in ids):
-            results.append("template")
-        else:
+    encoded = encode_groups(list(rendered.values()), backend, cut_tokens(tokenizer))
+    replies = [messages[-1]["content"] for at in rendered for messages in groups[at]]
+    reply_encodings = iter(backend.encode_batch_fast(replies, add_special_tokens=False))
+    for at, ids in zip(rendered, encoded, strict=True):
+        reply_lengths = [len(next(reply_encodings).ids) for _ in ids]
+        if all(map(len, ids)):  # a template may write nothing
             is_too_long = max(map(len, ids)) > max_length
-            results.append("too_long" if is_too_long else TokenizedGroup(ids, reply_lengths))
+            results[at] = "too_long" if is_too_long else TokenizedGroup(ids, reply_lengths)
     return results

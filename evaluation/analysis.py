@@ -26,7 +26,7 @@ def measure(table: ScoreTable) -> dict[str, Any]:
     turn_counts = sorted(set(table.turns.tolist()))
     headline = metrics.accuracy(table.reward_margins)
     by_subset = metrics.breakdown(table.reward_margins, table.subsets, table.subset_names)
-    reward_margin = table.rewards[:, 0] - table.rewards[:, 1]  # (N,)
+    reward_margin = (table.rewards[:, 0] - table.rewards[:, 1]).astype(np.float64)  # (N,)
     content: dict[str, Any] = {
         "version": REPORT_VERSION,
         "n": headline["n"],

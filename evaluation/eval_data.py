@@ -18,6 +18,7 @@ from evaluation import reward_bench
 from utils import UserError, nearest
 
 SPLITS = {"train": ("train",), "test": sources.TEST_NAMES}
+EXPECTED_ROW = "chosen and rejected, a text, a list of messages or for several replies a list of those"
 SUBSET_COLUMNS = ("subset", "kind")  # the first that a row has
 
 
@@ -36,8 +37,7 @@ class Comparison:
     chosen: tuple[Messages, ...]
     rejected: tuple[Messages, ...]
     subset: str
-    key: str  # the row's `id`, if it has one
-    is_listed: bool  # whether the row had lists of replies, as RewardBench 2's have
+    key: str | None  # the `id` of a row with lists of replies, as RewardBench 2's are; else None
 
     @property
     def is_pair(self) -> bool:
@@ -93,13 +93,8 @@ class Data:
                     position += 1
 
     def _parse(self, part: Part, number: int, row: Any) -> Comparison | str:
-        def row_error(problem: str) -> UserError:
-            return UserError(
-                f"a row of the data cannot be used: {problem}", where=part.source.place(number),
-                next="expected: chosen and rejected, a text, a list of messages or for several replies a list of those",
-            )  # fmt: skip
-
-        parsing.check_columns(part.source, number, row)
+        row_error = parsing.row_errors(part.source.place, number, EXPECTED_ROW)
+        parsing.check_columns(row, row_error)
         subset = self._subset(part, row, row_error)
         chosen, rejected = (_replies(row[column], column, row_error) for column in ("chosen", "rejected"))
         # each chosen reply beside the first rejected one, then each other rejected one beside the first chosen one
@@ -107,12 +102,12 @@ class Data:
         pairs = [parsing.parse_pair({**row, "chosen": a, "rejected": b}, row_error) for a, b in beside]
         if reasons := [pair for pair in pairs if isinstance(pair, str)]:
             return reasons[0]
+        is_listed = chosen[0] is not row["chosen"] or rejected[0] is not row["rejected"]
         return Comparison(
             chosen=tuple(pair.chosen for pair in pairs[: len(chosen)]),
             rejected=tuple(pair.rejected for pair in [pairs[0], *pairs[len(chosen) :]]),
             subset=subset,
-            key=str(row.get("id") or ""),
-            is_listed=chosen[0] is not row["chosen"] or rejected[0] is not row["rejected"],
+            key=str(row.get("id") or "") if is_listed else None,
         )
 
     def _subset(self, part: Part, row: dict[str, Any], row_error: RowError) -> str:
@@ -182,10 +177,10 @@ def _in_file(path: Path, split: str) -> Source:
 def _in_folder(folder: Path, split: str) -> tuple[list[Part], list[str]]:
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name.endswith(hub.DATA_SUFFIXES))
     names = SPLITS.get(split, (split,))
-    if split in SPLITS and sources.file_in(folder, ("train",)):
+    if split in SPLITS and sources.source_in(folder, ("train",)):
         return [Part("", sources.find_sources(str(folder))[split == "test"])], []
-    if split != "all" and (found := sources.file_in(folder, names)):
-        return [Part("", Source(str(found), found))], []
+    if split != "all" and (found := sources.source_in(folder, names)):
+        return [Part("", found)], []
     if files and split not in (*SPLITS, "all"):
         raise UserError(
             f"--split {split}: no such file", where=folder, found=", ".join(p.name for p in files[:8]),
@@ -196,9 +191,9 @@ def _in_folder(folder: Path, split: str) -> tuple[list[Part], list[str]]:
     wanted = [(name,) for names in SPLITS.values() for name in names] if split == "all" else [names]
     parts, without = [], []
     for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        files = [path for names in wanted if (path := sources.file_in(inner, names))]
-        parts += [Part(inner.name, Source(str(path), path)) for path in files]
-        if not files:
+        inside = [Part(inner.name, source) for names in wanted if (source := sources.source_in(inner, names))]
+        parts += inside
+        if not inside:
             without.append(inner.name)
     if not parts:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"

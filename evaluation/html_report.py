@@ -29,7 +29,7 @@ def write(folder: Path, content: dict[str, Any], drawn: list[plots.Plot]) -> Non
     page = environment.get_template("report.html.jinja").render(
         content=content,
         plots=[{"title": plot.title, "svg": plots.svg(plot)} for plot in drawn],
-        tables=_tables(content),
+        tables=report.tables(content),
         readings=[
             (heading, explanation, [_pair_view(entry) for entry in entries])
             for key, heading, explanation in READINGS
@@ -43,17 +43,6 @@ def write(folder: Path, content: dict[str, Any], drawn: list[plots.Plot]) -> Non
     )
     with atomic_files.atomic_file(folder / PAGE) as file:
         file.write(page + "\n")
-
-
-def _tables(content: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]], str]]:
-    """(title, rows, note) of each table."""
-    tables = [("Length and calibration", report.length_and_calibration(content), "")]
-    if benchmark := content["benchmark"]:
-        missing = f"not in this data: {', '.join(benchmark['missing'])}" if benchmark["missing"] else ""
-        tables.append((benchmark["name"], report.benchmark_scores(benchmark), missing))
-    if against := content.get("against"):
-        tables.append((f"Against {against['model']}", report.comparison(against), ""))
-    return tables
 
 
 def _pair_view(entry: dict[str, Any]) -> dict[str, Any]:

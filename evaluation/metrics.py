@@ -1,7 +1,7 @@
 """Metrics of a reward model: accuracy, length bias, calibration, and two models compared on the same pairs.
 
 Numbers in, numbers out. `reward_margin` is always r_chosen − r_rejected: the model is right where it is positive; ties
-(exactly 0) are neither right nor wrong.
+(exactly 0) are neither right nor wrong. What takes a probability or a log of margins wants them in fp64.
 
 Letters: N pairs.
 """
@@ -111,11 +111,6 @@ def length_controlled(reward_margin: Array, longer_by: Array) -> dict[str, float
 # -- Calibration -------------------------------------------------------------------------------------------------------
 
 
-def probability(reward_margin: Array) -> Array:
-    """P(chosen preferred) = σ(reward_margin), (N,), without overflow."""
-    return expit(reward_margin.astype(np.float64))
-
-
 def calibration(reward_margin: Array) -> dict[str, Any]:
     """Whether σ(Δr), the probability that the model gives its choice, matches how often people agree.
 
@@ -124,7 +119,7 @@ def calibration(reward_margin: Array) -> dict[str, Any]:
     for a tie. (Counting each pair in both orders, in bins over [0, 1], gives the same result.) ECE, the expected
     calibration error, is the mean over pairs of |outcome − claim| of their bin (Guo et al. 2017, arXiv 1706.04599).
     """
-    claimed = probability(np.abs(reward_margin))
+    claimed = expit(np.abs(reward_margin))
     happened = np.heaviside(reward_margin, 0.5)
     values = [claimed, happened, np.ones(len(claimed))]
     sums = stats.binned_statistic(claimed, values, "sum", CALIBRATION_BINS, range=(0.5, 1)).statistic.T.tolist()
@@ -133,7 +128,7 @@ def calibration(reward_margin: Array) -> dict[str, Any]:
     return {
         "bins": bins,
         "ece": sum(off) / len(reward_margin),
-        "brier": float(np.mean((1 - probability(reward_margin)) ** 2)),
+        "brier": float(np.mean((1 - expit(reward_margin)) ** 2)),
         "log_loss": log_loss(reward_margin),
         "temperature": temperature(reward_margin),
     }
@@ -141,7 +136,7 @@ def calibration(reward_margin: Array) -> dict[str, Any]:
 
 def log_loss(reward_margin: Array) -> float:
     """Mean of −log σ(Δr), the Bradley-Terry loss; computed from Δr, because σ of a very negative one rounds to 0."""
-    return float(np.logaddexp(0.0, -reward_margin.astype(np.float64)).mean())
+    return float(np.logaddexp(0.0, -reward_margin).mean())
 
 
 def temperature(reward_margin: Array) -> dict[str, float | None] | None:
@@ -151,20 +146,19 @@ def temperature(reward_margin: Array) -> dict[str, float | None] | None:
     if every pair is right (T → 0 would be best) or if Δr carries no signal (its mean is not positive: T → ∞). The
     interval is b ± 1.96 / √information; T has no upper end (None) if that b reaches 0.
     """
-    reward_margin = reward_margin.astype(np.float64)
     if not len(reward_margin) or reward_margin.mean() <= 0 or not (reward_margin < 0).any():
         return None
     scale = np.abs(reward_margin).max()
     scaled = reward_margin / scale  # so that b is of the order of 1
 
     def slope(b: float) -> float:
-        return float(-(scaled * probability(-b * scaled)).mean())
+        return float(-(scaled * expit(-b * scaled)).mean())
 
     high = 1.0
     while slope(high) < 0:
         high *= 2
     b = brentq(slope, 0.0, high, xtol=1e-12) / scale
-    p = probability(b * reward_margin)
+    p = expit(b * reward_margin)
     reach = stats.norm.ppf(0.975) / math.sqrt(float((reward_margin**2 * p * (1 - p)).sum()))
     return {
         "value": 1 / b,
@@ -177,7 +171,7 @@ def temperature(reward_margin: Array) -> dict[str, float | None] | None:
 def label_probability(reward_margin: Array) -> Array:
     """The probability (N,) that the model gives the labels: σ(Δr / T), with T = 1 if no temperature can be fitted."""
     found = temperature(reward_margin)
-    return probability(reward_margin / found["value"] if found else reward_margin)
+    return expit(reward_margin / found["value"] if found else reward_margin)
 
 
 # -- Two models on the same pairs --------------------------------------------------------------------------------------

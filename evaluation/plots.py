@@ -20,7 +20,6 @@ BREAKDOWNS = {"by_subset": "subset", "by_turns": "number of user turns", "by_len
 MOST_ROWS = 40  # of a breakdown
 MOST_POINTS = 800  # of a scatter plot: SVG keeps every one of them
 
-
 Palette = dict[str, str]  # colours for: ink, muted (text), grid, accent, second (accent)
 ON_WHITE = {"ink": "#1d2430", "muted": "#5b6472", "grid": "#dfe3e8", "accent": "#2563c9", "second": "#c2410c"}
 # Placeholders that `svg` replaces with the page's CSS variables, since matplotlib does not know `var(--ink)`.

@@ -37,8 +37,19 @@ def number(value: float | None, form: str = ".3f") -> str:
     return "–" if value is None else format(value, form)
 
 
-def length_and_calibration(content: dict[str, Any]) -> list[tuple[str, str]]:
-    """The figures of length and calibration: (what, value)."""
+def tables(content: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]], str]]:
+    """The tables below the accuracies: (title, rows, note) of each."""
+    found = [("Length and calibration", _length_and_calibration(content), "")]
+    if benchmark := content["benchmark"]:
+        rows = [(name, percent(value)) for name, value in [*benchmark["parts"].items(), ("score", benchmark["score"])]]
+        missing = f"not in this data: {', '.join(benchmark['missing'])}" if benchmark["missing"] else ""
+        found.append((benchmark["name"], rows, missing))
+    if against := content.get("against"):
+        found.append((f"Against {against['model']}", _comparison(against), ""))
+    return found
+
+
+def _length_and_calibration(content: dict[str, Any]) -> list[tuple[str, str]]:
     length, calibration = content["length"], content["calibration"]
     controlled, within = length["length_controlled"], length["within_prompts"]
     across, temperature = length["across_prompts"], calibration["temperature"]
@@ -70,12 +81,7 @@ def length_and_calibration(content: dict[str, Any]) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def benchmark_scores(benchmark: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(name, percent(value)) for name, value in [*benchmark["parts"].items(), ("score", benchmark["score"])]]
-
-
-def comparison(against: dict[str, Any]) -> list[tuple[str, str]]:
-    """The figures of two models on the same pairs: (what, value)."""
+def _comparison(against: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("pairs that both scored", f"{against['n']:,}"),
         ("both right", f"{against['both_right']:,}"),
@@ -149,11 +155,8 @@ def show(content: dict[str, Any]) -> None:
             more = f" (the first {MOST_GROUPS_SHOWN} of {len(groups)}; all in {JSON})"
             rows = [_accuracy_row(label or "(none)", one) for label, one in groups.items()][:MOST_GROUPS_SHOWN]
             grid(f"By {what}" + (more if len(groups) > MOST_GROUPS_SHOWN else ""), rows, columns)
-    grid("Length and calibration", length_and_calibration(content), ("", ""))
-    if benchmark := content["benchmark"]:
-        grid(benchmark["name"], benchmark_scores(benchmark), ("", ""))
-    if against := content.get("against"):
-        grid(f"Against {against['model']}", comparison(against), ("", ""))
+    for title, rows, _ in tables(content):
+        grid(title, rows, ("", ""))
     console.print()
     for finding in content["findings"]:
         console.print(Text(f"- {printable(finding)}"))

@@ -7,6 +7,7 @@
 A line that cannot be scored keeps its place: its reward is null, and "left_out" says why.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -28,6 +29,7 @@ from utils import UserError, nearest
 REPLY_COLUMNS = ("reply", "response", "completion")
 COLUMNS = (*REPLY_COLUMNS, "replies", "messages", "prompt")
 ROWS_AT_A_TIME = 1024
+EXPECTED_ROW = "messages, or a prompt with reply or replies"
 WANTS_FILE = "expected: .jsonl, or - for standard input"
 
 
@@ -51,7 +53,7 @@ def read(name: str) -> Iterator[Line]:
     else:
         source = _source(Path(name).expanduser())
         rows, place = sources.read_rows(source), source.place
-    return (parse(row, place(number)) for number, row in rows)
+    return (parse(row, parsing.row_errors(place, number, EXPECTED_ROW)) for number, row in rows)
 
 
 def _source(path: Path) -> sources.Source:
@@ -66,16 +68,8 @@ def _source(path: Path) -> sources.Source:
     return sources.Source(str(path), path)
 
 
-def parse(row: Any, place: str) -> Line:
+def parse(row: Any, row_error: parsing.RowError) -> Line:
     """One row; UserError if it has none of the forms above."""
-
-    def row_error(problem: str) -> UserError:
-        return UserError(
-            f"a row cannot be scored: {problem}",
-            where=place,
-            next="expected: messages, or a prompt with reply or replies",
-        )
-
     if not isinstance(row, dict):
         raise row_error(f"it is of type {type(row).__name__}, not an object")
     try:
@@ -154,21 +148,15 @@ def _chunks(lines: Iterator[Line], waits: bool) -> Iterator[list[Line]]:
             arrived.put(error)
 
     threading.Thread(target=read_all, daemon=True).start()  # a daemon, because it may wait for input forever
-    chunk: list[Line] = []
+    item: Line | BaseException | None
     while True:
-        try:
-            item = arrived.get(block=waits or not chunk)
-        except queue.Empty:
-            yield chunk
-            chunk = []
-            continue
-        if not isinstance(item, Line):
-            break
-        chunk.append(item)
-        if len(chunk) == ROWS_AT_A_TIME:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk  # lines before a broken one are answered before it is reported
-    if item is not None:
-        raise item
+        chunk: list[Line] = []
+        with contextlib.suppress(queue.Empty):
+            while len(chunk) < ROWS_AT_A_TIME and isinstance(item := arrived.get(block=waits or not chunk), Line):
+                chunk.append(item)
+        if chunk:
+            yield chunk  # lines before a broken one are answered before it is reported
+        if item is None:
+            return
+        if isinstance(item, BaseException):
+            raise item

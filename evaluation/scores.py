@@ -156,7 +156,7 @@ class RowColumns:
         subset, turns, chosen = (content.subset, content.turns, len(content.chosen)) if content else ("", 0, 0)
         subset = self.subsets.setdefault(subset, len(self.subsets))
         self.numbers.extend((row.number, subset, turns, chosen))
-        if content and content.is_listed:
+        if content and content.key is not None:
             self.keys[row.position] = content.key
 
 

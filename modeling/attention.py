@@ -17,6 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from utils import round_up
 
@@ -200,8 +204,6 @@ class PackedMask:
     @functools.cached_property
     def blocks(self) -> Any:
         """FlexAttention's map of 128 × 128 blocks: empty, full, or partly masked."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
         examples, completions = self.example_index, self.completion_index
 
         def is_visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -215,8 +217,6 @@ class PackedMask:
 @functools.cache
 def _flex_attention(is_cuda: bool) -> Callable[..., Tensor]:
     """FlexAttention, compiled on CUDA. On a CPU it runs uncompiled, for tests: forward only, computing every block."""
-    from torch.nn.attention.flex_attention import flex_attention
-
     # without `dynamic`, each new shape of a micro-batch would be compiled separately
     return torch.compile(flex_attention, dynamic=True) if is_cuda else flex_attention
 
@@ -233,8 +233,6 @@ def packed_attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: (B, H, T, D) and (B, K, T, D) -> (B, T, H, D)."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     packed = getattr(attention_mask, "packed", None)
     # our own implementations have no dropout of attention weights
     if packed is None or packed.implementation == "sdpa" or dropout:
@@ -260,9 +258,6 @@ def install(classifier: nn.Module) -> bool:
 
     Saved configurations never name an attention function, so files do not change.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)  # for masks that are not ours
     if classifier.config._attn_implementation != "sdpa" or not classifier._can_set_attn_implementation():

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from tokenizers.decoders import DecodeStream
 from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 
 def stream_candidates(
@@ -26,9 +29,6 @@ def stream_candidates(
     decoding, which allows one candidate only. Setting `stop`, or closing the iterator, ends the generation at the next
     token. Errors of the generation are raised here.
     """
-    from transformers import StoppingCriteria, StoppingCriteriaList
-    from transformers.generation.streamers import BaseStreamer
-
     if candidates > 1 and temperature == 0:
         raise ValueError("several replies at temperature 0 would all be the same one: raise the temperature")
     stop = stop or threading.Event()
@@ -40,12 +40,9 @@ def stream_candidates(
             return torch.full((input_ids.shape[0],), stop.is_set(), device=input_ids.device)
 
     class QueueStreamer(BaseStreamer):
-        is_prompt = True  # `generate` streams the prompt first
-
         def put(self, value: Tensor) -> None:
-            if not self.is_prompt:
+            if value.dim() == 1:  # `generate` streams the prompt first, which is (candidates, T)
                 steps.put(value.tolist())
-            self.is_prompt = False
 
         def end(self) -> None:
             steps.put(None)
@@ -90,8 +87,6 @@ class IncrementalDecoder:
     """The text of a growing reply, without special tokens. A character appears once all its bytes are there."""
 
     def __init__(self, tokenizer: Any, eos_token_id: int | list[int] | None):
-        from tokenizers.decoders import DecodeStream
-
         self._tokenizer = tokenizer.backend_tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._eos_ids = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())

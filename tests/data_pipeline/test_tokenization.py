@@ -31,6 +31,12 @@ def bytes_tokenizer(pre_tokenizer, *added, special=True):
     return backend
 
 
+def encoded(texts, backend, tokens):
+    """The ids of one group of texts."""
+    (group,) = tokenization.encode_groups([list(texts)], backend, tokens)
+    return [ids.tolist() for ids in group]
+
+
 PARTS = ["a", "b", " ", "<", "|", ">", "<|a|>", "<|b|>", "é", "e\u0301", "\u0301", "\n", "x<|a|>", "<|a|>b", "ab", ""]
 
 
@@ -52,9 +58,9 @@ def test_cutting_behind_an_added_token_changes_no_id(special, pre_tokenizer, nor
     draw = random.Random(0)
     for _ in range(50):
         start = "".join(draw.choices(PARTS, k=8))
-        texts = [start + "".join(draw.choices(PARTS, k=draw.randrange(5))) for _ in range(2)]
+        texts = [start + "".join(draw.choices(PARTS, k=draw.randrange(5))) for _ in range(draw.choice([1, 2, 2, 3]))]
         wanted = [backend.encode(text, add_special_tokens=False).ids for text in texts]
-        assert [ids.tolist() for ids in tokenization.encode_pairs(texts, backend, tokens)] == wanted, texts
+        assert encoded(texts, backend, tokens) == wanted, texts
 
 
 @pytest.mark.parametrize(
@@ -86,8 +92,8 @@ def test_behind_a_token_that_its_surroundings_may_change_no_text_is_cut(backend,
     assert token not in tokenization.cut_tokens(of_backend(backend))
     if texts is not None:  # and rightly so
         wanted = [backend.encode(text, add_special_tokens=False).ids for text in texts]
-        assert [ids.tolist() for ids in tokenization.encode_pairs(list(texts), backend, [token])] != wanted
-        assert [ids.tolist() for ids in tokenization.encode_pairs(list(texts), backend, [])] == wanted
+        assert encoded(texts, backend, [token]) != wanted
+        assert encoded(texts, backend, []) == wanted
 
 
 def test_special_tokens_that_are_read_as_plain_text_are_no_place_to_cut():
@@ -106,7 +112,7 @@ def test_qwen3s_shared_starts_are_encoded_once(real_tokenizer, real_data):
             given.extend(stretches)
             return real_tokenizer.backend_tokenizer.encode_batch_fast(stretches, add_special_tokens)
 
-    tokenization.encode_pairs(texts, Watched(), tokenization.cut_tokens(real_tokenizer))
+    tokenization.encode_groups([texts], Watched(), tokenization.cut_tokens(real_tokenizer))
     start, chosen, rejected = given
     assert [start + chosen, start + rejected] == texts and len(start) > len(texts[0]) / 2
 
@@ -117,14 +123,14 @@ def test_at_most_one_chunk_is_encoded_ahead():
     def chunks():
         for number in range(6):
             rendered.append(number)
-            yield tokenization.Chunk(1, texts=[str(number)])
+            yield tokenization.Chunk(1, texts=[[str(number)]])
 
     def encode(texts):
-        encoded.append(int(texts[0]))
+        encoded.append(int(texts[0][0]))
         return texts
 
     for number, (chunk, ids) in enumerate(prefetched(chunks(), lambda chunk: (chunk, encode(chunk.texts)))):
-        assert chunk.texts == ids == [str(number)]
+        assert chunk.texts == ids == [[str(number)]]
         assert max(encoded) <= number + 1 and len(rendered) <= number + 2
         time.sleep(0.01)  # time in which the thread would run ahead if it could
     assert encoded == rendered == list(range(6))
