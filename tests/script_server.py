@@ -23,7 +23,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CAN_FORK = sys.platform == "linux"
-SET_BY_IMPORTS = ("TORCHINDUCTOR_CACHE_DIR",)  # by torch itself, in whichever process imports its compiler
 READ_BY_IMPORTS = ("HF_", "TRANSFORMERS_", "TORCH", "OMP_", "MKL_", "CUDA_", "PYTHON", "MPL", "GRADIO_", "LD_")
 
 # What the server imports before it forks for a script. A script's other modules are imported by each child.
@@ -53,13 +52,14 @@ class ScriptServer:
 
     def __init__(self):
         self.process = None  # until the first script
+        self.env = dict(os.environ)  # what libraries add later, when this process uses them, is not for scripts
 
     def start(self, words, folder, env=None):
-        """Start a script in `folder`, with `env` added to this process's environment."""
+        """Start a script in `folder`, with `env` added to the server's environment."""
         words = [str(word) for word in words]
         if words[0].endswith(".py"):
             words[0] = str(ROOT / words[0])
-        env = {**os.environ, **{name: str(value) for name, value in (env or {}).items()}}
+        env = {**self.env, **{name: str(value) for name, value in (env or {}).items()}}
         output = Path(tempfile.mkdtemp(prefix="script-"))
         with open(output / "stdout", "w") as stdout, open(output / "stderr", "w") as stderr:
             if CAN_FORK and self.has_imported_under(env):
@@ -82,9 +82,10 @@ class ScriptServer:
         """Whether the server, which is started here, has the variables of `env` that imports depend on."""
         if self.process is None:
             command = [sys.executable, __file__]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            self.read_by_imports = read_by_imports(os.environ)
-        return read_by_imports(env) == self.read_by_imports
+            self.process = subprocess.Popen(
+                command, env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        return read_by_imports(env) == read_by_imports(self.env)
 
     def ask(self, **question):
         self.process.stdin.write(json.dumps(question) + "\n")
@@ -98,10 +99,7 @@ class ScriptServer:
 
 
 def read_by_imports(env):
-    """Those variables of `env` that a library may have read while it was imported."""
-    return {
-        name: value for name, value in env.items() if name.startswith(READ_BY_IMPORTS) and name not in SET_BY_IMPORTS
-    }
+    return {name: value for name, value in env.items() if name.startswith(READ_BY_IMPORTS)}
 
 
 class Script:

@@ -21,9 +21,11 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 
 QUESTION = "What should I know about bread?"
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><b>bold</b> & </textarea> if a < b:\n    c &lt; d"
-# Gradio's own messages: a page was closed during a request, or a reply was cancelled before the server gave it an id
+# Gradio's own messages: a page was closed during a request, its session was gone before its stream was opened, or a
+# reply was cancelled before the server gave it an id
 FROM_GRADIO = (
     r"^AbortError: (signal is|BodyStreamBuffer was) aborted|^Unexpected error Connection errored out|^Failed to fetch"
+    r"|^Unexpected error 404: Not Found"
     r"|^Failed to load resource: .* 422 .*/gradio_api/cancel$"
 )
 # A tab that is constantly hidden and shown again, and so busy that pieces of a reply arrive together
