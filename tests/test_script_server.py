@@ -73,8 +73,8 @@ def test_a_variable_that_imports_read_makes_a_new_process(script_server, tmp_pat
 
 
 def test_a_variable_that_a_library_sets_here_reaches_no_script(script_server, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # as torch's compiler does when it is imported
-    code = "import os\nprint(os.environ.get('TORCHINDUCTOR_CACHE_DIR'))"
+    monkeypatch.setenv("TORCH_FLOUR", str(tmp_path))  # as torch, when its compiler is imported
+    code = "import os\nprint(os.environ.get('TORCH_FLOUR'))"
     script = script_server.start(["-c", code], tmp_path)
     assert isinstance(script.process, Forked)
     assert script.wait().stdout == "None\n"
