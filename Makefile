@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo check test lint clean
+.PHONY: demo check test real-model test-real lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python train_rm.py --demo
@@ -15,6 +15,13 @@ check: lint
 # Everything. A file stays in one process, which makes its trainings once; tests/conftest.py has the slowest go first.
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
+
+# A small pretrained model (95 MB to download), and the tests that want it.
+real-model: $(VENV)/.installed
+	$(BIN)/python bench/real_model.py real-model
+
+test-real: real-model $(VENV)/.installed-dev
+	SMOLLM2_DIR=real-model $(BIN)/python -m pytest -m real tests
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -21,6 +21,8 @@ from modeling import attention, generation, pretrained, speedups
 from modeling.pretrained import LoraSettings, load_tokenizer
 from utils import CheckpointError, UserError
 
+HEAD_SCALE = 1.0  # of a new head, relative to Stiennon et al.'s
+
 
 class PretrainedModel(nn.Module):
     """What both models share: one of transformers' models with its tokenizer, and how it is run, saved and identified.
@@ -198,8 +200,9 @@ class RewardModel(PretrainedModel):
         if "score.weight" in missing:
             weight = classifier.score.weight  # (1, D)
             generator = torch.Generator().manual_seed(seed)
+            deviation = HEAD_SCALE / math.sqrt(weight.shape[1] + 1)
             with torch.no_grad():
-                weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1] + 1))
+                weight.copy_(torch.randn(weight.shape, generator=generator) * deviation)
         return cls(classifier, tokenizer, pretrained.add_lora(classifier, lora, "SEQ_CLS", seed) if lora else None)
 
     @classmethod

@@ -131,7 +131,7 @@ def real_data():
 
 @pytest.fixture(scope="session")
 def real_model_folder():
-    return folder_from("SMOLLM2_DIR", "no pretrained model here")
+    return folder_from("SMOLLM2_DIR", "no pretrained model here (make real-model writes one)")
 
 
 @pytest.fixture(scope="session")
@@ -226,6 +226,7 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "survives(fault): the row of the fault table in docs/checkpoints.md that a test stands for"
     )
+    config.addinivalue_line("markers", "real: wants the pretrained model of SMOLLM2_DIR")
     config.addinivalue_line("markers", "slow: starts a script, or is in one of conftest.py's SLOW_FILES")
 
 
@@ -235,6 +236,6 @@ def pytest_collection_modifyitems(items):
     assert all(path.is_file() for path in order), "a file of SLOW_FILES has another name now"
     for item in items:
         is_slow_file = item.path in order and item.path.name not in HAS_QUICK_TESTS
-        if is_slow_file or "script_server" in item.fixturenames:
+        if is_slow_file or {"script_server", "real_model_folder"} & set(item.fixturenames):
             item.add_marker("slow")
     items.sort(key=lambda item: order.get(item.path, len(order)))

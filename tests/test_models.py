@@ -11,7 +11,7 @@ import data
 import models
 import train_rm
 from data_pipeline import packing, tokenization
-from modeling import attention, pretrained, speedups
+from modeling import attention, speedups
 from tests.conftest import micro_batches_of
 from utils import CheckpointError, UserError
 
@@ -439,10 +439,3 @@ def test_a_frozen_embedding_stays_as_it_is(base, tokenizer):
     speedups.use_sparse_embedding_gradients(model)
     assert not model.hf_model.get_input_embeddings().sparse
     speedups.densify_embedding_gradient(model)
-
-
-def test_a_pretrained_model_packs_and_keeps_the_fast_attention_in_bf16(real_model_folder):
-    """Its rounding in bf16 is large: a trial in bf16 would switch both off."""
-    model = models.RewardModel.create(real_model_folder, pretrained.load_tokenizer(real_model_folder), 0)
-    model.autocast_dtype = torch.bfloat16
-    assert model.can_pack and model.use_attention("pieces") == "pieces" and model.autocast_dtype == torch.bfloat16
