@@ -51,6 +51,7 @@ class RewardTrainingConfig(TrainingConfig):
     """What training a reward model has beside the settings of every training; redefined ones keep their place."""
 
     unit: ClassVar[str] = "pairs"
+    lora_settings: ClassVar[dict[str, Any]] = {"lr": 2e-4}
     demo_settings: ClassVar[dict[str, Any]] = {
         "batch_size": 32, "grad_accum": 1, "epochs": 7, "lr": 1e-3, "lr_schedule": "cosine", "warmup_steps": 20,
         "gradient_checkpointing": False, "eval_steps": 50, "eval_num_batches": 0,
@@ -59,6 +60,7 @@ class RewardTrainingConfig(TrainingConfig):
     # fmt: off
     batch_size: int = flag(32, "most pairs in a micro-batch", minimum=1, below=10**6, group="optimization", on_resume="exact")
     grad_accum: int = flag(4, "an optimizer step takes batch_size x grad_accum pairs", minimum=1, below=10**6, group="optimization", on_resume="exact")
+    lr: float = flag(1e-5, "learning rate of AdamW; with --lora 2e-4, if not given", above=0, group="optimization")
     center_rewards: float = flag(0.0, "weight of the mean of (r_chosen + r_rejected)^2, which keeps rewards around zero (arXiv 2312.09244)", minimum=0, below=1000, group="optimization")
     lora: bool = flag(False, "train low-rank adapters and the head instead of every parameter", group="LoRA", on_resume="fixed")
     eval_num_batches: int = flag(32, "evaluation size in batches, the same pairs every time; 0 = the whole test split", minimum=0, below=10**12, group="evaluation and output")
@@ -167,6 +169,23 @@ class Evaluation:
     def interval(self) -> tuple[float, float]:
         """The accuracy's 95 % confidence interval."""
         return utils.wilson_interval(self.correct, self.pairs)
+
+    def warning(self, lr: float) -> str:
+        """What to try if the model has learned nothing, or is surer than it is right; "" if neither is seen."""
+        lowest, _ = self.interval
+        if lowest <= 0.5:
+            return (
+                f"no better than guessing so far: the accuracy's 95 % interval reaches down to {lowest:.1%}.\n"
+                f"  Try more pairs or --epochs, or another --lr than {lr:g} (with --lora ten to twenty times as much "
+                "as without)"
+            )
+        loss = float(bradley_terry_loss(*self.rewards.unbind(dim=1), torch.zeros(())).mean())
+        if loss <= math.log(2):
+            return ""
+        return (
+            f"surer than it is right: its loss without margins is {loss:.3f}, and guessing has {math.log(2):.3f}.\n"
+            f"  Try a smaller --lr than {lr:g}, or fewer --epochs"
+        )
 
     def line(self) -> str:
         low, high = self.interval
@@ -355,6 +374,8 @@ def summary(run: runs.Run, evaluation: Evaluation | None) -> str:
         width = max(map(len, evaluation.by_kind), default=0)
         for kind, (correct, pairs) in sorted(evaluation.by_kind.items())[:MAX_KINDS_SHOWN]:
             lines.append(f"  {kind:<{width}}  {correct / pairs:6.1%} of {pairs}")
+        if warning := evaluation.warning(run.config.lr):
+            lines.append(warning)
     saved = step_folder(run.folder, run.step)
     lines += [f"checkpoint: {saved}", "next:"]
     lines += [f"  tensorboard --logdir {run.config.log_dir}", f"  python chat.py --model {saved}"]

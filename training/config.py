@@ -32,7 +32,8 @@ class TrainingConfig:
 
     unit: ClassVar[str] = "examples"  # what is counted
     eval_metric: ClassVar[str] = "accuracy"  # what evaluations measure; higher is better
-    demo_settings: ClassVar[dict[str, Any]] = {}  # what --demo sets where the user did not
+    lora_settings: ClassVar[dict[str, Any]] = {}  # what --lora sets where the user did not
+    demo_settings: ClassVar[dict[str, Any]] = {}  # and --demo, which goes before
 
     # fmt: off
     model: str = flag("Qwen/Qwen3-0.6B", "base model: hub id or local folder", group="model and data", on_resume="fixed")
@@ -123,7 +124,8 @@ Config = TypeVar("Config", bound=TrainingConfig)
 def read_config(config_class: type[Config], argv: list[str], description: str) -> tuple[Config, Path | None]:
     """The run's settings and, for a resumed run, the checkpoint to go on from.
 
-    Layers, later ones win: defaults, the checkpoint's `train_config.json`, `--demo`'s settings, `--config`, flags.
+    Layers, later ones win: defaults, `--lora`'s settings, the checkpoint's `train_config.json`, `--demo`'s settings,
+    `--config`, flags.
     """
     given, problems = flags.read_flags(config_class, argv, description)
     config = flags.build_config(config_class, given, problems)
@@ -145,6 +147,7 @@ def read_config(config_class: type[Config], argv: list[str], description: str) -
         stored |= {"output_dir": str(root), "run_name": folder.parent.name, "log_dir": log_dir}
         check_changed_settings(config_class, stored, given, config.allow_data_change)
         return flags.build_config(config_class, {**stored, **given}, []), folder
+    settings = dict(config.lora_settings) if config.lora else {}
     if config.demo:
         from data_pipeline import demo
 
@@ -157,9 +160,8 @@ def read_config(config_class: type[Config], argv: list[str], description: str) -
                 safe="nothing in it was touched",
                 next="run --demo in another folder, or delete that one",
             ) from error
-        given = {**config.demo_settings, "model": str(model), "dataset": str(dataset), **given}
-        config = flags.build_config(config_class, given, [])
-    return config, None
+        settings |= {**config.demo_settings, "model": str(model), "dataset": str(dataset)}
+    return flags.build_config(config_class, {**settings, **given}, []), None
 
 
 def check_run_name(folder: Path, given: dict[str, Any]) -> None:

@@ -180,7 +180,8 @@ def describe(config: TrainingConfig, model: Any, sampler: StepSampler, world: Wo
         print(f"  one sequence per row, because {why_not}: slower")
     if not world.is_alone:
         print(f"processes: {world.size}, {'FSDP2' if world.is_sharded else 'DDP'}")
-    print(f"plan: {sampler.total_steps:,} steps of {config.examples_per_step} {config.unit}", flush=True)
+    steps = f"{sampler.total_steps:,} steps of {config.examples_per_step} {config.unit}"
+    print(f"plan: {steps}, learning rate {config.lr:g}", flush=True)
 
 
 # -- The run's folder --------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from common import file_locks
 from data_pipeline import packing
 from tests.conftest import ROOT
 from training import distributed, setup
+from training.config import read_config
 
 TINY = ["--no_report", "--eval_num_batches", "1", "--save_steps", "0", "--eval_steps", "0", "--lr", "1e-3"]
 
@@ -793,3 +794,37 @@ def test_a_step_of_the_full_06b_shape_fits_in_24_gb(run_script, real_tokenizer_f
         tmp_path / "base", real_data, tmp_path, "run", [switch, "--batch_size", "8", "--grad_accum", "1"]
     )
     assert found["train/peak_memory_gib"] < 24
+
+
+@pytest.mark.parametrize(
+    "words, lr",
+    [
+        ([], 1e-5),
+        (["--lora"], 2e-4),
+        (["--lora", "--lr", "3e-5"], 3e-5),
+        (["--config", "lora.json"], 2e-4),
+        (["--config", "lora.json", "--no_lora"], 1e-5),
+        (["--demo", "--lora"], 1e-3),
+    ],
+)
+def test_lora_has_a_learning_rate_of_its_own_unless_one_is_given(words, lr, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lora.json").write_text('{"lora": true}')
+    config, _ = read_config(train_rm.RewardTrainingConfig, words, "A test.")
+    assert config.lr == lr
+
+
+def evaluation_of(rewards):
+    rewards = torch.tensor(rewards)  # (N, 2)
+    correct = int((rewards[:, 0] > rewards[:, 1]).sum())
+    return train_rm.Evaluation({}, correct, len(rewards), rewards, {})
+
+
+def test_a_run_that_learned_nothing_or_is_too_sure_says_what_to_try():
+    right, wrong = [1.0, 0.0], [0.0, 1.0]
+    assert evaluation_of([right] * 70 + [wrong] * 30).warning(1e-5) == ""
+    for count in (20, 55):
+        warning = evaluation_of([right] * count + [wrong] * (100 - count)).warning(1e-5)
+        assert warning.startswith("no better than guessing") and "--lr than 1e-05" in warning
+    too_sure = evaluation_of([right] * 70 + [[0.0, 9.0]] * 30).warning(1e-3)
+    assert too_sure.startswith("surer than it is right: its loss without margins is 2.9") and "--epochs" in too_sure
