@@ -68,9 +68,9 @@ class Scorer:
         if model.device.type == "cpu":
             model.to(devices.pick_device())
         devices.keep_heap(model.device)
+        model.use_attention()
         if model.peft_model is not None and model.autocast_dtype:
             speedups.cast_frozen_weights(model, model.autocast_dtype)
-        model.use_attention()
 
     def rewards(
         self, groups: Sequence[TokenizedGroup | str], check_stop: Callable[[], None] = lambda: None
