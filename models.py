@@ -109,7 +109,8 @@ class PretrainedModel(nn.Module):
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
+        # no cache of cast weights: a forward pass uses each once, and would hold them all until its end
+        return torch.autocast(self.device.type, self.autocast_dtype, cache_enabled=False)
 
     def packed_hidden(
         self, input_ids: Tensor, position_ids: Tensor, example_index: Tensor, completion_index: Tensor

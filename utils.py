@@ -216,7 +216,10 @@ def disk_full_cause(error: BaseException | None) -> OSError | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: CUDA has a class for it, MPS and the CPU only a message."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
+    words = (
+        "out of memory", "can't allocate memory", "not enough memory",
+        "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDNN_STATUS_NOT_INITIALIZED",
+    )  # fmt: skip
     is_named_so = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return is_named_so or any(word in str(error) for word in words)
 

@@ -194,7 +194,11 @@ class _Batch:
     """Moves all tensors of one of the two dataclasses below at once."""
 
     def to(self, device: torch.device) -> Self:
-        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        """On a device. The copy may still be going on only on CUDA: MPS would read memory that was freed meanwhile.
+
+        https://github.com/pytorch/pytorch/issues/189690
+        """
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def pinned(self) -> Self:
         """In page-locked memory, from which a copy to a CUDA device can overlap with computing."""

@@ -103,10 +103,21 @@ def use_sparse_embedding_gradients(model: Any) -> None:
 
     A dense one of Qwen3's 151,936 rows would be filled with zeros and summed in every micro-batch, which has a few
     thousand tokens. DDP and FSDP sum dense gradients only; where `lm_head` is the embedding, its gradient is dense.
+    On a CPU only: on CUDA a sparse one waits for the device in every backward pass, and filling a dense one is cheap.
+    A step of very many tokens gets a dense one as soon as that takes less memory.
     """
     embeddings = model.hf_model.get_input_embeddings()
+    if model.device.type != "cpu":
+        return
     if type(embeddings) is nn.Embedding and embeddings.weight.requires_grad and embeddings.max_norm is None:
         embeddings.sparse = True
+        embeddings.weight.register_post_accumulate_grad_hook(_bound_sparse_gradient)
+
+
+def _bound_sparse_gradient(weight: nn.Parameter) -> None:
+    # a sparse gradient has a row for each token of the step's micro-batches so far, repeated ones included
+    if weight.grad.is_sparse and weight.grad._nnz() > len(weight) // 2:
+        weight.grad = weight.grad.coalesce().to_dense()
 
 
 @torch.no_grad()

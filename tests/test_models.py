@@ -434,6 +434,30 @@ def test_a_sparse_embedding_gradient_ends_as_the_dense_one(base, tokenizer):
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
 
 
+def test_a_sparse_embedding_gradient_of_many_tokens_becomes_dense_on_the_way(base, tokenizer):
+    """It has a row for each token, repeated ones too, and a step may have far more tokens than the vocabulary."""
+    model = models.RewardModel.create(base, tokenizer, seed=0).train()
+    speedups.use_sparse_embedding_gradients(model)
+    weight = model.hf_model.get_input_embeddings().weight
+    rows = torch.randint(5, 60, (3, 1, len(weight) // 2), generator=torch.Generator().manual_seed(0))
+    for ids, is_sparse in zip(rows, (True, False, False), strict=True):
+        model.score_rows(ids, torch.ones_like(ids)).sum().backward()
+        assert weight.grad.is_sparse == is_sparse
+    bounded = weight.grad
+    weight.grad = None
+    model.hf_model.get_input_embeddings().sparse = False
+    for ids in rows:
+        model.score_rows(ids, torch.ones_like(ids)).sum().backward()
+    torch.testing.assert_close(bounded, weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_only_a_cpu_has_sparse_embedding_gradients(base, tokenizer, monkeypatch):
+    model = models.RewardModel.create(base, tokenizer, seed=0)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    speedups.use_sparse_embedding_gradients(model)
+    assert not model.hf_model.get_input_embeddings().sparse
+
+
 def test_a_frozen_embedding_stays_as_it_is(base, tokenizer):
     model = models.RewardModel.create(base, tokenizer, 0, models.LoraSettings())
     speedups.use_sparse_embedding_gradients(model)

@@ -454,3 +454,17 @@ except SystemExit as end:
 """)
     assert "--batch_size" in result.stdout and result.stderr == ""
     assert result.stdout.splitlines()[-1] == "end 0 []"
+
+
+@pytest.mark.parametrize(
+    "error, ran_out",
+    [
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("No valid triton configs. OutOfMemoryError: out of resource: triton_flex_attention"), False),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+    ],
+)
+def test_errors_that_mean_that_memory_ran_out(error, ran_out):
+    assert utils.is_out_of_memory(error) == ran_out

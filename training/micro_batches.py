@@ -82,8 +82,8 @@ class MicroBatcher:
                 return plans, compute(plans, self.batches(dataset, assigned))
             except RuntimeError as error:
                 self.halve_budget(plans, error)
-            devices.free(self.model.device)  # not in the `except`, where the traceback still holds activations
-            before_retry()
+            before_retry()  # not in the `except`, where the traceback still holds activations
+            devices.free(self.model.device)
 
     def halve_budget(self, plans: list[MicroBatchPlan], error: RuntimeError) -> None:
         """After running out of memory over one of `plans`; any other error is raised again."""

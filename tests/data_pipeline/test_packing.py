@@ -277,3 +277,13 @@ def test_pinned_batches_keep_everything(tmp_path):
     pinned = batch.pinned()
     assert pinned.input_ids.is_pinned() and torch.equal(pinned.input_ids, batch.input_ids)
     assert pinned.indices is batch.indices
+
+
+@pytest.mark.parametrize("kind, may_overlap", [("cuda", True), ("mps", False), ("cpu", False)])
+def test_only_a_copy_to_cuda_goes_on_while_its_source_may_be_freed(kind, may_overlap, tmp_path, monkeypatch):
+    pairs = dataset_of(tmp_path / "made", random_pairs(3))
+    (batch,) = micro_batches_of(pairs, np.arange(3), 10_000, 32, 0, 3840.0)
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: asked.append(non_blocking) or tensor)
+    batch.to(torch.device(kind))
+    assert asked and set(asked) == {may_overlap}
