@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -49,7 +50,7 @@ def train(recipe: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
     """One run's figures, from its report; trained now unless it is there."""
     name, head, words = parse(recipe)
     work = options.work.resolve()
-    run = f"{name.replace(' ', '-')}-seed{seed}"
+    run = f"{re.sub(r'[^\w.-]+', '-', name)}-seed{seed}"
     figures = work / f"{run}.json"
     if figures.is_file():
         return json.loads(figures.read_text())

@@ -124,16 +124,16 @@ def test_peak_memory_is_this_processs_own_and_not_its_parents():
 
 
 def test_recipes_are_compared_and_finished_runs_are_not_made_again(script_server, base, small_dataset, tmp_path):
-    words = ["bench/recipes.py", "--model", base, "--recipes", "full", "flat: --lr 1e-9 head=0", "--seeds", 3,
+    words = ["bench/recipes.py", "--model", base, "--recipes", "full", "flat/0: --lr 1e-9 head=0", "--seeds", 3,
              "--max_steps", 1, "--work", tmp_path / "work"]  # fmt: skip
     for _ in range(2):
         done = script_server.run(words, tmp_path, {"HH_RLHF_DIR": small_dataset})
         assert done.returncode == 0, done.stdout + done.stderr
-        full, flat = re.findall(r"^\| (\w+) \| 1 \| ([\d.]+)% \| [\d.]+% \| ([\d.]+) \|", done.stdout, re.MULTILINE)[
+        full, flat = re.findall(r"^\| ([\w/]+) \| 1 \| ([\d.]+)% \| [\d.]+% \| ([\d.]+) \|", done.stdout, re.MULTILINE)[
             -2:
         ]
     assert full[0] == "full" and float(full[2]) != 0.693
-    assert flat[0] == "flat" and flat[2] == "0.693", "a head of zeros, hardly trained, gives ln 2"
+    assert flat[0] == "flat/0" and flat[2] == "0.693", "a head of zeros, hardly trained, gives ln 2"
     assert "defaults" not in done.stdout, "it was trained again"
 
 
