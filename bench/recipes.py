@@ -50,7 +50,7 @@ def train(recipe: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
     """One run's figures, from its report; trained now unless it is there."""
     name, head, words = parse(recipe)
     work = options.work.resolve()
-    run = f"{re.sub(r'[^\w.-]+', '-', name)}-seed{seed}"
+    run = re.sub(r"[^\w.-]+", "-", name) + f"-seed{seed}"
     figures = work / f"{run}.json"
     if figures.is_file():
         return json.loads(figures.read_text())
