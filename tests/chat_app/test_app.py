@@ -26,7 +26,7 @@ HOSTILE = "<img src=x onerror=\"document.title='owned'\"><b>bold</b> & </textare
 FROM_GRADIO = (
     r"^AbortError: (signal is|BodyStreamBuffer was) aborted|^Unexpected error Connection errored out|^Failed to fetch"
     r"|^Unexpected error 404: Not Found"
-    r"|^Failed to load resource: .* 422 .*/gradio_api/cancel$"
+    r"|^Failed to load resource: .* 422 .*/gradio_api/(cancel|reset)$"
 )
 # A tab that is constantly hidden and shown again, and so busy that pieces of a reply arrive together
 HIDING = """
