@@ -120,8 +120,8 @@ def lora_checkpoint(base, tokenizer, tmp_path_factory):
 
 def folder_from(variable, missing):
     """The folder that an environment variable names; without it the test is skipped and says what is missing."""
-    folder = os.environ.get(variable)
-    return folder or pytest.skip(f"{variable} is not set: {missing}")
+    folder = os.environ.get(variable) or pytest.skip(f"{variable} is not set: {missing}")
+    return str(Path(folder).resolve())  # scripts run in other folders
 
 
 @pytest.fixture(scope="session")
