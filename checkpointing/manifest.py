@@ -136,11 +136,10 @@ def verify(folder: Path, is_resuming: bool = False) -> None:
     if (trouble := problem(folder)) is None:
         return
     earlier = [step for step in step_folders(folder.parent) if (step_of(step) or 0) < (step_of(folder) or 0)]
-    advice = {"safe": "no earlier step of this run is complete"}
+    safe, advice = "no earlier step of this run is complete", "restore the files from a copy, or start a new run"
     if sound := _newest_sound(earlier):
-        next_step = resume_command(sound) if is_resuming else f"use {sound} instead"
-        advice = {"safe": f"{sound.name} is complete", "next": next_step}
-    raise CheckpointError("the checkpoint is damaged", where=trouble[0], found=trouble[1], **advice)
+        safe, advice = f"{sound.name} is complete", resume_command(sound) if is_resuming else f"use {sound} instead"
+    raise CheckpointError("the checkpoint is damaged", where=trouble[0], found=trouble[1], safe=safe, next=advice)
 
 
 def _newest_sound(steps: list[Path]) -> Path | None:
