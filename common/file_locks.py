@@ -18,7 +18,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-PROBE_SECONDS = 0.06  # `is_locked` may hold a lock this long: wait before concluding that another process has it
+PROBE_SECONDS = 0.06  # how long `is_locked` tries where asking needs an exclusive lock (Windows)
+PATIENCE_SECONDS = 1.0  # asking holds a lock for an instant, on a busy machine for longer: outlast it
 
 
 class RunLock:
@@ -30,7 +31,7 @@ class RunLock:
         self,
         run_folder: Path,
         holder: str = "process",
-        patience_seconds: float = PROBE_SECONDS,
+        patience_seconds: float = PATIENCE_SECONDS,
         busy: str = "this run is being trained right now",
         next: str = "wait until it ends, or use another --run_name",
     ):
