@@ -18,8 +18,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-PROBE_SECONDS = 0.06  # how long `is_locked` tries where asking needs an exclusive lock (Windows)
-PATIENCE_SECONDS = 1.0  # asking holds a lock for an instant, on a busy machine for longer: outlast it
+PROBE_SECONDS = 0.06  # `is_locked` may hold a lock this long: wait before concluding that another process has it
 
 
 class RunLock:
@@ -31,14 +30,12 @@ class RunLock:
         self,
         run_folder: Path,
         holder: str = "process",
-        patience_seconds: float = PATIENCE_SECONDS,
+        patience_seconds: float = PROBE_SECONDS,
         busy: str = "this run is being trained right now",
         next: str = "wait until it ends, or use another --run_name",
     ):
         """Raise UserError (`busy`, with host and process) if another process still holds the lock after
-        `patience_seconds`, or if the lock is not an ordinary file.
-
-        On a file system without locks, print a warning and go on without one.
+        `patience_seconds`, or if the lock is not an ordinary file. On a file system without locks, print a warning.
         """
         path = run_folder / self.FILE
         if _is_special(path):  # it is opened for writing, which would follow a link and wait for a pipe
@@ -80,21 +77,26 @@ def is_locked(path: Path) -> bool:
         return False
     with file:
         try:
-            if fcntl is None:
-                return not _lock_within(PROBE_SECONDS, file)
-            # A shared lock, which filelock lacks: two processes that ask at once don't see each other's, and NFS
-            # grants it on a file opened for reading.
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+            return not _lock_within(PROBE_SECONDS, file) if fcntl is None else _is_held(file)
+        except PermissionError:
             return True
         except OSError:
             return False  # this file system has no locks
-        return False  # closing the file releases it
 
 
 def _is_special(path: Path) -> bool:
     """Whether something other than an ordinary file is there: a link, a pipe, a folder."""
     return path.is_symlink() or (path.exists() and not path.is_file())
+
+
+def _is_held(file: typing.IO[Any]) -> bool:
+    """Whether another process holds an open file's lock, and does not just ask as we do, with a shared lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(file, fcntl.LOCK_UN)
+    return False
 
 
 def _lock_within(seconds: float, file: typing.IO[Any]) -> bool:
@@ -103,7 +105,7 @@ def _lock_within(seconds: float, file: typing.IO[Any]) -> bool:
 
     give_up = time.monotonic() + seconds
     while not filelock.lock_descriptor(file.fileno(), blocking=False):
-        if time.monotonic() > give_up:
+        if time.monotonic() > give_up and (fcntl is None or _is_held(file)):
             return False
         time.sleep(0.02)
     return True

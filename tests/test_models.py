@@ -431,7 +431,7 @@ def test_a_sparse_embedding_gradient_ends_as_the_dense_one(base, tokenizer):
         speedups.densify_embedding_gradient(model)
         gradients.append(weight.grad)
     assert not gradients[1].is_sparse and gradients[0].abs().max() > 0
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)  # the largest is 16
 
 
 def test_a_sparse_embedding_gradient_of_many_tokens_becomes_dense_on_the_way(base, tokenizer):

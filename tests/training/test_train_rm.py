@@ -129,8 +129,10 @@ def test_the_cutting_of_a_step_does_not_change_it(base, tokenizer, pairs, cuts, 
     whole_losses, whole = step_with(base, tokenizer, pairs, range(8), [], OPTIMIZERS[optimizer])
     losses, cut = step_with(base, tokenizer, pairs, range(8), cuts, OPTIMIZERS[optimizer])
     torch.testing.assert_close(losses, whole_losses, rtol=0, atol=1e-6)
+    # Adam divides by the size of the gradient, so of one that is almost 0 the rounding shows: 1.2e-6 on some processors
+    atol = 2e-6 if optimizer == "adamw" else 1e-6
     for name, weights in whole.items():
-        torch.testing.assert_close(cut[name], weights, rtol=0, atol=1e-6, msg=name)
+        torch.testing.assert_close(cut[name], weights, rtol=0, atol=atol, msg=name)
     untouched = models.RewardModel.create(base, tokenizer, seed=0).hf_model.state_dict()
     moved = max((whole[name] - weights).abs().max().item() for name, weights in untouched.items())
     assert moved > (5e-6 if optimizer == "adamw" else 5e-3), "the step changed next to nothing"
