@@ -78,8 +78,6 @@ def is_locked(path: Path) -> bool:
     with file:
         try:
             return not _lock_within(PROBE_SECONDS, file) if fcntl is None else _is_held(file)
-        except PermissionError:
-            return True
         except OSError:
             return False  # this file system has no locks
 
@@ -90,10 +88,10 @@ def _is_special(path: Path) -> bool:
 
 
 def _is_held(file: typing.IO[Any]) -> bool:
-    """Whether another process holds an open file's lock, and does not just ask as we do, with a shared lock."""
+    """Whether another process holds an open file's lock. All who ask may hold a shared one at once, on NFS too."""
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         return True
     fcntl.flock(file, fcntl.LOCK_UN)
     return False
