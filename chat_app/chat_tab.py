@@ -186,9 +186,10 @@ class ChatTab:
     def open(self, _: Any, opened: list[Any] | None, request: gr.Request) -> list[Any]:
         """Show a saved conversation: `opened` is (titles and ids of all conversations, the one to show or None)."""
         self.waiting.discard(request.session_hash)
-        titles, kept = opened or ([], None)
-        chat = conversation.checked(kept)  # without one, a system prompt typed while the page loaded stays as it is
-        return [*self.show_all(chat), chat["system_prompt"] if kept else gr.skip(), self.list_saved(titles, chat["id"])]
+        titles, found = opened or ([], None)
+        chat = conversation.checked(found)
+        system_prompt = chat["system_prompt"] if chat["messages"] else gr.skip()  # without a chat, what was typed stays
+        return [*self.show_all(chat), system_prompt, self.list_saved(titles, chat["id"])]
 
     def list_saved(self, titles: list[tuple[str, str]] | None, saved_id: str) -> gr.Radio:
         """The list of saved conversations; the one shown, whose id is `saved_id`, is selected if it is saved."""

@@ -86,7 +86,8 @@ class Run:
         if self.step < self.sampler.total_steps or is_at_its_end:
             return False
         self.correct_record()
-        more = "a larger --max_steps, or 0 for no limit" if self.config.max_steps else "more --epochs"
+        is_limited = self.config.max_steps == self.sampler.total_steps
+        more = "a larger --max_steps, or 0 for no limit" if is_limited else "more --epochs"
         print(f"nothing to do: step {self.step} of {self.sampler.total_steps} is done; to train further: {more}")
         return True
 

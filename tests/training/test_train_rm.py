@@ -308,6 +308,8 @@ def test_a_crash_saves_the_last_completed_step_and_names_the_cause(base, small_d
 def test_a_finished_run_says_so_and_goes_on_with_more_epochs(run_script, run_one):
     again = run_script("train_rm.py", "--resume_from", run_one)
     assert again.returncode == 0 and "nothing to do: step 1 of 1 is done" in again.stdout
+    again = run_script("train_rm.py", "--resume_from", run_one, "--max_steps", 400)
+    assert again.returncode == 0 and "to train further: more --epochs" in again.stdout  # no larger number would help
     more = run_script("train_rm.py", "--resume_from", run_one, "--epochs", 3, "--lr", "2e-3")
     assert more.returncode == 0, more.stderr
     assert re.search(r"setting +stored +requested +used\n", more.stdout)
