@@ -17,7 +17,8 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from modeling import attention, generation, pretrained, speedups
+from data_pipeline import packing
+from modeling import attention, flex, generation, pretrained, speedups
 from modeling.pretrained import LoraSettings, load_tokenizer
 from utils import CheckpointError, UserError
 
@@ -113,11 +114,19 @@ class PretrainedModel(nn.Module):
         return torch.autocast(self.device.type, self.autocast_dtype, cache_enabled=False)
 
     def packed_hidden(
-        self, input_ids: Tensor, position_ids: Tensor, example_index: Tensor, completion_index: Tensor
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        example_index: Tensor,
+        completion_index: Tensor,
+        block_counts: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states (B, T, D) of packed rows. Arguments are (B, T); see `attention.packed_attention_mask`."""
+        """Last hidden states (B, T, D) of packed rows. Arguments are (B, T); see `attention.packed_attention_mask`.
+
+        `block_counts` are what `prepared` made; without them, flex counts again, and waits for the device.
+        """
         with self.autocast():
-            packed = attention.PackedMask(example_index, completion_index, self.attention)
+            packed = attention.PackedMask(example_index, completion_index, self.attention, block_counts)
             mask = packed.dense if self.attention == "sdpa" else packed.placeholder()
             return self.backbone(
                 input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
@@ -127,11 +136,15 @@ class PretrainedModel(nn.Module):
         """Why packed rows do not give the same numbers as separate ones; "" if they do."""
         return speedups.try_packing(self, backward)
 
-    def use_attention(self, choice: str = "auto") -> str:
+    def prepared(self, batch: Any) -> Any:
+        """A micro-batch, on the CPU still, with what the attention in use needs besides: made ahead of its turn."""
+        return flex.prepared(batch) if self.attention == "flex" and isinstance(batch, packing.PackedBatch) else batch
+
+    def use_attention(self, choice: str = "auto", backward: bool = True) -> str:
         """Choose how packed rows attend on the model's present device: an implementation, or "auto" for the fastest.
 
-        It is tried on two tiny sequences, forward and backward, before it is relied on; if that fails, a line says why
-        and sdpa is used. Saved files do not depend on it. Returns what is used.
+        It is tried before it is relied on, with `backward` its gradients too; if that fails, a line says why and sdpa
+        is used. Saved files do not depend on it. Returns what is used.
         """
         implementation = attention.best_implementation(self.device) if choice == "auto" else choice
         self.attention = "sdpa"
@@ -139,13 +152,29 @@ class PretrainedModel(nn.Module):
             return self.attention
         if not attention.install(self.hf_model):
             why_not = "the architecture computes attention in its own way"
+        elif implementation == "flex":
+            # flex itself at the shapes of training, and by itself whether the model calls our function as it should
+            self.attention = "dense"
+            why_not = self.try_flex(backward) or self.try_packing(backward)
         else:
             self.attention = implementation
-            why_not = self.try_packing(backward=True)
+            why_not = self.try_packing(backward)
+        self.attention = "sdpa" if why_not else implementation
         if why_not:
-            self.attention = "sdpa"
             print(f"attention: sdpa instead of {implementation}: {why_not}", flush=True)
         return self.attention
+
+    def try_flex(self, backward: bool) -> str:
+        """Why FlexAttention cannot be used for heads like this model's on its device; "" if it can."""
+        config = self.text_config
+        heads = config.num_attention_heads
+        key_heads = getattr(config, "num_key_value_heads", None) or heads
+        dtype = self.autocast_dtype or torch.float32
+        return attention.try_flex(heads, key_heads, self.head_size(), self.device, dtype, backward)
+
+    def head_size(self) -> int:
+        config = self.text_config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     def packs_up_to(self, max_length: int) -> bool:
         """Whether sequences of up to `max_length` tokens may be packed: a sliding window must not be narrower."""
@@ -157,13 +186,15 @@ class PretrainedModel(nn.Module):
     def attention_crossover_length(self) -> float:
         """The row length at which attention costs as much arithmetic as everything else in a layer.
 
-        Per token and layer: 2 · weights for the matrices, 4 · length · heads · head size for scores and mixing.
+        Infinite with attention that skips what the other examples of a row would cost. Per token and layer:
+        2 · weights for the matrices, 4 · length · heads · head size for scores and mixing.
         """
+        if self.attention != "sdpa":
+            return math.inf
         config = self.text_config
         embeddings = self.hf_model.get_input_embeddings().weight.numel()
         weights = (sum(p.numel() for p in self.backbone.parameters()) - embeddings) / config.num_hidden_layers
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return weights / (2 * config.num_attention_heads * head_size)
+        return weights / (2 * config.num_attention_heads * self.head_size())
 
     def most_positions(self) -> int | None:
         """The longest sequence, in tokens, that the architecture has positions for; None if it has no such limit."""
@@ -235,8 +266,8 @@ class RewardModel(PretrainedModel):
         return super().try_packing(backward) if self._has_score_head() else "its head reads more than the last token"
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        """`score_packed` of five tensors, `score_rows` of two: what DDP and FSDP hook into."""
-        rewards = self.score_packed(*tensors) if len(tensors) == 5 else self.score_rows(*tensors)
+        """`score_packed` of five or six tensors, `score_rows` of two: what DDP and FSDP hook into."""
+        rewards = self.score_rows(*tensors) if len(tensors) == 2 else self.score_packed(*tensors)
         return rewards.clone()  # a view would lose FSDP's hook
 
     def score_packed(
@@ -246,17 +277,19 @@ class RewardModel(PretrainedModel):
         example_index: Tensor,
         completion_index: Tensor,
         positions: Tensor,
+        block_counts: Tensor | None = None,
     ) -> Tensor:
         """Rewards at given positions of rows that hold prompts with their completions.
 
         Args:
-            input_ids, position_ids, example_index, completion_index: (B, T); see `packed_hidden`.
+            input_ids, position_ids, example_index, completion_index, block_counts: see `packed_hidden`.
             positions: integers of any shape, each a position in the rows laid end to end (row · T + column).
 
         Returns:
             fp32 rewards of the shape of `positions`.
         """
-        return self._head(self.packed_hidden(input_ids, position_ids, example_index, completion_index), positions)
+        hidden = self.packed_hidden(input_ids, position_ids, example_index, completion_index, block_counts)
+        return self._head(hidden, positions)
 
     def score_rows(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """fp32 rewards (B,) of right-padded sequences, one per row, by the architecture's own forward."""

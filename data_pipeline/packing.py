@@ -9,6 +9,8 @@ Letters: B rows, T tokens per row, N examples, k completions per example.
 
 import bisect
 import dataclasses
+import heapq
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
@@ -75,7 +77,8 @@ def plan_step(
 
     Args:
         indices: (N,) examples of `dataset`.
-        tokens_per_batch, batch_size, crossover_length: as in `plan_packed_rows`. Without a crossover length each
+        tokens_per_batch, batch_size, crossover_length: as in `plan_packed_rows`. An infinite crossover length means
+            that a wide row costs no more than several narrow ones: each micro-batch is a single row. Without one each
             completion gets its own row, for models that cannot share prompts.
     """
     plans = []
@@ -86,13 +89,18 @@ def plan_step(
         packed = lengths.sum(axis=1)  # (n,)
         longest = longest_sequences(lengths)  # (n,)
         completions = lengths.shape[1] - 1
-        if is_packed:
+        is_single = is_packed and math.isinf(crossover_length)
+        if is_single:
+            micro_batches = plan_single_rows(packed, tokens_per_batch, batch_size)
+        elif is_packed:
             micro_batches = plan_packed_rows(packed, tokens_per_batch, batch_size, crossover_length)
         else:
             micro_batches = plan_separate_rows(longest, tokens_per_batch, batch_size, completions)
         for rows in micro_batches:
             order = [position for row in rows for position in row]
-            if is_packed:
+            if is_single:
+                height, width = 1, round_up(int(packed[order].sum()), WIDTH_STEP)
+            elif is_packed:
                 height, width = len(rows), packed_width([int(packed[row].sum()) for row in rows], tokens_per_batch)
             else:
                 height, width = completions * len(rows), int(longest[order].max())
@@ -154,6 +162,28 @@ def plan_packed_rows(
         taken = {position for row in rows for position in row}
         remaining = [example for example in remaining if example[1] not in taken]
     return micro_batches
+
+
+def plan_single_rows(lengths: np.ndarray, tokens_per_batch: int, batch_size: int) -> list[Rows]:
+    """The same with one row a micro-batch, all about equally wide, so that none is mostly padding.
+
+    The longest examples come first, each into the row with the fewest tokens so far (Graham 1969); with one row more
+    if that overfills any.
+    """
+    order = np.argsort(-lengths, kind="stable").tolist()
+    room = max(WIDTH_STEP, tokens_per_batch // WIDTH_STEP * WIDTH_STEP)
+    count = max(1, math.ceil(lengths.sum() / room), math.ceil(len(lengths) / batch_size))
+    while True:
+        rows: list[list[int]] = [[] for _ in range(count)]
+        fewest = [(0, number) for number in range(count)]  # a heap: (tokens, row)
+        for position in order:
+            tokens, number = fewest[0]
+            rows[number].append(position)
+            heapq.heapreplace(fewest, (tokens + int(lengths[position]), number))
+        is_within_room = all(len(rows[number]) == 1 or tokens <= room for tokens, number in fewest)
+        if is_within_room and max(map(len, rows)) <= batch_size:
+            return [[row] for row in sorted(rows, key=lambda row: -int(lengths[row].sum())) if row]
+        count += max(1, count // 16)
 
 
 def _fill_rows(remaining: list[tuple[int, int]], width: int, tokens_per_batch: int, batch_size: int) -> Rows:
@@ -224,10 +254,12 @@ class PackedBatch(_Batch):
     completion_index: Tensor  # (B, T), 0 in the prompt, 1 to k in the completions
     last_token_positions: Tensor  # (N, k), row · T + column of each completion's last token
     indices: np.ndarray  # (N,) which examples of the dataset
+    block_counts: Tensor | None = None  # (B, n, n), what FlexAttention needs besides; see `flex.count_visible`
 
     def inputs(self) -> tuple[Tensor, ...]:
         """The arguments of the reward model's forward."""
-        return self.input_ids, self.position_ids, self.example_index, self.completion_index, self.last_token_positions
+        needed = self.input_ids, self.position_ids, self.example_index, self.completion_index, self.last_token_positions
+        return needed if self.block_counts is None else (*needed, self.block_counts)
 
 
 @dataclass

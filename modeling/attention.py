@@ -9,26 +9,30 @@ Transformers passes a 4-D mask to the attention function unchanged, so ours find
 Letters: B rows, T tokens per row, H query heads, K key heads, G = H / K, D head size, M queries and L keys of a tile.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from utils import round_up
+from modeling import devices, flex
+from utils import first_line, round_up
 
 NAME = "packed_rows"  # under which transformers knows our attention function
 IMPLEMENTATIONS = ("sdpa", "pieces", "flex")
 TILE_QUERIES = 128  # fewer waste less on masked keys, more keep the matrix units busy
 KEY_BLOCK = 64  # stretches of keys begin and end at multiples of this
-MAX_KEPT_KEYS = 2048  # weights of tiles with more keys are not kept for the backward pass, but computed again
+FLEX_TRIAL_WIDTHS = (flex.MIN_WIDTH, 640)  # tokens, as in training
+FLEX_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2}  # relative to the norm; bf16 itself rounds by 0.4 %
+SMALLEST_EXPONENT = -50.0  # of a weight, which is 2e-22 then: below 1e-38 processors compute ten times slower
 
 
 def packed_attention_mask(example_index: Tensor, completion_index: Tensor) -> Tensor:
@@ -60,10 +64,10 @@ class Tile:
     queries: slice  # M columns
     keys: tuple[slice, ...]  # L columns: one stretch, or two with skipped completions between them
     mask: Tensor  # (M, L), 0 where the query sees the key, else -inf
+    _masks: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
-    @property
-    def is_kept(self) -> bool:
-        return self.mask.shape[1] <= MAX_KEPT_KEYS
+    def mask_in(self, dtype: torch.dtype) -> Tensor:
+        return self._masks.setdefault(dtype, self.mask.to(dtype))
 
 
 def make_tiles(example_index: Tensor, completion_index: Tensor) -> list[Tile]:
@@ -102,63 +106,84 @@ def make_tiles(example_index: Tensor, completion_index: Tensor) -> list[Tile]:
 class _TileAttention(torch.autograd.Function):
     """softmax(q k' · scaling) v over tiles, in the dtype of its arguments except scores and softmax, which are fp32.
 
-    The backward pass computes the weights of tiles with many keys again.
+    Forward is PyTorch's flash attention for CPUs, tile by tile. Its backward pass would take twice the time of this
+    one, which computes the weights again from the kept logarithms of their sums.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tiles: list[Tile], scaling: float) -> Tensor:
         rows, heads, width, _ = query.shape
+        key_heads = key.shape[1]
         result = query.new_zeros(rows, width, heads, value.shape[-1]).transpose(1, 2)  # (B, H, T, D)
-        kept: list[Tensor] = []
-        with torch.autocast("cpu", enabled=False):
-            scaled32, key32 = query.float() * scaling, key.float()
-            for tile in tiles:
-                weights = _weights(scaled32, key32, tile).to(value.dtype)  # (K, G·M, L)
-                if tile.is_kept:
-                    kept.append(weights)
-                mixed = torch.bmm(weights, _keys(value, tile))  # (K, G·M, D)
-                result[tile.row, :, tile.queries] = mixed.view(heads, -1, mixed.shape[-1])
-        ctx.save_for_backward(query, key, value, result, *kept)
+        log_sums = []  # of each tile, (K, G, M) in fp32
+        for tile in tiles:
+            keys, values = (_keys(tensor, tile)[:, None] for tensor in (key, value))  # (K, 1, L, D)
+            group = heads // key_heads
+            part, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                _queries(query, tile, key_heads), keys.expand(-1, group, -1, -1), values.expand(-1, group, -1, -1),
+                attn_mask=tile.mask_in(query.dtype)[None, None], scale=scaling,
+            )  # fmt: skip
+            _queries(result, tile, key_heads).copy_(part)
+            log_sums.append(log_sum)
+        ctx.save_for_backward(query, key, value, result, *log_sums)
         ctx.tiles, ctx.scaling = tiles, scaling
         return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, result, *kept = ctx.saved_tensors
-        heads, key_heads, still_kept = query.shape[1], key.shape[1], iter(kept)
+        query, key, value, result, *log_sums = ctx.saved_tensors
+        key_heads, dtype = key.shape[1], query.dtype
         grad_query = torch.zeros_like(query)
         # a key serves several tiles: its gradients are summed in fp32
         grad_key = torch.zeros_like(key, dtype=torch.float32)
         grad_value = torch.zeros_like(value, dtype=torch.float32)
-        with torch.autocast("cpu", enabled=False):
-            scaled32, key32 = query.float() * ctx.scaling, key.float()
-            mean = (grad.float() * result).sum(dim=-1, keepdim=True)  # (B, H, T, 1)
-            for tile in ctx.tiles:
-                weights = next(still_kept) if tile.is_kept else _weights(scaled32, key32, tile).to(value.dtype)
+        with torch.autocast("cpu", enabled=False), _fp32_products_of(dtype):
+            for tile, log_sum in zip(ctx.tiles, log_sums, strict=True):
+                queries, grads, results = (
+                    _queries(tensor, tile, key_heads).flatten(1, 2) for tensor in (query, grad, result)
+                )  # (K, G·M, D)
+                keys, values = _keys(key, tile), _keys(value, tile)  # (K, L, D)
+                grads32 = grads.float()
+                mean = (grads32 * results.float()).sum(dim=-1, keepdim=True)  # (K, G·M, 1)
+                # scaled afterwards: scaled queries would be more than bf16 holds
+                weights = torch.bmm(queries.float(), keys.float().transpose(1, 2)).mul_(ctx.scaling)  # (K, G·M, L)
+                weights.view(*log_sum.shape, -1).add_(tile.mask).sub_(log_sum[..., None])
+                weights.clamp_(min=SMALLEST_EXPONENT).exp_()
                 # d softmax = weights · (d weights - its weighted mean)
-                grad_weights = torch.bmm(_queries(grad, tile, key_heads), _keys(value, tile).transpose(1, 2))
-                grad_scores = grad_weights.float().sub_(_queries(mean, tile, key_heads)).mul_(weights).to(query.dtype)
-                of_query = torch.bmm(grad_scores, _keys(key, tile))  # (K, G·M, D)
-                grad_query[tile.row, :, tile.queries] = of_query.view(heads, -1, of_query.shape[-1])
-                of_key = torch.bmm(grad_scores.transpose(1, 2), _queries(query, tile, key_heads))  # (K, L, D)
-                of_value = torch.bmm(weights.transpose(1, 2), _queries(grad, tile, key_heads))
-                _add_to_keys(grad_key, tile, of_key)
-                _add_to_keys(grad_value, tile, of_value)
+                grad_scores = torch.bmm(grads32, values.float().transpose(1, 2)).sub_(mean).mul_(weights).to(dtype)
+                of_query = torch.bmm(grad_scores, keys)  # (K, G·M, D)
+                _queries(grad_query, tile, key_heads).copy_(of_query.view(*log_sum.shape, -1))
+                _add_to_keys(grad_key, tile, torch.bmm(grad_scores.transpose(1, 2), queries))  # (K, L, D)
+                _add_to_keys(grad_value, tile, torch.bmm(weights.to(dtype).transpose(1, 2), grads))
             grad_query.mul_(ctx.scaling)
             grad_key.mul_(ctx.scaling)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
 
 
+@contextlib.contextmanager
+def _fp32_products_of(dtype: torch.dtype) -> Iterator[None]:
+    """Compute fp32 matrix products of numbers that bf16 holds exactly with its fast instructions, losing nothing."""
+    if dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        yield
+        return
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
 def _queries(tensor: Tensor, tile: Tile, key_heads: int) -> Tensor:
-    """(B, H, T, D) -> (K, G·M, D): heads that share keys are adjacent."""
-    return tensor[tile.row, :, tile.queries].reshape(key_heads, -1, tensor.shape[-1])
+    """(B, H, T, D) -> (K, G, M, D), a view: heads that share keys are adjacent."""
+    return tensor[tile.row, :, tile.queries].unflatten(0, (key_heads, -1))
 
 
 def _keys(tensor: Tensor, tile: Tile) -> Tensor:
-    """(B, K, T, D) -> (K, L, D)"""
-    stretches = [tensor[tile.row, :, keys] for keys in tile.keys]
-    return stretches[0] if len(stretches) == 1 else torch.cat(stretches, dim=1)
+    """(B, K, T, D) -> (K, L, D), contiguous"""
+    return torch.cat([tensor[tile.row, :, keys] for keys in tile.keys], dim=1)
 
 
 def _add_to_keys(total: Tensor, tile: Tile, grad: Tensor) -> None:
@@ -167,23 +192,18 @@ def _add_to_keys(total: Tensor, tile: Tile, grad: Tensor) -> None:
         total[tile.row, :, keys] += part
 
 
-def _weights(scaled_query: Tensor, key: Tensor, tile: Tile) -> Tensor:
-    """(K, G·M, L) attention weights of a tile; all fp32."""
-    queries = _queries(scaled_query, tile, key.shape[1])
-    scores = torch.bmm(queries, _keys(key, tile).transpose(1, 2))  # (K, G·M, L)
-    scores.view(len(scores), -1, *tile.mask.shape).add_(tile.mask)
-    return torch.softmax(scores, dim=-1)
-
-
 # -- The function that transformers calls ------------------------------------------------------------------------------
 
 
 class PackedMask:
     """The mask of one micro-batch in the form that each implementation needs, made when first asked for."""
 
-    def __init__(self, example_index: Tensor, completion_index: Tensor, implementation: str):
+    def __init__(
+        self, example_index: Tensor, completion_index: Tensor, implementation: str, block_counts: Tensor | None = None
+    ):
+        """`example_index` and `completion_index` are (B, T); `block_counts` is what `flex.count_visible` gives."""
         self.example_index, self.completion_index = example_index, completion_index
-        self.implementation = implementation
+        self.implementation, self.block_counts = implementation, block_counts
 
     def placeholder(self) -> Tensor:
         """The `attention_mask` to hand to a model whose attention function is ours."""
@@ -204,21 +224,11 @@ class PackedMask:
     @functools.cached_property
     def blocks(self) -> Any:
         """FlexAttention's map of 128 × 128 blocks: empty, full, or partly masked."""
-        examples, completions = self.example_index, self.completion_index
-
-        def is_visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            is_own = (completions[row, key] == 0) | (completions[row, key] == completions[row, query])
-            return (query >= key) & (examples[row, query] == examples[row, key]) & is_own
-
-        rows, width = examples.shape
-        return create_block_mask(is_visible, rows, None, width, width, device=examples.device)
-
-
-@functools.cache
-def _flex_attention(is_cuda: bool) -> Callable[..., Tensor]:
-    """FlexAttention, compiled on CUDA. On a CPU it runs uncompiled, for tests: forward only, computing every block."""
-    # without `dynamic`, each new shape of a micro-batch would be compiled separately
-    return torch.compile(flex_attention, dynamic=True) if is_cuda else flex_attention
+        counts = self.block_counts
+        if counts is None:
+            indices = (self.example_index.cpu().numpy(), self.completion_index.cpu().numpy())
+            counts = torch.from_numpy(flex.count_visible(*indices)).to(self.example_index.device)
+        return flex.block_map(counts, self.example_index, self.completion_index)
 
 
 @torch.compiler.disable
@@ -235,7 +245,7 @@ def packed_attention(
     """An attention function of transformers: (B, H, T, D) and (B, K, T, D) -> (B, T, H, D)."""
     packed = getattr(attention_mask, "packed", None)
     # our own implementations have no dropout of attention weights
-    if packed is None or packed.implementation == "sdpa" or dropout:
+    if packed is None or packed.implementation in ("sdpa", "dense") or dropout:
         mask = attention_mask if packed is None else packed.dense
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **options)
     if unknown := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
@@ -245,9 +255,7 @@ def packed_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if packed.implementation == "flex":
-        is_grouped = query.shape[1] != key.shape[1]
-        attend = _flex_attention(query.is_cuda)
-        result = attend(query, key, value, block_mask=packed.blocks, scale=scaling, enable_gqa=is_grouped)
+        result = flex.attend(query, key, value, packed.blocks, scaling)
     else:
         result = _TileAttention.apply(query, key, value, packed.tiles, scaling)
     return result.transpose(1, 2).contiguous(), None  # (B, T, H, D)
@@ -268,6 +276,45 @@ def install(classifier: nn.Module) -> bool:
 
 def best_implementation(device: torch.device) -> str:
     """The fastest on a device. Tiles are too small to keep more than a few CPU threads busy."""
-    if device.type == "cuda":
-        return "flex"
+    if device.type == "cuda":  # before Ampere, PyTorch would not compile it for bf16, and compute densely instead
+        return "flex" if torch.cuda.get_device_capability(device) >= devices.AMPERE else "sdpa"
     return "pieces" if device.type == "cpu" and torch.get_num_threads() <= 8 else "sdpa"
+
+
+def try_flex(
+    heads: int, key_heads: int, head_size: int, device: torch.device, dtype: torch.dtype, backward: bool
+) -> str:
+    """Why FlexAttention does not compute what sdpa does under the dense mask, "" if it does: tried, not assumed.
+
+    Of one row, in `dtype`, as training uses it; with `backward` its gradients too. Each combination of card, head size
+    and dtype has a kernel of its own, and may fail to compile, or to fit the card, in a way of its own.
+    """
+    draw = torch.Generator().manual_seed(0)
+    tolerance, differences = FLEX_TOLERANCE[dtype], {}
+    try:
+        for width in FLEX_TRIAL_WIDTHS:
+            lengths = torch.tensor([40, 70, width - 110 - width // 4, 30, width // 4 - 30])  # a prompt and four
+            completion_index = torch.repeat_interleave(torch.tensor([0, 1, 2, 0, 1]), lengths)[None].to(device)
+            example_index = torch.repeat_interleave(torch.tensor([0, 0, 0, 1, 1]), lengths)[None].to(device)
+            packed = PackedMask(example_index, completion_index, "flex")
+            inputs = [
+                torch.randn(1, width, count, head_size, generator=draw).to(device, dtype).transpose(1, 2)
+                for count in (heads, key_heads, key_heads, heads)
+            ]
+            *inputs, grad = (tensor.requires_grad_(backward) for tensor in inputs)  # as transformers hands them over
+            exact = [tensor.detach().float().requires_grad_(backward) for tensor in inputs]
+            with torch.set_grad_enabled(backward), torch.autocast(device.type, enabled=False):
+                got = [flex.attend(*inputs, packed.blocks, head_size**-0.5)]
+                wanted = [scaled_dot_product_attention(*exact, packed.dense, enable_gqa=True)]
+            if backward:
+                got += torch.autograd.grad(got[0], inputs, grad)
+                wanted += torch.autograd.grad(wanted[0], exact, grad.float())
+            for name, ours, theirs in zip(("result", "dq", "dk", "dv"), got, wanted, strict=False):
+                difference = float((ours.float() - theirs).norm() / theirs.norm())
+                differences[name] = max(differences.get(name, 0.0), difference)
+    except Exception as error:  # the errors of compilers, of dynamo and of drivers have no common class
+        return f"it does not run here ({type(error).__name__}: {first_line(error)})"
+    worst = max(differences, key=lambda name: differences[name])
+    if differences[worst] <= tolerance:
+        return ""
+    return f"its {worst} differs from sdpa's by {differences[worst]:.2g} of the norm, {tolerance:g} is allowed"

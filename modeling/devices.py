@@ -11,6 +11,10 @@ from typing import Any
 import psutil
 import torch
 
+from utils import UserError
+
+AMPERE = (8, 0)  # the first compute capability of CUDA with bf16 in hardware
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
@@ -19,6 +23,32 @@ def pick_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
+    """The dtype of matrix products under `--precision`; None for fp32, which needs no autocast.
+
+    Raises UserError for bf16 on a card that computes it in software.
+    """
+    if precision == "fp32":
+        return None
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < AMPERE:
+        major, minor = torch.cuda.get_device_capability(device)
+        raise UserError(
+            "this GPU has no bf16: it would be computed in software, and slowly",
+            found=f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}; bf16 came with 8.0",
+            next="--precision fp32",
+        )
+    return torch.bfloat16
+
+
+def expect_changing_sizes() -> None:
+    """Have CUDA's allocator grow its blocks, so that micro-batches of ever other shapes don't leave gaps.
+
+    Before CUDA is first used; where the user has set the allocator up, nothing changes. Windows does not have it.
+    """
+    if os.name != "nt" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def peak_gib(device: torch.device) -> float:

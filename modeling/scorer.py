@@ -7,6 +7,7 @@ Letters: N pairs.
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ import utils
 from data_pipeline import packing
 from data_pipeline.prefetch import prefetched
 from data_pipeline.tokenization import TokenizedGroup, longest_sequences, shared_prefix
-from modeling import devices, speedups
+from modeling import devices, fused, speedups
 from utils import UserError
 
 
@@ -58,7 +59,6 @@ class Scorer:
     def __init__(self, model: Any, config: ScoringConfig):
         self.model = model  # a models.RewardModel, which is built on this folder
         self.batch_size, self.tokens_per_batch = config.batch_size, config.tokens_per_batch
-        model.autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
         model.eval()
         tokenizer = model.tokenizer.backend_tokenizer
         tokenizer.no_padding()  # some published tokenizers pad or cut on their own
@@ -67,8 +67,11 @@ class Scorer:
         self.fingerprint = fingerprint_of(model, config.precision, self.max_length)
         if model.device.type == "cpu":
             model.to(devices.pick_device())
+        model.autocast_dtype = devices.autocast_dtype(model.device, config.precision)
         devices.keep_heap(model.device)
-        model.use_attention()
+        model.use_attention(backward=False)
+        if model.device.type == "cpu":
+            fused.fuse_layers(model)
         if model.peft_model is not None and model.autocast_dtype:
             speedups.cast_frozen_weights(model, model.autocast_dtype)
 
@@ -119,7 +122,8 @@ class Scorer:
         while len(left):
             plans = packing.plan_step(dataset, left, self.tokens_per_batch, self.batch_size, crossover_length)
             launched: tuple[np.ndarray, Tensor] | None = None
-            with contextlib.closing(prefetched(plans, lambda plan: packing.build(dataset, plan, pad_id))) as built:
+            build = functools.partial(self._build, dataset, pad_id)
+            with contextlib.closing(prefetched(plans, build)) as built:
                 for plan, batch in zip(plans, built, strict=True):
                     check_stop()
                     try:
@@ -136,6 +140,9 @@ class Scorer:
                 yield launched
             if len(left):
                 devices.free(device)  # not in the `except`, where the traceback still holds activations
+
+    def _build(self, dataset: TokenPairs, pad_id: int, plan: packing.MicroBatchPlan) -> Any:
+        return self.model.prepared(packing.build(dataset, plan, pad_id))
 
 
 def smaller_budget(tried: packing.MicroBatchPlan, device: Any, error: RuntimeError) -> int:

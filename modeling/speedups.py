@@ -80,10 +80,14 @@ def compile_layers(model: Any, backend: str = "inductor") -> None:
         part.forward = torch.compile(part.forward, dynamic=True, backend=backend)
 
 
-def enable_gradient_checkpointing(model: Any) -> None:
+def set_gradient_checkpointing(model: Any, is_on: bool = True) -> None:
     """Keep one activation per layer and recompute the rest in the backward pass: slower by a third, less memory."""
-    if model.hf_model.supports_gradient_checkpointing:
+    if not model.hf_model.supports_gradient_checkpointing:
+        return
+    if is_on:
         model.hf_model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.hf_model.activation_checkpointing_disable()
 
 
 @torch.no_grad()

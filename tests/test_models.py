@@ -138,7 +138,7 @@ def test_packed_gradients_equal_those_of_separate_sequences(base, tokenizer, lor
     model = make_model(base, tokenizer, lora).train()
     expected = gradients(model, plain_rewards(model, pairs))
     if checkpointing:
-        speedups.enable_gradient_checkpointing(model)
+        speedups.set_gradient_checkpointing(model)
         assert model.hf_model.is_activation_checkpointing
     got = gradients(model, rewards_of(model, packed_batches(pairs)))
     assert got.keys() == expected.keys() and len(got) > 5
@@ -205,8 +205,10 @@ def test_attention_crossover_length_of_qwen3_06b_is_3840(base, tokenizer):
         classifier = AutoModelForSequenceClassification.from_config(config)
     model = models.RewardModel.__new__(models.RewardModel)
     torch.nn.Module.__init__(model)
-    model.hf_model = classifier
+    model.hf_model, model.attention = classifier, "sdpa"
     assert model.attention_crossover_length() == pytest.approx(3840, rel=0.01)
+    model.attention = "flex"  # skips what is not visible
+    assert model.attention_crossover_length() == float("inf")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

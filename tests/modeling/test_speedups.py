@@ -48,7 +48,7 @@ def test_compiled_rewards_and_gradients_are_the_same(base, tokenizer, tmp_path, 
     wanted = gradients(model, wanted_rewards)
     assert model.use_attention(way) == way
     if checkpointing:
-        speedups.enable_gradient_checkpointing(model)
+        speedups.set_gradient_checkpointing(model)
     compiled(model, backend)
     torch._dynamo.utils.counters.clear()
     rewards = rewards_of(model, packed_batches(pairs))
@@ -84,7 +84,7 @@ def test_compiled_dropout_drops_and_is_repeated_by_the_seed_and_by_checkpointing
                     parameter.normal_(std=0.05)
         model.use_attention("pieces")
         if checkpointing:
-            speedups.enable_gradient_checkpointing(model)
+            speedups.set_gradient_checkpointing(model)
         compiled(model)
         for seed in (1, 1, 2):
             torch.manual_seed(seed)
