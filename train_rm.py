@@ -58,7 +58,7 @@ class RewardTrainingConfig(TrainingConfig):
     }  # fmt: skip
 
     # fmt: off
-    batch_size: int = flag(32, "most pairs in a micro-batch", minimum=1, below=10**6, group="optimization", on_resume="exact")
+    batch_size: int = flag(32, "most pairs in a micro-batch, if --tokens_per_batch is a number", minimum=1, below=10**6, group="optimization", on_resume="exact")
     grad_accum: int = flag(4, "an optimizer step takes batch_size x grad_accum pairs", minimum=1, below=10**6, group="optimization", on_resume="exact")
     lr: float = flag(1e-5, "learning rate of AdamW; the default with --lora is 2e-4", above=0, group="optimization")
     center_rewards: float = flag(0.0, "weight of the mean of (r_chosen + r_rejected)^2, which keeps rewards around zero (arXiv 2312.09244)", minimum=0, below=1000, group="optimization")

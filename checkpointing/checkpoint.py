@@ -45,6 +45,7 @@ class TrainingState:
     eval_value: float | None = None  # of the run's metric, if this step was evaluated
     eval_count: int | None = None  # how many examples that is over
     base_fingerprint: str | None = None  # of the model under an adapter
+    recomputes: bool | None = None  # whether gradient checkpointing was on
 
 
 OLD_NAMES = {"num_pairs": "num_examples", "eval_accuracy": "eval_value", "eval_pairs": "eval_count"}

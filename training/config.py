@@ -42,7 +42,7 @@ class TrainingConfig:
     bad_rows: str = flag("stop", "what to do if more than 10 % of the rows would be skipped", choices=("stop", "skip"), group="model and data", on_resume="exact")
 
     epochs: int = flag(1, "times through the training data", minimum=1, below=10**6, group="optimization")
-    batch_size: int = flag(32, "most examples in a micro-batch", minimum=1, below=10**6, group="optimization", on_resume="exact")
+    batch_size: int = flag(32, "most examples in a micro-batch, if --tokens_per_batch is a number", minimum=1, below=10**6, group="optimization", on_resume="exact")
     grad_accum: int = flag(4, "an optimizer step takes batch_size x grad_accum examples", minimum=1, below=10**6, group="optimization", on_resume="exact")
     lr: float = flag(1e-5, "learning rate of AdamW", above=0, group="optimization")
     lr_schedule: str = flag("constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine"), group="optimization")
@@ -52,8 +52,8 @@ class TrainingConfig:
     max_steps: int = flag(0, "stop after this many optimizer steps; 0 = after the epochs", minimum=0, below=10**12, group="optimization")
     seed: int = flag(0, "seed of new weights, of the order of the data and of dropout", minimum=0, below=2**63, group="optimization", on_resume="exact")
 
-    tokens_per_batch: int | str = flag(4096, "token budget of a micro-batch, or auto for the largest that fits the memory; changes speed and memory, not the result (except which activations dropout drops)", word=AUTO, minimum=1, below=2**31, group="speed and memory")
-    gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass: a third slower, far less memory", group="speed and memory")
+    tokens_per_batch: int | str = flag(AUTO, "token budget of a micro-batch; auto is the largest that fits a GPU's memory, and 1,536 on a CPU, where more is hardly faster; changes speed and memory, not the result (except which activations dropout drops)", word=AUTO, minimum=1, below=2**31, group="speed and memory")
+    gradient_checkpointing: bool | str = flag(AUTO, "recompute activations in the backward pass: a third slower, far less memory; auto does if they would not fit", word=AUTO, group="speed and memory")
     precision: str = flag("bf16", "precision of matrix products; weights, rewards and loss are fp32 either way", choices=("bf16", "fp32"), group="speed and memory")
 
     attention: str = flag("auto", "attention over packed rows: flex (CUDA) and pieces (CPU) skip most masked blocks, sdpa computes everything; auto takes the fastest", choices=("auto", "flex", "pieces", "sdpa"), group="speed and memory")

@@ -134,7 +134,7 @@ class Run:
         training_state = checkpoint.TrainingState(
             self.step, self.examples_seen(self.step), self.train_data.fingerprint, len(self.train_data),
             self.batcher.tokens_per_batch, self.skipped_steps, self.eval_value,
-            None if self.eval_value is None else self.eval_count, self.base_fingerprint,
+            None if self.eval_value is None else self.eval_count, self.base_fingerprint, self.batcher.recomputes,
         )  # fmt: skip
         checkpoint.check_weights_are_finite(state, self.folder, self.step)
         checkpoint.save(self.folder, self.model, state, self.random_state, training_state, self.config.stored())

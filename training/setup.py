@@ -18,12 +18,12 @@ from checkpointing import checkpoint, resolve, run_folder
 from checkpointing.run_folder import resume_command, step_of
 from common import atomic_files, file_locks
 from data_pipeline.sampler import StepSampler
-from modeling import devices, speedups
+from modeling import devices, fused, speedups
 from modeling.pretrained import LoraSettings
-from training import launch
+from training import launch, memory
 from training.config import AUTO, TrainingConfig
 from training.distributed import World
-from training.micro_batches import MicroBatcher, find_max_tokens_per_batch
+from training.micro_batches import MicroBatcher
 from training.run import Run
 from utils import UserError
 
@@ -41,6 +41,7 @@ Opener = Callable[[Any, Path | None, World], Parts]  # (config, checkpoint resum
 
 def set_up(config: TrainingConfig, resumed_from: Path | None, world: World, open_parts: Opener, script: str) -> Run:
     """A run, new or resumed. What can fail early fails here, cheapest first: names, data, then the model."""
+    devices.expect_changing_sizes()
     launch.connect_model(world, config.fsdp)
     folder, lock = claim_run_folder(config, resumed_from) if world.is_main else (None, None)
     folder = world.broadcast(folder)
@@ -62,15 +63,16 @@ def set_up(config: TrainingConfig, resumed_from: Path | None, world: World, open
         optimizer = make_optimizer(model, config)
         sampler = StepSampler(len(train_data), config.examples_per_step, config.epochs, config.seed, config.max_steps)
         describe(config, model, sampler, world)
-        batcher = MicroBatcher(model, module, world, batch_size=config.batch_size, max_length=config.max_length)
+        # with auto, memory alone limits how many examples a micro-batch has
+        most = config.examples_per_step if config.tokens_per_batch == AUTO else config.batch_size
+        batcher = MicroBatcher(model, module, world, batch_size=most, max_length=config.max_length)
         run = Run(
             config, script, world, model, module, optimizer, train_data, eval_data, sampler, batcher, folder, lock,
             base_fingerprint, checkpoint.random_state(),
         )  # fmt: skip
-        tokens_per_batch = go_back_to(resumed_from, run) if resumed_from else config.tokens_per_batch
-        if tokens_per_batch == AUTO:
-            tokens_per_batch = find_max_tokens_per_batch(batcher, train_data, optimizer)
-        batcher.tokens_per_batch = tokens_per_batch
+        wanted = config.tokens_per_batch, config.gradient_checkpointing
+        devices.free(model.device)  # what opening the model left behind is not part of what training holds
+        memory.choose(batcher, train_data, optimizer, *(go_back_to(resumed_from, run) if resumed_from else wanted))
         return run
     except BaseException:
         if lock is not None:
@@ -85,8 +87,8 @@ def set_up(config: TrainingConfig, resumed_from: Path | None, world: World, open
 
 def prepare_model(model: Any, config: TrainingConfig, world: World) -> torch.nn.Module:
     """Put a model on its device, ready to train; returns what training calls: itself, or DDP or FSDP2 around it."""
-    model.autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
     model.to(devices.pick_device() if world.is_alone else world.accelerator.device).train()
+    model.autocast_dtype = devices.autocast_dtype(model.device, config.precision)
     devices.keep_heap(model.device)
     model.use_attention(config.attention)
     if config.lora and model.autocast_dtype and not world.is_sharded:
@@ -95,8 +97,8 @@ def prepare_model(model: Any, config: TrainingConfig, world: World) -> torch.nn.
         speedups.use_sparse_embedding_gradients(model)
     if config.compile:
         speedups.compile_layers(model)
-    if config.gradient_checkpointing:
-        speedups.enable_gradient_checkpointing(model)
+    elif model.device.type == "cpu":
+        fused.fuse_layers(model)
     return world.prepare(model, model.packs_up_to(config.max_length))
 
 
@@ -132,8 +134,8 @@ def check_data(config: TrainingConfig, world: World, train_data: Any, eval_data:
         raise UserError("no training data is left", where=train_data.name, next="see the counts above")
 
 
-def go_back_to(folder: Path, run: Run) -> int | str:
-    """Put a new run where a checkpoint was; returns the token budget to go on with."""
+def go_back_to(folder: Path, run: Run) -> tuple[int | str, bool | str]:
+    """Put a new run where a checkpoint was; returns the token budget and the gradient checkpointing to go on with."""
     state = checkpoint.read_training_state(folder)
     if state.data_fingerprint != run.train_data.fingerprint and not run.config.allow_data_change:
         raise UserError(
@@ -155,9 +157,12 @@ def go_back_to(folder: Path, run: Run) -> int | str:
     run.eval_value, run.eval_count = state.eval_value, state.eval_count
     run.examples_before = state.examples_seen - run.sampler.examples_seen(run.step)
     print(f"resuming after step {run.step} of {run.sampler.total_steps} from {folder}")
-    if run.config.tokens_per_batch == resolve.training_settings(folder)["tokens_per_batch"]:
-        return state.tokens_per_batch  # the smaller one if memory ran out before
-    return run.config.tokens_per_batch
+    # what auto found, and the smaller budget if memory ran out before; what is asked for anew is found anew
+    stored = resolve.training_settings(folder)
+    found = {"tokens_per_batch": state.tokens_per_batch, "gradient_checkpointing": state.recomputes}
+    wanted = {name: getattr(run.config, name) for name in found}
+    keeps = {name for name in found if found[name] is not None and wanted[name] == stored.get(name)}
+    return tuple(found[name] if name in keeps else wanted[name] for name in found)
 
 
 def check_positions(model: Any, *datasets: Any) -> None:
