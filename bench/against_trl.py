@@ -51,19 +51,23 @@ def main() -> None:
 
 def read_arguments() -> Any:
     parser = harness.parser(__doc__)
+    parser.add_argument("--model", help="folder of a pretrained model, instead of one of random weights")
     parser.add_argument("--hidden", type=int, default=256, help="width of the model (default 256)")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model (default 4)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps per side (default 3; 0: only the search)")
     parser.add_argument("--their_best", type=int, default=0, help="TRL's best batch size, if known (0: search)")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=BATCH_SIZES, help="TRL's batch sizes to try")
     parser.add_argument(
-        "--grad_accum", type=int, default=project_worker.defaults().grad_accum, help="steps of 32 × this (4)"
+        "--batch_size", type=int, default=project_worker.defaults().batch_size,
+        help="pairs in each of TRL's batches in the first comparison (32, which wants 40 GB with a real model)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--grad_accum", type=int, default=project_worker.defaults().grad_accum, help="steps of batch size × this (4)"
     )
     parser.add_argument("--gradient_checkpointing", action="store_true", help="on both sides")
     parser.add_argument("--compile", action="store_true", help="torch.compile on both sides; four steps warm up")
     parser.add_argument("--sorted", action="store_true", help="give TRL the pairs of each step sorted by length")
     arguments = parser.parse_args()
-    arguments.batch_size = project_worker.defaults().batch_size
     if arguments.quick:
         arguments.layers, arguments.hidden, arguments.steps = 1, 128, 1
         arguments.batch_size, arguments.grad_accum = 4, 2
@@ -77,8 +81,11 @@ class Comparison:
         self.arguments, self.dataset, self.work = arguments, dataset, work
         self.key = harness.CLOCKS[arguments.clock]
         self.examples_per_step = arguments.batch_size * arguments.grad_accum
-        self.shape = harness.Shape(arguments.hidden, arguments.layers)
-        self.base = str(harness.write_base(qwen3, work / "base", self.shape))
+        if arguments.model:
+            self.base = str(harness.write_pretrained_base(arguments.model, work / "base"))
+        else:
+            shape = harness.Shape(arguments.hidden, arguments.layers)
+            self.base = str(harness.write_base(qwen3, work / "base", shape))
         self.pairs, _ = project_worker.load_pairs(dataset, self.base)
         self.warm_up = 4 if arguments.compile else 1  # new shapes: guards of compiled code fail once or twice more
         self.steps = self.warm_up + max(1, arguments.steps)
@@ -96,9 +103,9 @@ class Comparison:
         checkpointing = "with" if a.gradient_checkpointing else "without"
         order = ", sorted by length within a step for TRL" if a.sorted else ""
         return (
-            f"{a.layers} layers × {a.hidden}, {self.examples_per_step} pairs a step{order}, {checkpointing} gradient "
-            f"checkpointing, {'with' if a.compile else 'without'} torch.compile, {a.steps} timed steps of each side in "
-            f"turn after {self.warm_up} to warm up, {a.clock} time"
+            f"{a.model or f'{a.layers} layers × {a.hidden}'}, {self.examples_per_step} pairs a step{order}, "
+            f"{checkpointing} gradient checkpointing, {'with' if a.compile else 'without'} torch.compile, "
+            f"{a.steps} timed steps of each side in turn after {self.warm_up} to warm up, {a.clock} time"
         )
 
     def ours(self) -> Side:

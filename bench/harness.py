@@ -118,6 +118,15 @@ def write_base(qwen3: str, folder: Path, shape: Shape) -> Path:
     return folder
 
 
+def write_pretrained_base(model: str, folder: Path) -> Path:
+    """The same of a pretrained model: a reward model with its weights in fp32 and the project's new head."""
+    from modeling.pretrained import load_tokenizer
+    from models import RewardModel
+
+    RewardModel.create(model, load_tokenizer(model), seed=0).save(folder)
+    return folder
+
+
 def first_rows(dataset: str, folder: Path, count: int) -> str:
     """Write a dataset of the first `count` training and test rows of another one."""
     folder.mkdir()

@@ -46,11 +46,11 @@ def defaults() -> Any:
 
 def side(job: str, base: str, dataset: str, work: Path, checkpointing: bool = False, *flags: str) -> harness.Side:
     """A child process that works on `dataset`, at the project's default settings except for `flags`."""
-    switch = "--gradient_checkpointing" if checkpointing else "--no_gradient_checkpointing"
+    switch = ["--gradient_checkpointing"] if checkpointing else []
     folders = ["--output_dir", str(work / "out"), "--log_dir", str(work / "logs")]
     return harness.Side(
         "project_worker.py", job=job, flags=["--model", base, "--dataset", dataset, *folders, "--save_steps", "0",
-                                   "--eval_steps", "0", switch, *flags],
+                                   "--eval_steps", "0", *switch, *flags],
     )  # fmt: skip
 
 

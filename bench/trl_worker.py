@@ -97,6 +97,7 @@ def main() -> None:
         processing_class=tokenizer, callbacks=[InTurn()] if is_training else [],
     )  # fmt: skip
     device = trainer.args.device
+    devices.keep_heap(device)  # as the project does
     if device.type != settings["device"]:
         raise SystemExit(f"TRL works on {device}, the project on {settings['device']}")
     clock = harness.Clock(device)
