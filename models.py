@@ -113,6 +113,18 @@ class PretrainedModel(nn.Module):
         # no cache of cast weights: a forward pass uses each once, and would hold them all until its end
         return torch.autocast(self.device.type, self.autocast_dtype, cache_enabled=False)
 
+    @contextlib.contextmanager
+    def in_fp32(self) -> Iterator[None]:
+        """Without autocast, for rewards that are shown or kept: bf16 moves them by more than its share of their spread.
+
+        In training, where only differences within a pair count, bf16 is fine (docs/evaluation.md has figures).
+        """
+        before, self.autocast_dtype = self.autocast_dtype, None
+        try:
+            yield
+        finally:
+            self.autocast_dtype = before
+
     def packed_hidden(
         self,
         input_ids: Tensor,
@@ -169,8 +181,14 @@ class PretrainedModel(nn.Module):
         config = self.text_config
         heads = config.num_attention_heads
         key_heads = getattr(config, "num_key_value_heads", None) or heads
-        dtype = self.autocast_dtype or torch.float32
-        return attention.try_flex(heads, key_heads, self.head_size(), self.device, dtype, backward)
+        # training in bf16 evaluates in fp32
+        tries = {torch.float32: backward and self.autocast_dtype is None, self.autocast_dtype: backward}
+        for dtype, needs_gradients in tries.items():
+            if dtype and (
+                why_not := attention.try_flex(heads, key_heads, self.head_size(), self.device, dtype, needs_gradients)
+            ):
+                return why_not
+        return ""
 
     def head_size(self) -> int:
         config = self.text_config

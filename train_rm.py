@@ -196,14 +196,14 @@ class Evaluation:
 
 
 def evaluate(run: runs.Run, indices: Any, stop: StopRequest) -> Evaluation:
-    """Loss and accuracy over `indices` of the test pairs, without dropout. A tie counts as wrong."""
+    """Loss and accuracy over `indices` of the test pairs, in fp32, without dropout. A tie counts as wrong."""
 
     def compute(plans: list[packing.MicroBatchPlan], micro_batches: Iterable[Any]) -> Tensor:
         margins = label_margins(run.eval_data, plans, run.model.device)  # (N,)
         results = torch.zeros(len(margins), 3, device=run.model.device)
         for rank_batch, batch in micro_batches:
             run.world.check(stop)
-            with torch.no_grad():
+            with torch.no_grad(), run.model.in_fp32():
                 rewards = score(run.model, batch)  # (n, 2)
                 losses = bradley_terry_loss(rewards[:, 0], rewards[:, 1], margins[rank_batch.positions])
             if rank_batch.weight:

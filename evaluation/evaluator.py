@@ -202,7 +202,7 @@ def report_run(run_folder: Path, dataset: str, rows: Iterable[int]) -> None:
         data = dataclasses.replace(data, chosen_rows=chosen, num_rows=len(chosen), notes=())
         for folder in folders:
             settings = training_settings(folder)
-            own = {name: settings[name] for name in ("max_length", "batch_size", "precision") if name in settings}
+            own = {name: settings[name] for name in ("max_length", "batch_size") if name in settings}
             report_dir, tensorboard_dir = output_folders(folder)
             job = EvalJob(
                 saved_model(str(folder), folder), data, report_dir, tensorboard_dir, ScoringConfig(**own),

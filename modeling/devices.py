@@ -25,8 +25,23 @@ def pick_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def fastest_precision(device: torch.device) -> str:
+    """What `--precision auto` means: bf16 where the hardware computes with it, fp32 where that would be emulated.
+
+    A processor without it takes six times as long for a product in bf16 as in fp32 (AVX2, torch 2.13).
+    """
+    if device.type == "cuda":
+        is_fast = torch.cuda.get_device_capability(device) >= AMPERE
+    elif device.type == "mps":
+        is_fast = torch.backends.mps.is_macos_or_newer(14, 0)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        is_fast = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))  # the last is ARM's
+    return "bf16" if is_fast else "fp32"
+
+
 def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
-    """The dtype of matrix products under `--precision`; None for fp32, which needs no autocast.
+    """The dtype of matrix products under `--precision bf16` or `fp32`; None for fp32, which needs no autocast.
 
     Raises UserError for bf16 on a card that computes it in software.
     """

@@ -50,7 +50,7 @@ class ScoringConfig:
     max_length: int = 2048
     batch_size: int = 64
     tokens_per_batch: int = 8192
-    precision: str = "bf16"
+    precision: str = "fp32"
 
 
 class Scorer:

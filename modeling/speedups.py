@@ -3,11 +3,12 @@
 The functions take a model of models.py: its `hf_model`, `backbone`, `device` and `packed_hidden` are used.
 """
 
+import functools
 import platform
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modeling import devices
 from utils import UserError, first_line
@@ -94,12 +95,22 @@ def set_gradient_checkpointing(model: Any, is_on: bool = True) -> None:
 def cast_frozen_weights(model: Any, dtype: torch.dtype) -> None:
     """Keep the matrices that LoRA leaves alone in autocast's dtype, instead of casting them in every forward.
 
-    Autocast rounds them anyway, so rewards and gradients are the same, for less time and memory; it caches its casts
-    only of weights that need gradients. Afterwards the model cannot compute without autocast.
+    Only those that lose nothing by it, as of models that were published in that dtype: so rewards and gradients are the
+    same, with and without autocast, for less time and memory.
     """
     for module in model.backbone.modules():
-        if isinstance(module, nn.Linear) and not any(p.requires_grad for p in module.parameters(recurse=False)):
+        own = list(module.parameters(recurse=False))
+        if not isinstance(module, nn.Linear) or any(p.requires_grad for p in own):
+            continue
+        if all(torch.equal(p, p.to(dtype).to(p.dtype)) for p in own):
             module.to(dtype)
+            module.forward = functools.partial(_linear, module)
+
+
+def _linear(module: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer whose weights are kept in another dtype than its input has outside autocast."""
+    bias = None if module.bias is None else module.bias.to(x.dtype)
+    return nn.functional.linear(x, module.weight.to(x.dtype), bias)
 
 
 def use_sparse_embedding_gradients(model: Any) -> None:

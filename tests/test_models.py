@@ -300,10 +300,37 @@ def test_rewards_stay_fp32_under_bf16_autocast(base, tokenizer):
     assert not torch.equal(rough, rough.bfloat16().float()), "rewards were rounded to bf16"
 
 
+def rounded_lora_model(base, tokenizer):
+    """With weights that bf16 holds exactly, as those of a model that was published in it."""
+    model = make_model(base, tokenizer, lora=True)
+    with torch.no_grad():
+        for parameter in model.hf_model.parameters():
+            if not parameter.requires_grad:
+                parameter.copy_(parameter.bfloat16())
+    return model
+
+
+def test_frozen_weights_kept_in_bf16_change_no_reward_in_fp32_either(base, tokenizer):
+    model, pairs = rounded_lora_model(base, tokenizer).eval(), random_pairs(12)
+    exact = rewards_of(model, packed_batches(pairs)).detach()
+    model.autocast_dtype = torch.bfloat16
+    speedups.cast_frozen_weights(model, torch.bfloat16)
+    assert not torch.allclose(rewards_of(model, packed_batches(pairs)), exact, rtol=1e-5)
+    with model.in_fp32():
+        torch.testing.assert_close(rewards_of(model, packed_batches(pairs)), exact, rtol=1e-6, atol=1e-6)
+    assert model.autocast_dtype == torch.bfloat16
+
+
+def test_frozen_weights_that_bf16_would_round_stay_in_fp32(base, tokenizer):
+    model = make_model(base, tokenizer, lora=True)
+    speedups.cast_frozen_weights(model, torch.bfloat16)
+    assert {p.dtype for p in model.hf_model.parameters()} == {torch.float32}
+
+
 def test_frozen_weights_kept_in_bf16_change_neither_rewards_nor_gradients(base, tokenizer):
     pairs, found = random_pairs(12), []
     for keep in (False, True):
-        model = make_model(base, tokenizer, lora=True).train()
+        model = rounded_lora_model(base, tokenizer).train()
         model.autocast_dtype = torch.bfloat16
         if keep:
             speedups.cast_frozen_weights(model, torch.bfloat16)

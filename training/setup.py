@@ -46,6 +46,8 @@ def set_up(config: TrainingConfig, resumed_from: Path | None, world: World, open
     folder, lock = claim_run_folder(config, resumed_from) if world.is_main else (None, None)
     folder = world.broadcast(folder)
     config = dataclasses.replace(config, run_name=folder.name)
+    if config.precision == AUTO:  # a resumed run goes on in what was chosen, on other hardware too
+        config = dataclasses.replace(config, precision=devices.fastest_precision(device_of(world)))
     log_folder = Path(config.log_dir) / folder.name
     try:
         if world.is_main:
@@ -85,9 +87,13 @@ def set_up(config: TrainingConfig, resumed_from: Path | None, world: World, open
         raise
 
 
+def device_of(world: World) -> torch.device:
+    return devices.pick_device() if world.is_alone else world.accelerator.device
+
+
 def prepare_model(model: Any, config: TrainingConfig, world: World) -> torch.nn.Module:
     """Put a model on its device, ready to train; returns what training calls: itself, or DDP or FSDP2 around it."""
-    model.to(devices.pick_device() if world.is_alone else world.accelerator.device).train()
+    model.to(device_of(world)).train()
     model.autocast_dtype = devices.autocast_dtype(model.device, config.precision)
     devices.keep_heap(model.device)
     model.use_attention(config.attention)

@@ -77,3 +77,18 @@ def test_the_heap_is_trimmed_where_memory_is_scarce(monkeypatch, left, is_trimme
 def test_a_gpus_process_leaves_the_heap_alone(monkeypatch):
     monkeypatch.setattr(devices, "_glibc", lambda function: pytest.fail("asked for the heap"))
     devices.keep_heap(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    "capabilities, precision",
+    [({"avx2": True}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"bf16": True}, "bf16")],
+)
+def test_auto_is_bf16_on_a_processor_that_computes_in_it(capabilities, precision, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert devices.fastest_precision(torch.device("cpu")) == precision
+
+
+@pytest.mark.parametrize("capability, precision", [((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 0), "bf16")])
+def test_auto_is_bf16_on_cards_since_ampere(capability, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert devices.fastest_precision(torch.device("cuda")) == precision

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import data
+import eval_rm
 import models
 import train_rm
 import utils
@@ -457,6 +458,28 @@ def test_running_out_of_memory_in_an_evaluation_cuts_the_batches_and_gives_the_s
     train_rm.main([*flags, "--run_name", "tight"])
     output = capsys.readouterr().out
     assert "out of memory at" in output and roomy in output
+
+
+@pytest.mark.parametrize("switches", [[], ["--lora"]], ids=["full", "lora"])
+def test_a_reply_has_one_reward_in_training_in_the_report_and_on_the_page(
+    switches, base, small_dataset, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    evaluations, original = [], train_rm.evaluate
+    monkeypatch.setattr(
+        train_rm, "evaluate", lambda *arguments: evaluations.append(original(*arguments)) or evaluations[-1]
+    )
+    flags = ["--model", base, "--dataset", small_dataset, "--precision", "bf16", "--batch_size", "8", "--max_steps", "2",
+             "--lr", "1e-2", "--no_report"]  # fmt: skip
+    train_rm.main([*flags, *switches, "--run_name", "rough", "--eval_num_batches", "0"])
+    folder = tmp_path / "checkpoints/rm/rough/step-2"
+    eval_rm.main(["--model", str(folder), "--dataset", small_dataset, "--scores_out", "scores.jsonl"])
+    rows = [json.loads(line) for line in Path("scores.jsonl").read_text().splitlines()]
+    reported = [[row["reward_chosen"], row["reward_rejected"]] for row in rows]
+    np.testing.assert_allclose(sorted(evaluations[-1].rewards.tolist()), sorted(reported), rtol=1e-5, atol=1e-5)
+    model = models.RewardModel.restore(folder).eval()  # as the page opens it
+    on_the_page = model.score_dialogues([row[reply] for row in rows for reply in ("chosen", "rejected")])
+    np.testing.assert_allclose(np.reshape(on_the_page, (-1, 2)), reported, rtol=1e-5, atol=1e-5)
 
 
 def test_a_pair_that_fits_no_memory_says_what_to_change(base, small_dataset, tmp_path, monkeypatch):
