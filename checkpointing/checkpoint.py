@@ -46,6 +46,7 @@ class TrainingState:
     eval_count: int | None = None  # how many examples that is over
     base_fingerprint: str | None = None  # of the model under an adapter
     recomputes: bool | None = None  # whether gradient checkpointing was on
+    offloads: bool | None = None  # whether AdamW's moments were in main memory
 
 
 OLD_NAMES = {"num_pairs": "num_examples", "eval_accuracy": "eval_value", "eval_pairs": "eval_count"}
@@ -244,7 +245,8 @@ def restore_optimizer(folder: Path, model: Any, optimizer: torch.optim.Optimizer
         state = {key: tensors.pop(f"{key}/{name}") for key in keys}
         state["step"] = state["step"].to(parameter.device if on_device else "cpu")
         for key in ("exp_avg", "exp_avg_sq"):
-            state[key] = world.shard_like(state[key], parameter)
+            # on a CPU they are mapped from the file still, which Windows would then not let go
+            state[key] = optimizer.kept(world.shard_like(state[key].clone(), parameter))
         optimizer.state[parameter] = state
 
 

@@ -83,6 +83,12 @@ def peak_gib(device: torch.device) -> float:
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes on macOS, KiB elsewhere
 
 
+def forget_peak(device: torch.device) -> None:
+    """Have `peak_gib` start anew from what is in use now; only CUDA can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def in_use_gib(device: torch.device) -> float:
     """The GPU memory that tensors take right now, or on a CPU the process's resident set."""
     if device.type == "cuda":

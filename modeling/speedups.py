@@ -4,6 +4,7 @@ The functions take a model of models.py: its `hf_model`, `backbone`, `device` an
 """
 
 import functools
+import importlib
 import platform
 from typing import Any
 
@@ -14,6 +15,9 @@ from modeling import devices
 from utils import UserError, first_line
 
 TOLERANCE = 1e-4  # of packed against separate rows, in fp32, relative to the norm
+# of compiled against other layers; fused, fewer intermediate results are rounded to bf16, which a real model amplifies
+COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
+TRIAL_WIDTH = 384  # tokens
 
 
 def try_packing(model: Any, backward: bool = False) -> str:
@@ -72,13 +76,56 @@ def compile_layers(model: Any, backend: str = "inductor") -> None:
             safe="nothing was trained yet, and everything works without compiling",
             next="leave --compile out, or install a compiler (Debian: apt install g++)",
         ) from error
-    kinds = model.hf_model._no_split_modules or ()
-    layers = [module for module in model.backbone.modules() if type(module).__name__ in kinds]
-    if not layers:
+    # on CUDA inductor would time some kernels and take the faster, in each process anew: a resumed run could differ
+    importlib.import_module("torch._inductor.config").deterministic = True  # here, because importing it takes a while
+    parts = _layer_parts(model)
+    if not parts:
         raise UserError("this architecture does not name its layer class, so its layers cannot be compiled")
-    for part in (part for layer in layers for part in layer.children()):
+    for part in parts:
         # not `part.compile()`: all modules share one `__call__`, and its compiled forms are limited in number
         part.forward = torch.compile(part.forward, dynamic=True, backend=backend)
+
+
+def _layer_parts(model: Any) -> list[nn.Module]:
+    """The norms, attention and MLP of each decoder layer."""
+    kinds = model.hf_model._no_split_modules or ()
+    layers = [module for module in model.backbone.modules() if type(module).__name__ in kinds]
+    return [part for layer in layers for part in layer.children()]
+
+
+def try_compiling(model: Any, backend: str = "inductor") -> str:
+    """Compile the layers if they then compute, forward and backward, what they did before; else say why not.
+
+    For `--compile auto`. In the model's autocast, with its attention, on one row of `TRIAL_WIDTH` tokens.
+    """
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([40, 70, TRIAL_WIDTH - 200, 30, 60])  # a prompt with two completions, and one with one
+    completions = torch.repeat_interleave(torch.tensor([0, 1, 2, 0, 1]), lengths)[None]
+    examples = torch.repeat_interleave(torch.tensor([0, 0, 0, 1, 1]), lengths)[None]
+    positions = torch.cat([torch.arange(int(length)) for length in lengths])[None]
+    tokens = torch.randint(5, model.text_config.vocab_size, (1, TRIAL_WIDTH), generator=generator)
+    inputs = [tensor.to(model.device) for tensor in (tokens, positions, examples, completions)]
+    trained = [parameter for parameter in model.backbone.parameters() if parameter.requires_grad]
+    was_training, before = model.training, [(part, part.forward) for part in _layer_parts(model)]
+    model.eval()
+    try:
+        with torch.no_grad():
+            wanted = model.packed_hidden(*inputs).float()
+        compile_layers(model, backend)
+        got = model.packed_hidden(*inputs).float()
+        torch.autograd.grad(got.sum(), trained, allow_unused=True)
+        difference = float((got.detach() - wanted).norm() / wanted.norm())
+        tolerance = COMPILED_TOLERANCE[model.autocast_dtype or torch.float32]
+        why_not = "" if difference <= tolerance else f"compiled layers differ by {difference:.2g} of the norm"
+    except Exception as error:  # see compile_layers; UserError is one of them
+        cause = error.__cause__ or error
+        why_not = f"{type(cause).__name__}: {first_line(cause)}"
+    finally:
+        model.train(was_training)
+    if why_not:
+        for part, forward in before:
+            part.forward = forward
+    return why_not
 
 
 def set_gradient_checkpointing(model: Any, is_on: bool = True) -> None:
@@ -86,9 +133,19 @@ def set_gradient_checkpointing(model: Any, is_on: bool = True) -> None:
     if not model.hf_model.supports_gradient_checkpointing:
         return
     if is_on:
-        model.hf_model.activation_checkpointing_enable({"use_reentrant": False})
+        # without dropout there is no random state to go back to, which takes a call to the device in every layer
+        options = {"use_reentrant": False, "preserve_rng_state": drops_out(model)}
+        model.hf_model.activation_checkpointing_enable(options)
     else:
         model.hf_model.activation_checkpointing_disable()
+
+
+def drops_out(model: Any) -> bool:
+    """Whether anything in the model draws random numbers while training: LoRA's dropout, or the architecture's own."""
+    settings = model.text_config.to_dict()
+    own = [value for name, value in settings.items() if "drop" in name and isinstance(value, (int, float))]
+    modules = [module.p for module in model.backbone.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    return any(own) or any(modules)
 
 
 @torch.no_grad()

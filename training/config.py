@@ -54,10 +54,11 @@ class TrainingConfig:
 
     tokens_per_batch: int | str = flag(AUTO, "token budget of a micro-batch; auto is the largest that fits a GPU's memory, and 1,536 on a CPU, where more is hardly faster; changes speed and memory, not the result (except which activations dropout drops)", word=AUTO, minimum=1, below=2**31, group="speed and memory")
     gradient_checkpointing: bool | str = flag(AUTO, "recompute activations in the backward pass: a third slower, far less memory; auto does if they would not fit", word=AUTO, group="speed and memory")
+    offload_optimizer: bool | str = flag(AUTO, "keep AdamW's two moments in main memory and pass them through the GPU at each step: the same result and 8 bytes less for each trained parameter, some tenths of a second slower; auto does if a GPU would have too little room for activations", word=AUTO, group="speed and memory")
     precision: str = flag("auto", "precision of matrix products in training; auto is bf16 where the hardware computes with it, else fp32; weights, loss and evaluation are fp32 either way", choices=("auto", "bf16", "fp32"), group="speed and memory")
 
     attention: str = flag("auto", "attention over packed rows: flex (CUDA) and pieces (CPU) skip most masked blocks, sdpa computes everything; auto takes the fastest", choices=("auto", "flex", "pieces", "sdpa"), group="speed and memory")
-    compile: bool = flag(False, "compile the decoder layers (torch.compile): the first steps are slow, later ones may be faster", group="speed and memory")
+    compile: bool | str = flag(AUTO, "compile the decoder layers (torch.compile): the first steps are slow, later ones faster; auto does on CUDA, in one process, if it works there", word=AUTO, group="speed and memory")
     fsdp: bool = flag(False, "with several processes: shard weights, gradients and optimizer state over them (FSDP2)", group="speed and memory")
 
     lora: bool = flag(False, "train low-rank adapters instead of every parameter", group="LoRA", on_resume="fixed")

@@ -1,13 +1,14 @@
-"""What `auto` means for `--tokens_per_batch` and `--gradient_checkpointing`: what is fastest in the memory there is.
+"""What `auto` means for `--tokens_per_batch`, `--gradient_checkpointing` and `--offload_optimizer`: what is fastest in
+the memory there is.
 
-Both change speed and memory, never the result, so what was found is kept with the checkpoint, and nothing depends on
+They change speed and memory, never the result, so what was found is kept with the checkpoint, and nothing depends on
 when or where it was probed.
 """
 
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -16,12 +17,14 @@ from torch import Tensor
 from data_pipeline import packing
 from data_pipeline.packing import Examples, MicroBatchPlan
 from modeling import devices, speedups
-from training.config import AUTO
+from training.config import AUTO, TrainingConfig
 from training.distributed import RankBatch
 from training.micro_batches import FIRST_BUDGET, MicroBatcher
+from training.optimizer import AdamW
 from utils import UserError, is_out_of_memory
 
 SHARE_OF_MEMORY = 0.9  # the rest is for fragmentation, and for whatever else the machine does
+BYTES_TO_LEAVE = 2**30  # at least, on a GPU that may also show a desktop
 MIN_GAIN = 1.1  # a budget that is larger by less than this factor is not worth another try
 SECONDS_BETWEEN_SAMPLES = 0.005
 CPU_BUDGET = 1536  # on a CPU, larger micro-batches are hardly faster and need more memory
@@ -29,32 +32,48 @@ ENOUGH_TOKENS = 2048  # with room for this many, keeping activations is faster t
 SHARE_TO_KEEP = 0.5  # of the memory left on a CPU; one layer's backward pass, and other programs, need the rest
 
 
-def choose(
-    batcher: MicroBatcher, dataset: Examples, optimizer: torch.optim.Optimizer, budget: int | str, recompute: bool | str
-) -> None:
-    """Set the token budget and whether to recompute activations; for AUTO, what is fastest in the memory there is.
+class Choices(NamedTuple):
+    """Settings that change how memory is used, and never the result; AUTO, or what the user asked for."""
+
+    tokens_per_batch: int | str
+    gradient_checkpointing: bool | str
+    offload_optimizer: bool | str
+
+    @classmethod
+    def of(cls, config: TrainingConfig) -> Self:
+        return cls(config.tokens_per_batch, config.gradient_checkpointing, config.offload_optimizer)
+
+
+def choose(batcher: MicroBatcher, dataset: Examples, optimizer: AdamW, choices: Choices) -> None:
+    """Set token budget, gradient checkpointing and where moments are kept; for AUTO, the fastest that fits the memory.
 
     Raises UserError if a single example does not fit.
     """
     device = batcher.model.device
     if device.type == "cpu":
-        batcher.tokens_per_batch = CPU_BUDGET if budget == AUTO else int(budget)
-        if recompute == AUTO:
-            recompute = not activations_fit(batcher, dataset, optimizer)
-            devices.free(device)
-            print(f"gradient checkpointing: {'on' if recompute else 'off, there is memory enough'}", flush=True)
-        batcher.recompute(bool(recompute))
+        choose_on_cpu(batcher, dataset, optimizer, choices)
         return
-    for is_on in (False, True) if recompute == AUTO else (bool(recompute),):
-        batcher.recompute(is_on)
-        if budget != AUTO:
+    budget, recompute, offload = choices
+    can_offload = device.type == "cuda" and not batcher.world.is_sharded
+    tries = [
+        (offload is True and can_offload, is_on) for is_on in ((False, True) if recompute == AUTO else (recompute,))
+    ]
+    if offload == AUTO and can_offload:
+        tries.append((True, tries[-1][1]))
+    for must_offload, must_recompute in tries:
+        if must_offload and not optimizer.is_offloaded:
+            optimizer.offload()
+        batcher.recompute(bool(must_recompute))
+        is_last = (must_offload, must_recompute) == tries[-1]
+        if budget == AUTO:
+            batcher.tokens_per_batch, is_all = find_max_tokens_per_batch(batcher, dataset, optimizer)
+            if is_all or batcher.tokens_per_batch >= ENOUGH_TOKENS:
+                break
+        else:
             batcher.tokens_per_batch = int(budget)
-            if recompute != AUTO or is_on or fits(batcher, dataset, optimizer, int(budget)):
-                return
-            continue
-        batcher.tokens_per_batch, is_all = find_max_tokens_per_batch(batcher, dataset, optimizer)
-        if is_all or batcher.tokens_per_batch >= ENOUGH_TOKENS:
-            return
+            if is_last or fits(batcher, dataset, optimizer, int(budget)):
+                break
+    devices.forget_peak(device)  # the log is to show training's peak, not that of these tries
     if not batcher.tokens_per_batch:
         raise UserError(
             f"a micro-batch of the longest example does not fit the memory of {device}",
@@ -62,11 +81,27 @@ def choose(
         )
 
 
-def activations_fit(batcher: MicroBatcher, dataset: Examples, optimizer: torch.optim.Optimizer) -> bool:
+def can_offload(batcher: MicroBatcher) -> bool:
+    """Whether AdamW's moments can be kept anywhere but where they are."""
+    return batcher.model.device.type == "cuda" and not batcher.world.is_sharded
+
+
+def choose_on_cpu(batcher: MicroBatcher, dataset: Examples, optimizer: AdamW, choices: Choices) -> None:
+    """The same where the moments are in main memory anyway."""
+    recompute = choices.gradient_checkpointing
+    batcher.tokens_per_batch = CPU_BUDGET if choices.tokens_per_batch == AUTO else int(choices.tokens_per_batch)
+    if recompute == AUTO:
+        recompute = not activations_fit(batcher, dataset, optimizer)
+        devices.free(batcher.model.device)
+        print(f"gradient checkpointing: {'on' if recompute else 'off, there is memory enough'}", flush=True)
+    batcher.recompute(bool(recompute))
+
+
+def activations_fit(batcher: MicroBatcher, dataset: Examples, optimizer: AdamW) -> bool:
     """Whether a CPU's memory can hold what a forward pass keeps for the backward pass: one is made, and counted."""
     if batcher.world.is_sharded:
         return False  # ranks cannot stop in the middle of a forward pass
-    room = devices.available_bytes() - bytes_of_optimizer_to_come(optimizer) - bytes_of_gradients_to_come(optimizer)
+    room = devices.available_bytes() - bytes_of_gradients_to_come(optimizer)
     counted = {parameter.untyped_storage().data_ptr() for parameter in batcher.model.parameters()}
     kept = 0
 
@@ -89,9 +124,7 @@ def activations_fit(batcher: MicroBatcher, dataset: Examples, optimizer: torch.o
     return bool(batcher.world.smallest(1))
 
 
-def find_max_tokens_per_batch(
-    batcher: MicroBatcher, dataset: Examples, optimizer: torch.optim.Optimizer
-) -> tuple[int, bool]:
+def find_max_tokens_per_batch(batcher: MicroBatcher, dataset: Examples, optimizer: AdamW) -> tuple[int, bool]:
     """(the largest token budget that fits the memory, whether that holds a whole step), found by running a few.
 
     Each try takes the longest examples, which need the most. Memory grows linearly with the budget, so two tries
@@ -102,7 +135,7 @@ def find_max_tokens_per_batch(
     lengths = np.sort(dataset.lengths.sum(axis=1))[::-1]
     largest_useful = int(lengths[: batcher.batch_size].sum())  # no micro-batch has more
     devices.free(device)  # what opening the model left behind is not part of what it holds
-    limit = memory_limit(device, bytes_of_optimizer_to_come(optimizer))
+    limit = memory_limit(device)
     budget = min(largest_useful, max(int(lengths[0]), FIRST_BUDGET))
     budget_before, peak_before = 0, memory_now(device)
     while True:
@@ -124,8 +157,8 @@ def find_max_tokens_per_batch(
     return budget, budget == largest_useful
 
 
-def fits(batcher: MicroBatcher, dataset: Examples, optimizer: torch.optim.Optimizer, budget: int) -> bool:
-    limit = memory_limit(batcher.model.device, bytes_of_optimizer_to_come(optimizer))
+def fits(batcher: MicroBatcher, dataset: Examples, optimizer: AdamW, budget: int) -> bool:
+    limit = memory_limit(batcher.model.device)
     peak = peak_bytes(batcher, dataset, optimizer, budget)
     return bool(batcher.world.smallest(int(peak is not None and peak <= limit)))
 
@@ -140,7 +173,7 @@ def largest_micro_batch(batcher: MicroBatcher, dataset: Examples, budget: int) -
     return plan, batch.to(batcher.model.device)
 
 
-def peak_bytes(batcher: MicroBatcher, dataset: Examples, optimizer: torch.optim.Optimizer, budget: int) -> int | None:
+def peak_bytes(batcher: MicroBatcher, dataset: Examples, optimizer: AdamW, budget: int) -> int | None:
     """The most bytes held while a micro-batch of `budget` tokens goes forward and backward, the gradients of another
     one beside it; None if memory runs out. (Several ranks cannot go on from that: they are in the middle of it.)
     """
@@ -161,35 +194,27 @@ def peak_bytes(batcher: MicroBatcher, dataset: Examples, optimizer: torch.optim.
     return peak[0] if peak else None
 
 
-def bytes_of_gradients_to_come(optimizer: torch.optim.Optimizer) -> int:
+def bytes_of_gradients_to_come(optimizer: AdamW) -> int:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return sum(devices.local_bytes(parameter) for parameter in parameters if parameter.grad is None)
-
-
-def bytes_of_optimizer_to_come(optimizer: torch.optim.Optimizer) -> int:
-    """What AdamW's two moments will take once it has made its first step; 0 if they are there already."""
-    return sum(
-        2 * devices.local_bytes(parameter)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter not in optimizer.state
-    )
 
 
 def memory_now(device: torch.device) -> int:
     return int(devices.in_use_gib(device) * 2**30)
 
 
-def memory_limit(device: torch.device, to_come: int) -> int:
+def memory_limit(device: torch.device) -> int:
     """Bytes that training may hold at its peak, including what it holds already."""
+    to_leave = 0
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         room = free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        to_leave = BYTES_TO_LEAVE
     elif device.type == "mps":
         room = torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     else:
         room = devices.available_bytes()
-    return memory_now(device) + int(SHARE_OF_MEMORY * (room - to_come))
+    return memory_now(device) + max(0, int(min(SHARE_OF_MEMORY * room, room - to_leave)))
 
 
 @contextlib.contextmanager
@@ -201,7 +226,7 @@ def watched_memory(device: torch.device) -> Iterator[list[int]]:
     """
     peak = [memory_now(device)]
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+        devices.forget_peak(device)
         yield peak
         peak[0] = torch.cuda.max_memory_allocated(device)
         return

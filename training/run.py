@@ -23,6 +23,7 @@ from training import launch
 from training.config import TrainingConfig
 from training.distributed import World
 from training.micro_batches import MicroBatcher
+from training.optimizer import AdamW
 from utils import Stopped, UserError
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -37,7 +38,7 @@ class Run:
     world: World
     model: Any
     module: torch.nn.Module  # what training calls: the model itself, or DDP or FSDP2 around it
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     train_data: Any
     eval_data: Any
     sampler: StepSampler
@@ -135,6 +136,7 @@ class Run:
             self.step, self.examples_seen(self.step), self.train_data.fingerprint, len(self.train_data),
             self.batcher.tokens_per_batch, self.skipped_steps, self.eval_value,
             None if self.eval_value is None else self.eval_count, self.base_fingerprint, self.batcher.recomputes,
+            self.optimizer.is_offloaded,
         )  # fmt: skip
         checkpoint.check_weights_are_finite(state, self.folder, self.step)
         checkpoint.save(self.folder, self.model, state, self.random_state, training_state, self.config.stored())

@@ -20,7 +20,7 @@ from common import atomic_files, file_locks
 from data_pipeline.sampler import StepSampler
 from modeling import devices, fused, speedups
 from modeling.pretrained import LoraSettings
-from training import launch, memory
+from training import launch, memory, optimizer
 from training.config import AUTO, TrainingConfig
 from training.distributed import World
 from training.micro_batches import MicroBatcher
@@ -62,19 +62,23 @@ def set_up(config: TrainingConfig, resumed_from: Path | None, world: World, open
         checkpoint.check_free_space(folder, model)
         base_fingerprint = model.base_fingerprint()
         module = prepare_model(model, config, world)
-        optimizer = make_optimizer(model, config)
+        adamw = optimizer.make_optimizer(model, config)
         sampler = StepSampler(len(train_data), config.examples_per_step, config.epochs, config.seed, config.max_steps)
         describe(config, model, sampler, world)
         # with auto, memory alone limits how many examples a micro-batch has
         most = config.examples_per_step if config.tokens_per_batch == AUTO else config.batch_size
         batcher = MicroBatcher(model, module, world, batch_size=most, max_length=config.max_length)
         run = Run(
-            config, script, world, model, module, optimizer, train_data, eval_data, sampler, batcher, folder, lock,
+            config, script, world, model, module, adamw, train_data, eval_data, sampler, batcher, folder, lock,
             base_fingerprint, checkpoint.random_state(),
         )  # fmt: skip
-        wanted = config.tokens_per_batch, config.gradient_checkpointing
         devices.free(model.device)  # what opening the model left behind is not part of what training holds
-        memory.choose(batcher, train_data, optimizer, *(go_back_to(resumed_from, run) if resumed_from else wanted))
+        may_offload = memory.can_offload(batcher) and config.offload_optimizer is not False
+        if may_offload and config.offload_optimizer is True:
+            adamw.offload()
+        choices = go_back_to(resumed_from, run) if resumed_from else memory.Choices.of(config)
+        adamw.make_moments(may_offload)
+        memory.choose(batcher, train_data, adamw, choices)
         return run
     except BaseException:
         if lock is not None:
@@ -101,21 +105,14 @@ def prepare_model(model: Any, config: TrainingConfig, world: World) -> torch.nn.
         speedups.cast_frozen_weights(model, model.autocast_dtype)  # (FSDP wants one dtype)
     if world.is_alone:
         speedups.use_sparse_embedding_gradients(model)
-    if config.compile:
+    if config.compile is True:
         speedups.compile_layers(model)
+    elif config.compile == AUTO and model.device.type == "cuda" and world.is_alone:
+        if why_not := speedups.try_compiling(model):
+            print(f"not compiled: {why_not}", flush=True)
     elif model.device.type == "cpu":
         fused.fuse_layers(model)
     return world.prepare(model, model.packs_up_to(config.max_length))
-
-
-def make_optimizer(model: Any, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over the trained parameters, in fp32 even if the published weights are bf16, as Qwen3's are.
-
-    At a learning rate of 1e-5, bf16 would round most updates to nothing.
-    """
-    trained = list(model.trained_parameters().values())
-    fused = model.device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
 
 
 def lora_settings(config: TrainingConfig) -> LoraSettings | None:
@@ -140,8 +137,8 @@ def check_data(config: TrainingConfig, world: World, train_data: Any, eval_data:
         raise UserError("no training data is left", where=train_data.name, next="see the counts above")
 
 
-def go_back_to(folder: Path, run: Run) -> tuple[int | str, bool | str]:
-    """Put a new run where a checkpoint was; returns the token budget and the gradient checkpointing to go on with."""
+def go_back_to(folder: Path, run: Run) -> memory.Choices:
+    """Put a new run where a checkpoint was; returns how to go on using the memory."""
     state = checkpoint.read_training_state(folder)
     if state.data_fingerprint != run.train_data.fingerprint and not run.config.allow_data_change:
         raise UserError(
@@ -164,11 +161,10 @@ def go_back_to(folder: Path, run: Run) -> tuple[int | str, bool | str]:
     run.examples_before = state.examples_seen - run.sampler.examples_seen(run.step)
     print(f"resuming after step {run.step} of {run.sampler.total_steps} from {folder}")
     # what auto found, and the smaller budget if memory ran out before; what is asked for anew is found anew
-    stored = resolve.training_settings(folder)
-    found = {"tokens_per_batch": state.tokens_per_batch, "gradient_checkpointing": state.recomputes}
-    wanted = {name: getattr(run.config, name) for name in found}
-    keeps = {name for name in found if found[name] is not None and wanted[name] == stored.get(name)}
-    return tuple(found[name] if name in keeps else wanted[name] for name in found)
+    stored, wanted = resolve.training_settings(folder), memory.Choices.of(run.config)
+    found = memory.Choices(state.tokens_per_batch, state.recomputes, state.offloads)._asdict()
+    keeps = {name: value for name, value in found.items() if getattr(wanted, name) == stored.get(name)}
+    return wanted._replace(**{name: value for name, value in keeps.items() if value is not None})
 
 
 def check_positions(model: Any, *datasets: Any) -> None:

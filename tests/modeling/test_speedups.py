@@ -1,6 +1,7 @@
 """RewardModel.compile: the same rewards and gradients, the same files, few compilations."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -62,6 +63,35 @@ def test_compiled_rewards_and_gradients_are_the_same(base, tokenizer, tmp_path, 
         assert path.read_bytes() == (tmp_path / "after" / path.name).read_bytes(), path.name
 
 
+def test_layers_are_compiled_where_that_works(base, tokenizer):
+    pairs, model = random_pairs(12), make_model(base, tokenizer).train()
+    wanted = rewards_of(model, packed_batches(pairs))
+    assert speedups.try_compiling(model, "aot_eager") == "" and model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    torch._dynamo.utils.counters.clear()
+    torch.testing.assert_close(rewards_of(model, packed_batches(pairs)), wanted, rtol=2e-6, atol=2e-6)
+    assert "forward" in vars(model.backbone.layers[0].mlp)
+
+
+def wrong_backend(graph, inputs):
+    return lambda *tensors: [tensor * 2 if tensor.is_floating_point() else tensor for tensor in graph(*tensors)]
+
+
+def no_backend(graph, inputs):
+    raise RuntimeError("no compiler for this card")
+
+
+@pytest.mark.parametrize(
+    "backend, why",
+    [(no_backend, "no compiler for this card"), (wrong_backend, "differ by ")],
+)
+def test_layers_stay_as_they_are_where_compiling_fails(base, tokenizer, backend, why):
+    pairs, model = random_pairs(12), make_model(base, tokenizer).train()
+    wanted = rewards_of(model, packed_batches(pairs))
+    assert re.search(why, speedups.try_compiling(model, backend))
+    assert torch.equal(rewards_of(model, packed_batches(pairs)), wanted)
+
+
 def test_new_shapes_and_further_layers_do_not_compile_again(base, tokenizer):
     model = compiled(make_model(base, tokenizer).train())
     assert model.use_attention("pieces") == "pieces"
@@ -95,6 +125,14 @@ def test_compiled_dropout_drops_and_is_repeated_by_the_seed_and_by_checkpointing
         torch.testing.assert_close(plain[0], checkpointed[0])
         for name, gradient in plain[1].items():
             torch.testing.assert_close(gradient, checkpointed[1][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dropout, drops", [(0.0, False), (0.05, True)])
+def test_checkpointing_keeps_random_states_only_if_something_drops_out(base, tokenizer, dropout, drops):
+    model = models.RewardModel.create(base, tokenizer, 0, models.LoraSettings(dropout=dropout)).train()
+    assert speedups.drops_out(model) == drops
+    model.text_config.attention_dropout = 0.1
+    assert speedups.drops_out(model)
 
 
 def test_a_machine_without_a_compiler_is_told_so(base, tmp_path):

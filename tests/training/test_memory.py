@@ -15,6 +15,7 @@ import train_rm
 from checkpointing import checkpoint
 from modeling import devices
 from training import distributed, memory, micro_batches
+from training.optimizer import AdamW
 from utils import UserError
 
 
@@ -31,7 +32,7 @@ def batcher(base, tokenizer):
 
 @pytest.fixture
 def optimizer(batcher):
-    return torch.optim.AdamW(batcher.model.hf_model.parameters())
+    return AdamW(batcher.model.hf_model.parameters(), fused=True)
 
 
 def memory_of(monkeypatch, bytes_a_token, limit):
@@ -44,7 +45,7 @@ def memory_of(monkeypatch, bytes_a_token, limit):
 
     monkeypatch.setattr(memory, "peak_bytes", peak_bytes)
     monkeypatch.setattr(memory, "memory_now", lambda device: 1000)
-    monkeypatch.setattr(memory, "memory_limit", lambda device, to_come: limit)
+    monkeypatch.setattr(memory, "memory_limit", lambda device: limit)
     return tried
 
 
@@ -72,22 +73,24 @@ def test_the_tightest_process_decides_for_all(batcher, pairs, optimizer, monkeyp
 def on_a_gpu(batcher, monkeypatch):
     """A batcher whose model says that it is on a GPU; what would touch the GPU is replaced by the test."""
     monkeypatch.setattr(type(batcher.model), "device", property(lambda self: torch.device("cuda")))
-    monkeypatch.setattr(devices, "free", lambda device: None)
+    for function in ("free", "forget_peak"):
+        monkeypatch.setattr(devices, function, lambda device: None)
     return batcher
 
 
 def room_for(monkeypatch, tokens, tokens_recomputing):
     """Room for so many tokens in a micro-batch, with and without keeping activations; beyond, memory runs out."""
     tried = []
+    recomputing = tokens_recomputing if callable(tokens_recomputing) else lambda: tokens_recomputing
 
     def peak_bytes(batcher, dataset, optimizer, budget):
-        most = tokens_recomputing if batcher.recomputes else tokens
+        most = recomputing() if batcher.recomputes else tokens
         tried.append((batcher.recomputes, budget))
         return None if budget > most else 1000 + 10**6 * budget // most
 
     monkeypatch.setattr(memory, "peak_bytes", peak_bytes)
     monkeypatch.setattr(memory, "memory_now", lambda device: 1000)
-    monkeypatch.setattr(memory, "memory_limit", lambda device, to_come: 1000 + 10**6)
+    monkeypatch.setattr(memory, "memory_limit", lambda device: 1000 + 10**6)
     return tried
 
 
@@ -105,26 +108,40 @@ def test_a_gpu_recomputes_only_if_little_fits_otherwise(
 ):
     on_a_gpu.batch_size = 400
     room_for(monkeypatch, kept, recomputed)
-    memory.choose(on_a_gpu, pairs, optimizer, "auto", "auto")
+    memory.choose(on_a_gpu, pairs, optimizer, memory.Choices("auto", "auto", False))
     wanted = sum(sorted(pairs.lengths.sum(axis=1))[-400:]) if found[0] == "all" else found[0]
     assert wanted / memory.MIN_GAIN <= on_a_gpu.tokens_per_batch <= wanted
     assert on_a_gpu.recomputes == on_a_gpu.model.hf_model.is_gradient_checkpointing == found[1]
 
 
+@pytest.mark.parametrize(
+    "recomputed, offloaded, found",
+    [(3000, 9000, (3000, False)), (1200, 9000, (9000, True)), (100, 1500, (1500, True)), (1200, 1200, (1200, True))],
+)
+def test_a_gpu_keeps_the_moments_elsewhere_only_if_little_fits_beside_them(
+    on_a_gpu, pairs, optimizer, monkeypatch, recomputed, offloaded, found
+):
+    on_a_gpu.batch_size = 400
+    room_for(monkeypatch, 600, lambda: offloaded if optimizer.is_offloaded else recomputed)
+    memory.choose(on_a_gpu, pairs, optimizer, memory.Choices("auto", "auto", "auto"))
+    assert found[0] / memory.MIN_GAIN <= on_a_gpu.tokens_per_batch <= found[0]
+    assert (optimizer.is_offloaded, on_a_gpu.recomputes) == (found[1], True)
+
+
 @pytest.mark.parametrize("recompute", [True, False])
 def test_what_the_user_chose_is_not_tried_otherwise(on_a_gpu, pairs, optimizer, monkeypatch, recompute):
     tried = room_for(monkeypatch, 1100, 3000)
-    memory.choose(on_a_gpu, pairs, optimizer, "auto", recompute)
+    memory.choose(on_a_gpu, pairs, optimizer, memory.Choices("auto", recompute, False))
     assert {was_on for was_on, _ in tried} == {recompute}
     tried.clear()
-    memory.choose(on_a_gpu, pairs, optimizer, 700, recompute)
+    memory.choose(on_a_gpu, pairs, optimizer, memory.Choices(700, recompute, False))
     assert (on_a_gpu.tokens_per_batch, on_a_gpu.recomputes, tried) == (700, recompute, [])
 
 
 @pytest.mark.parametrize("budget, recomputes", [(1000, False), (2000, True)])
 def test_a_given_budget_decides_whether_to_recompute(on_a_gpu, pairs, optimizer, monkeypatch, budget, recomputes):
     room_for(monkeypatch, 1100, 3000)
-    memory.choose(on_a_gpu, pairs, optimizer, budget, "auto")
+    memory.choose(on_a_gpu, pairs, optimizer, memory.Choices(budget, "auto", False))
     assert (on_a_gpu.tokens_per_batch, on_a_gpu.recomputes) == (budget, recomputes)
 
 
@@ -140,7 +157,7 @@ def test_a_try_that_runs_out_of_memory_goes_back_to_what_fitted(on_a_gpu, pairs,
 def test_a_first_try_that_does_not_fit_says_what_to_change(on_a_gpu, pairs, optimizer, monkeypatch):
     room_for(monkeypatch, 10, 20)
     with pytest.raises(UserError, match=r"longest example does not fit(.|\n)*--max_length(.|\n)*--lora"):
-        memory.choose(on_a_gpu, pairs, optimizer, "auto", "auto")
+        memory.choose(on_a_gpu, pairs, optimizer, memory.Choices("auto", "auto", False))
 
 
 def test_running_out_of_memory_in_a_try_is_survived(batcher, pairs, optimizer, monkeypatch):
@@ -170,10 +187,10 @@ def test_the_gradients_of_a_step_count(batcher, pairs, optimizer, monkeypatch):
 @pytest.mark.parametrize("mib, recomputes", [(8000, False), (20, True)])
 def test_a_cpu_recomputes_if_activations_would_not_fit(batcher, pairs, optimizer, monkeypatch, mib, recomputes):
     monkeypatch.setattr(devices, "available_bytes", lambda: mib * 2**20)
-    memory.choose(batcher, pairs, optimizer, "auto", "auto")
+    memory.choose(batcher, pairs, optimizer, memory.Choices("auto", "auto", False))
     assert (batcher.tokens_per_batch, batcher.recomputes) == (memory.CPU_BUDGET, recomputes)
     assert batcher.model.hf_model.is_gradient_checkpointing == recomputes
-    memory.choose(batcher, pairs, optimizer, 700, not recomputes)
+    memory.choose(batcher, pairs, optimizer, memory.Choices(700, not recomputes, False))
     assert (batcher.tokens_per_batch, batcher.recomputes) == (700, not recomputes)
 
 
@@ -213,18 +230,18 @@ def test_memory_is_watched_while_it_is_held():
     assert 200 * 2**20 < peak[0] - before < 400 * 2**20
 
 
-def test_what_adamw_will_hold_is_left_free(batcher, optimizer, monkeypatch):
-    parameters = list(batcher.model.hf_model.parameters())
-    assert memory.bytes_of_optimizer_to_come(optimizer) == sum(8 * parameter.numel() for parameter in parameters)
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    assert memory.bytes_of_optimizer_to_come(optimizer) == 0
-    device = torch.device("cpu")
+def test_some_memory_is_left_free(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=8 * 2**30))
     monkeypatch.setattr(memory, "memory_now", lambda device: 2**30)
-    assert memory.memory_limit(device, 0) == 2**30 + int(memory.SHARE_OF_MEMORY * 8 * 2**30)
-    assert memory.memory_limit(device, 2**30) == 2**30 + int(memory.SHARE_OF_MEMORY * 7 * 2**30)
+    assert memory.memory_limit(torch.device("cpu")) == 2**30 + int(memory.SHARE_OF_MEMORY * 8 * 2**30)
+
+
+@pytest.mark.parametrize("free, usable", [(1, 0), (4, 3), (40, 36)])
+def test_on_a_gpu_at_least_a_gibibyte_is_left_free(free, usable, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, 0))
+    for function in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, function, lambda device: 2**30)
+    assert memory.memory_limit(torch.device("cuda")) == 2**30 + usable * 2**30
 
 
 def test_auto_trains_what_a_number_trains_and_is_not_chosen_again_on_resuming(

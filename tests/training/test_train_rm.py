@@ -469,8 +469,8 @@ def test_a_reply_has_one_reward_in_training_in_the_report_and_on_the_page(
     monkeypatch.setattr(
         train_rm, "evaluate", lambda *arguments: evaluations.append(original(*arguments)) or evaluations[-1]
     )
-    flags = ["--model", base, "--dataset", small_dataset, "--precision", "bf16", "--batch_size", "8", "--max_steps", "2",
-             "--lr", "1e-2", "--no_report"]  # fmt: skip
+    flags = ["--model", base, "--dataset", small_dataset, "--precision", "bf16", "--batch_size", "8",
+             "--max_steps", "2", "--lr", "1e-2", "--no_report"]  # fmt: skip
     train_rm.main([*flags, *switches, "--run_name", "rough", "--eval_num_batches", "0"])
     folder = tmp_path / "checkpoints/rm/rough/step-2"
     eval_rm.main(["--model", str(folder), "--dataset", small_dataset, "--scores_out", "scores.jsonl"])
