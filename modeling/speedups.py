@@ -119,6 +119,7 @@ def try_compiling(model: Any, backend: str = "inductor") -> str:
         why_not = "" if difference <= tolerance else f"compiled layers differ by {difference:.2g} of the norm"
     except Exception as error:  # see compile_layers; UserError is one of them
         cause = error.__cause__ or error
+        cause = getattr(cause, "inner_exception", cause)  # dynamo's own say little
         why_not = f"{type(cause).__name__}: {first_line(cause)}"
     finally:
         model.train(was_training)
