@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 import typing
@@ -24,6 +27,7 @@ with utils.lazy_imports():  # a single process needs none of it, and --help must
 # tokenizes, evaluates or saves.
 MOST_SECONDS_OF_WAITING = 4 * 3600
 OTHERS_SPEAK_AFTER_SECONDS = 2.0
+STUCK_AFTER_SECONDS = 20.0  # torchrun kills after 30
 # Launchers that start copies without connecting them, and where they say how many.
 COUNTS_OF_OTHER_LAUNCHERS = {
     "SLURM_STEP_NUM_TASKS": "srun",
@@ -176,6 +180,43 @@ def explained(error: BaseException, world: World) -> BaseException:
     )
     lost.__cause__ = error
     return lost
+
+
+@contextlib.contextmanager
+def ended_if_stuck(stop: utils.StopRequest, seconds: float = STUCK_AFTER_SECONDS) -> Iterator[None]:
+    """Inside the block a signal to stop is obeyed even where `stop` cannot note it, because Python does not run.
+
+    A process that waits in the GPU's driver for another one, which has died, is stuck like that. The launcher would
+    kill it without a word; here a thread says after `seconds` what happened, and ends it.
+    """
+    if os.name == "nt" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrivals, notes = socket.socketpair()  # the interpreter writes a signal's number there the moment that it arrives
+    notes.setblocking(False)
+
+    def is_noted() -> bool:
+        return stop.signal_number is not None or notes.fileno() < 0
+
+    def watch() -> None:
+        while number := arrivals.recv(1):  # nothing more comes once `notes` is closed
+            deadline = time.monotonic() + seconds
+            while not is_noted() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            if number[0] in utils.STOP_SIGNALS and not is_noted():
+                utils.say_if_heard(
+                    "this process was asked to stop, and is stuck: most likely it waits for another that has ended\n"
+                    "  saved steps are safe; resume with --resume_from and the run's folder"
+                )
+                os._exit(128 + number[0])
+
+    before = signal.set_wakeup_fd(notes.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        notes.close()
 
 
 def leave(exit_code: int) -> typing.NoReturn:

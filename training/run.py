@@ -228,7 +228,10 @@ def supervised(run: Run, resumed_from: Path | None) -> Iterator[utils.StopReques
     run.world.barrier()  # every rank has looked at the later steps
     if run.world.is_main and (aside := checkpoint.set_aside_later_steps(run.folder, run.step)):
         print(f"the steps after step {run.step} were moved to {aside}")
-    with utils.StopRequest(is_silent=not run.world.is_main) as stop:
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(utils.StopRequest(is_silent=not run.world.is_main))
+        if not run.world.is_alone:
+            stack.enter_context(launch.ended_if_stuck(stop))
         run.begin_record(resumed_from)
         try:
             yield stop

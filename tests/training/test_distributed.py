@@ -279,6 +279,37 @@ def test_a_process_that_dies_ends_the_run_within_a_minute_and_says_so(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+STUCK = """
+import ctypes, sys, time
+sys.path.insert(0, {root!r})
+import utils
+from training import launch
+
+with utils.StopRequest() as stop, launch.ended_if_stuck(stop, seconds=0.3):
+    print("here", flush=True)
+    if {is_stuck}:  # in a call that no signal interrupts, and that lets other threads run, as the GPU's driver does
+        lock = (ctypes.c_char * 256)()
+        for _ in range(2):
+            ctypes.CDLL(None).pthread_mutex_lock(lock)
+    while stop.signal_number is None:
+        time.sleep(0.01)
+    time.sleep(1)
+print("ended by itself", flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("is_stuck", [True, False])
+def test_a_process_that_is_stuck_in_the_driver_still_ends_when_asked_to(is_stuck):
+    code = STUCK.format(root=str(ROOT), is_stuck=is_stuck)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert ("is stuck" in errors, "ended by itself" in output) == (is_stuck, not is_stuck)
+    assert process.returncode == (143 if is_stuck else 0)
+
+
 @pytest.mark.parametrize(
     "environment, wanted",
     [
