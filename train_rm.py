@@ -349,7 +349,9 @@ def speed(plans: list[packing.MicroBatchPlan], seconds: float, device: Any) -> d
     pairs = sum(plan.num_examples for plan in plans)
     needed = sum(plan.needed_tokens for plan in plans)
     computed = sum(plan.computed_tokens for plan in plans)
+    reserved = {"train/reserved_memory_gib": devices.reserved_gib()} if device.type == "cuda" else {}
     return {
+        **reserved,
         "train/step_time": seconds,
         "train/pairs_per_second": pairs / seconds,
         "train/tokens_per_second": computed / seconds,

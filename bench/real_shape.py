@@ -1,4 +1,4 @@
-"""Peak memory and time of one real optimizer step of the full Qwen3-0.6B shape with random weights, full and LoRA.
+"""Peak memory and time of a real optimizer step of the full Qwen3-0.6B shape with random weights, full and LoRA.
 
     QWEN3_DIR=... HH_RLHF_DIR=... python bench/real_shape.py
 
@@ -32,13 +32,15 @@ def write_random_base(config_folder: str, folder: Path) -> None:
     AutoTokenizer.from_pretrained(config_folder).save_pretrained(folder)
 
 
-def one_step(base: Path, dataset: str, work: Path, name: str, flags: list[str]) -> dict[str, float]:
-    """Run one optimizer step; returns the last value of each TensorBoard scalar of the run."""
+def last_of_steps(
+    base: Path, dataset: str, work: Path, name: str, flags: list[str], steps: int = 2
+) -> dict[str, float]:
+    """Run a few optimizer steps, the first of which also compiles; returns each TensorBoard scalar of the last."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     command = [
-        sys.executable, str(ROOT / "train_rm.py"), "--model", str(base), "--dataset", dataset, "--max_steps", "1",
-        "--eval_num_batches", "1", "--output_dir", str(work / "out"), "--log_dir", str(work / "logs"),
+        sys.executable, str(ROOT / "train_rm.py"), "--model", str(base), "--dataset", dataset,
+        "--max_steps", str(steps), "--eval_num_batches", "1", "--output_dir", str(work / "out"), "--log_dir", str(work / "logs"),
         "--run_name", name, "--no_report", *flags,
     ]  # fmt: skip
     subprocess.run(command, check=True, stdout=sys.stderr)
@@ -63,9 +65,9 @@ def main() -> None:
         work = Path(work_name)
         write_random_base(config_folder, work / "base")
         for name, flags in (("full", []), ("lora", ["--lora"])):
-            found = one_step(work / "base", dataset, work, name, [*flags, *sys.argv[1:]])
+            found = last_of_steps(work / "base", dataset, work, name, [*flags, *sys.argv[1:]])
             print(
-                f"| {name} | {found['train/peak_memory_gib']:.1f} GiB | {found['train/step_time']:.0f} s "
+                f"| {name} | {found['train/peak_memory_gib']:.1f} GiB | {found['train/step_time']:.1f} s "
                 f"| {found['train/pairs_per_second']:.2f} | {found['train/tokens_per_second']:.0f} "
                 f"| {found['train/useful_tokens']:.1%} |",
                 flush=True,

@@ -279,8 +279,8 @@ def pack(dataset: Examples, indices: np.ndarray, rows: Rows, pad_id: int, width:
     """The tensors of one micro-batch of `plan_packed_rows`; `rows` hold positions in `indices`."""
     input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     position_ids = np.zeros((len(rows), width), dtype=np.int64)
-    example_index = np.full((len(rows), width), -1, dtype=np.int64)
-    completion_index = np.zeros((len(rows), width), dtype=np.int64)
+    example_index = np.full((len(rows), width), -1, dtype=np.int32)
+    completion_index = np.zeros((len(rows), width), dtype=np.int32)
     last_token_positions, order = [], []
     for row_number, row in enumerate(rows):
         column = 0

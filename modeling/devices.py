@@ -83,6 +83,11 @@ def peak_gib(device: torch.device) -> float:
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes on macOS, KiB elsewhere
 
 
+def reserved_gib() -> float:
+    """The most GPU memory that PyTorch took from CUDA's driver so far, cached and fragmented blocks included."""
+    return torch.cuda.max_memory_reserved() / 2**30
+
+
 def forget_peak(device: torch.device) -> None:
     """Have `peak_gib` start anew from what is in use now; only CUDA can."""
     if device.type == "cuda":

@@ -114,16 +114,9 @@ def test_one_pair_is_packed_as_the_docstring_says(tmp_path):
     assert batch.last_token_positions.tolist() == [[3, 4]]
     assert pairs.label_margins[batch.indices].tolist() == [0.25] and batch.indices.tolist() == [0]
     assert (batch.example_index >= 0).sum() == batch.input_ids.numel() == 5
-    assert {
-        t.dtype
-        for t in (
-            batch.input_ids,
-            batch.position_ids,
-            batch.example_index,
-            batch.completion_index,
-            batch.last_token_positions,
-        )
-    } == {torch.int64}
+    indices = batch.input_ids, batch.position_ids, batch.last_token_positions
+    assert {tensor.dtype for tensor in indices} == {torch.int64}
+    assert batch.example_index.dtype == batch.completion_index.dtype == torch.int32
 
 
 def test_rows_of_several_pairs_are_packed_side_by_side_and_padded(tmp_path):
