@@ -4,8 +4,9 @@
 
 Both sides train the same model (Qwen3's architecture and vocabulary, by default 4 layers of width 256) from the same
 weights on the same token ids: the pairs of the project's first steps at its default settings, 128 real HH-RLHF pairs
-per step, untruncated. Both use AdamW at the same learning rate, fp32 weights, bf16 autocast, `sdpa` attention and the
-same clipping norm. Gradient checkpointing is off unless --gradient_checkpointing turns it on for both sides.
+per step, untruncated. Both use AdamW at the same learning rate, fp32 weights, bf16 autocast where the hardware
+computes in bf16, the same clipping norm and, on a CPU, the same settings of the C library's heap. Gradient
+checkpointing is off unless --gradient_checkpointing turns it on for both sides.
 
 TRL runs twice: at the project's default sizes (32 pairs × 4 accumulated), and at the batch size at which it is fastest
 here, which is searched for first, with as much accumulation as makes the step equally large. Each side is a separate
@@ -104,7 +105,8 @@ class Comparison:
         order = ", sorted by length within a step for TRL" if a.sorted else ""
         return (
             f"{a.model or f'{a.layers} layers × {a.hidden}'}, {self.examples_per_step} pairs a step{order}, "
-            f"{checkpointing} gradient checkpointing, {'with' if a.compile else 'without'} torch.compile, "
+            f"{devices.fastest_precision(devices.pick_device())}, {checkpointing} gradient checkpointing, "
+            f"{'with' if a.compile else 'without'} torch.compile, "
             f"{a.steps} timed steps of each side in turn after {self.warm_up} to warm up, {a.clock} time"
         )
 

@@ -2,7 +2,7 @@
 
     QWEN3_DIR=... HH_RLHF_DIR=... python bench/evaluation_against_trl.py
 
-Both sides score the same pairs with the same model, in bf16 autocast, and report loss and accuracy. TRL is tried at
+Both sides score the same pairs with the same model, in fp32, and report loss and accuracy. TRL is tried at
 several batch sizes (8 is its default). Then it takes turns with the project at its fastest, one whole evaluation each;
 the first of each is a warm-up. Evaluating is what training does, from token ids in memory to the final metrics, on
 both sides. Scoring is what `eval_rm.py` does, starting from the file, so only this project reads and tokenizes.

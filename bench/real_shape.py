@@ -40,8 +40,8 @@ def last_of_steps(
 
     command = [
         sys.executable, str(ROOT / "train_rm.py"), "--model", str(base), "--dataset", dataset,
-        "--max_steps", str(steps), "--eval_num_batches", "1", "--output_dir", str(work / "out"), "--log_dir", str(work / "logs"),
-        "--run_name", name, "--no_report", *flags,
+        "--max_steps", str(steps), "--eval_num_batches", "1", "--output_dir", str(work / "out"),
+        "--log_dir", str(work / "logs"), "--run_name", name, "--no_report", *flags,
     ]  # fmt: skip
     subprocess.run(command, check=True, stdout=sys.stderr)
     events = EventAccumulator(str(work / "logs" / name)).Reload()

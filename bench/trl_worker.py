@@ -25,12 +25,16 @@ def side(
     job: str, base: str, ids: str, work: Path, batch_size: int, grad_accum: int = 1, checkpointing: bool = False,
     compiled: bool = False,
 ) -> harness.Side:  # fmt: skip
-    """A child process that works on `ids` in their order, with the project's defaults for shared settings."""
-    config = project_worker.defaults()
+    """A child process that works on `ids` in their order, with the project's defaults for shared settings.
+
+    In the project's precision too: what is fast here for training, fp32 for evaluation.
+    """
+    config, device = project_worker.defaults(), devices.pick_device()
+    precision = devices.fastest_precision(device) if job == "train" else "fp32"
     return harness.Side(
         "trl_worker.py", job=job, base=base, ids=ids, folder=str(work / f"trl-{batch_size}"), batch_size=batch_size,
         grad_accum=grad_accum, lr=config.lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
-        gradient_checkpointing=checkpointing, compiled=compiled, device=devices.pick_device().type,
+        gradient_checkpointing=checkpointing, compiled=compiled, precision=precision, device=device.type,
     )  # fmt: skip
 
 
@@ -81,7 +85,7 @@ def main() -> None:
         weight_decay=settings["weight_decay"],
         max_grad_norm=settings["max_grad_norm"],
         gradient_checkpointing=settings["gradient_checkpointing"],
-        bf16=True,
+        bf16=settings["precision"] == "bf16",
         torch_compile=settings["compiled"],
         use_cpu=settings["device"] == "cpu",
         logging_first_step=True,
