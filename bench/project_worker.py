@@ -44,6 +44,29 @@ def defaults() -> Any:
     return train_rm.RewardTrainingConfig()
 
 
+def config_of(flags: list[str]) -> Any:
+    """The settings of a run with these flags."""
+    import train_rm
+    from training.config import read_config
+
+    return read_config(train_rm.RewardTrainingConfig, flags, "")[0]
+
+
+def pairs_of_run(config: Any, num_pairs: int) -> np.ndarray:
+    """All pairs of a run, in the order in which its steps take them."""
+    from data_pipeline import sampler
+
+    plan = sampler.StepSampler(num_pairs, config.examples_per_step, config.epochs, config.seed, config.max_steps)
+    return np.concatenate([plan.indices_for(step) for step in range(1, plan.total_steps + 1)])
+
+
+def lora_settings(config: Any) -> dict[str, Any] | None:
+    from training import setup
+
+    lora = setup.lora_settings(config)
+    return dataclasses.asdict(lora) if lora else None
+
+
 def side(job: str, base: str, dataset: str, work: Path, checkpointing: bool = False, *flags: str) -> harness.Side:
     """A child process that works on `dataset`, at the project's default settings except for `flags`."""
     switch = ["--gradient_checkpointing"] if checkpointing else []
@@ -231,9 +254,13 @@ def note_evaluations(run: Any, rewards: Any, times: int) -> None:
 
 def logged_scalars(run: Any) -> dict[str, list[float]]:
     """The scalars that the run wrote for TensorBoard, by tag."""
+    return scalars_of(Path(run.config.log_dir) / run.folder.name)
+
+
+def scalars_of(folder: Path) -> dict[str, list[float]]:
+    """The scalars in TensorBoard's files of a folder, by tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = Path(run.config.log_dir) / run.folder.name
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 

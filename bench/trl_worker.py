@@ -1,4 +1,8 @@
-"""TRL's side of a benchmark: `RewardTrainer` on given token ids. As a script, a child process of `harness.Side`."""
+"""TRL's side of a benchmark: `RewardTrainer` on given token ids. As a script, a child process of `harness.Side`.
+
+Its jobs: "train", a step for each message; "evaluate", an evaluation for each; "learn", the whole training, after which
+the model is saved.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +27,32 @@ def write_ids(dataset: Any, indices: Any, path: Path) -> Path:
 
 def side(
     job: str, base: str, ids: str, work: Path, batch_size: int, grad_accum: int = 1, checkpointing: bool = False,
-    compiled: bool = False,
+    compiled: bool = False, **others: Any,
 ) -> harness.Side:  # fmt: skip
     """A child process that works on `ids` in their order, with the project's defaults for shared settings.
 
     In the project's precision too: what is fast here for training, fp32 for evaluation.
     """
     config, device = project_worker.defaults(), devices.pick_device()
-    precision = devices.fastest_precision(device) if job == "train" else "fp32"
-    return harness.Side(
-        "trl_worker.py", job=job, base=base, ids=ids, folder=str(work / f"trl-{batch_size}"), batch_size=batch_size,
-        grad_accum=grad_accum, lr=config.lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
-        gradient_checkpointing=checkpointing, compiled=compiled, precision=precision, device=device.type,
+    settings = {
+        "job": job, "base": base, "ids": ids, "folder": str(work / f"trl-{batch_size}"), "batch_size": batch_size,
+        "grad_accum": grad_accum, "lr": config.lr, "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm, "gradient_checkpointing": checkpointing, "compiled": compiled,
+        "precision": "fp32" if job == "evaluate" else devices.fastest_precision(device), "device": device.type,
+        "lora": None, "seed": 0,
+    }  # fmt: skip
+    return harness.Side("trl_worker.py", **settings | others)
+
+
+def adapters(lora: dict[str, Any] | None) -> Any:
+    """PEFT's settings for the project's LoRA flags; None trains every parameter."""
+    if lora is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="SEQ_CLS", r=lora["r"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"],
+        target_modules=list(lora["target_modules"]),
     )  # fmt: skip
 
 
@@ -44,13 +62,16 @@ def main() -> None:
 
     from datasets import Dataset
     from datasets.utils.logging import disable_progress_bar
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback, set_seed
     from trl import RewardConfig, RewardTrainer
     from trl.trainer.reward_trainer import DataCollatorForPreference
 
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(settings["base"])
-    model = AutoModelForSequenceClassification.from_pretrained(settings["base"])  # fp32, as written
+    set_seed(settings["seed"])  # for a head that the files lack
+    model = AutoModelForSequenceClassification.from_pretrained(
+        settings["base"], num_labels=1, pad_token_id=tokenizer.pad_token_id, dtype="float32"
+    )
     rows = Dataset.from_dict(json.loads(Path(settings["ids"]).read_text()))
     computed = {"tokens": 0, "pairs": 0}
 
@@ -63,10 +84,16 @@ def main() -> None:
             computed["pairs"] += len(examples)
             return batch
 
+    times: list[float] = []
+
     class InTurn(TrainerCallback):
         """After each step, answers and waits for the next message."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if settings["job"] == "learn":
+                times.append(clock.read()["seconds"])
+                clock.start()
+                return
             channel.answer(**clock.read(), peak_gib=harness.peak_gib(device))
             if channel.receive()["do"] == "end":
                 control.should_training_stop = True
@@ -89,16 +116,17 @@ def main() -> None:
         torch_compile=settings["compiled"],
         use_cpu=settings["device"] == "cpu",
         logging_first_step=True,
+        logging_steps=1 if settings["job"] == "learn" else 500,
         save_strategy="no",
         eval_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        seed=0,
+        seed=settings["seed"],
     )
-    is_training = settings["job"] == "train"
+    is_training = settings["job"] != "evaluate"
     trainer = RewardTrainer(
         model, config, data_collator=Counting(tokenizer.pad_token_id), train_dataset=rows, eval_dataset=rows,
-        processing_class=tokenizer, callbacks=[InTurn()] if is_training else [],
+        processing_class=tokenizer, callbacks=[InTurn()] if is_training else [], peft_config=adapters(settings["lora"]),
     )  # fmt: skip
     device = trainer.args.device
     devices.keep_heap(device)  # as the project does
@@ -112,7 +140,11 @@ def main() -> None:
         clock.start()
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        channel.answer(loss=losses, **computed)
+        saved = {}
+        if settings["job"] == "learn":
+            trainer.save_model(settings["folder"])
+            saved = {"times": times, "peak_gib": harness.peak_gib(device)}
+        channel.answer(loss=losses, **saved, **computed)
     else:
         while message["do"] != "end":
             clock.start()
