@@ -14,7 +14,7 @@ def test_recipes_are_trained_beside_trl_and_not_again(base, small_dataset, tmp_p
     pytest.importorskip("trl", reason="trl is not installed: nothing to compare with")
     monkeypatch.setenv("HH_RLHF_DIR", small_dataset)
     monkeypatch.setenv("RL_WITH_RM_CACHE", str(tmp_path / "cache"))
-    words = ["recipes.py", "--model", base, "--seeds", "3", "--trl", "--max_steps", "2", "--work", str(tmp_path / "work"),
+    words = ["recipes.py", "--model", base, "--seeds", "3", "--trl", "--max_steps", "2", "--work", f"{tmp_path}/work",
              "--recipes", "small head: --lora --lr 1e-3 head=0.02", "--plot", str(tmp_path / "losses.png")]  # fmt: skip
     monkeypatch.setattr(sys, "argv", words)
     recipes.main()
