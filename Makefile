@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo check test real-model test-real lint clean
+.PHONY: demo check test real-model test-real gpu lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python train_rm.py --demo
@@ -22,6 +22,10 @@ real-model: $(VENV)/.installed
 
 test-real: real-model $(VENV)/.installed-dev
 	SMOLLM2_DIR=real-model $(BIN)/python -m pytest -m real tests
+
+# What only an NVIDIA card can show, in ten minutes. QWEN3_DIR and HH_RLHF_DIR: see docs/benchmarks.md.
+gpu: $(VENV)/.installed-dev
+	$(BIN)/python bench/on_gpu.py --json on_gpu.json
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

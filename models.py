@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from data_pipeline import packing
-from modeling import attention, flex, generation, pretrained, speedups
+from modeling import attention, devices, flex, generation, pretrained, speedups
 from modeling.pretrained import LoraSettings, load_tokenizer
 from utils import CheckpointError, UserError
 
@@ -115,13 +115,15 @@ class PretrainedModel(nn.Module):
 
     @contextlib.contextmanager
     def in_fp32(self) -> Iterator[None]:
-        """Without autocast, for rewards that are shown or kept: bf16 moves them by more than its share of their spread.
+        """Without autocast, and on CUDA in TF32: for rewards that are shown or kept.
 
-        In training, where only differences within a pair count, bf16 is fine (docs/evaluation.md has figures).
+        bf16 moves rewards by a visible part of their spread (docs/evaluation.md has figures). In training only
+        differences within a pair count, and it is fine.
         """
         before, self.autocast_dtype = self.autocast_dtype, None
         try:
-            yield
+            with devices.tf32(self.device):
+                yield
         finally:
             self.autocast_dtype = before
 
@@ -184,9 +186,11 @@ class PretrainedModel(nn.Module):
         # training in bf16 evaluates in fp32
         tries = {torch.float32: backward and self.autocast_dtype is None, self.autocast_dtype: backward}
         for dtype, needs_gradients in tries.items():
-            if dtype and (
-                why_not := attention.try_flex(heads, key_heads, self.head_size(), self.device, dtype, needs_gradients)
-            ):
+            if dtype is None:
+                continue
+            with devices.tf32(self.device) if not needs_gradients else contextlib.nullcontext():
+                why_not = attention.try_flex(heads, key_heads, self.head_size(), self.device, dtype, needs_gradients)
+            if why_not:
                 return why_not
         return ""
 
@@ -324,7 +328,8 @@ class RewardModel(PretrainedModel):
         """The rewards of whole dialogues (message lists), through the tokenizer's chat template."""
         texts = self.tokenizer.apply_chat_template(dialogues, tokenize=False)
         batch = self.tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
-        return self.score_rows(batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)).tolist()
+        with self.in_fp32():
+            return self.score_rows(batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)).tolist()
 
     @torch.no_grad()
     def token_rewards(self, dialogue: list[dict[str, str]]) -> tuple[list[str], list[float]]:
@@ -345,7 +350,7 @@ class RewardModel(PretrainedModel):
         encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         first = next(index for index, (_, end) in enumerate(encoding.offsets) if end > start)
         ids = torch.tensor([encoding.ids], device=self.device)  # (1, T)
-        with self.autocast():
+        with self.in_fp32():
             output = self.backbone(input_ids=ids, attention_mask=torch.ones_like(ids))
         rewards = self._head(output.last_hidden_state, torch.arange(first, ids.shape[1], device=self.device))
         shown, texts = start, []

@@ -111,6 +111,7 @@ def write_base(qwen3: str, folder: Path, shape: Shape) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(qwen3)
     fixed = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id, "torch_dtype": "float32"}
     config = json.loads((Path(qwen3) / "config.json").read_text()) | shape.settings() | fixed
+    config.pop("layer_types", None)  # the kind of each of the other model's layers; without it all are alike
     model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(shape.hidden + 1))
     model.save_pretrained(folder)
@@ -391,6 +392,9 @@ def goal_table(goals: Sequence[Goal]) -> str:
 
 
 def write_json(path: Path | None, content: dict[str, Any]) -> None:
+    """Write figures, all or nothing: a kill leaves what was there before."""
+    from common import atomic_files
+
     if path is not None:
         plain = json.dumps(content, indent=1, default=lambda value: asdict(value), allow_nan=False)
-        path.write_text(plain + "\n", encoding="utf-8")
+        atomic_files.replace_text(path, plain + "\n")

@@ -32,6 +32,7 @@ TILE_QUERIES = 128  # fewer waste less on masked keys, more keep the matrix unit
 KEY_BLOCK = 64  # stretches of keys begin and end at multiples of this
 FLEX_TRIAL_WIDTHS = (flex.MIN_WIDTH, 640)  # tokens, as in training
 FLEX_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2}  # relative to the norm; bf16 itself rounds by 0.4 %
+TF32_TOLERANCE = 3e-3
 SMALLEST_EXPONENT = -50.0  # of a weight, which is 2e-22 then: below 1e-38 processors compute ten times slower
 
 
@@ -290,7 +291,8 @@ def try_flex(
     and dtype has a kernel of its own, and may fail to compile, or to fit the card, in a way of its own.
     """
     draw = torch.Generator().manual_seed(0)
-    tolerance, differences = FLEX_TOLERANCE[dtype], {}
+    is_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tolerance, differences = TF32_TOLERANCE if is_tf32 else FLEX_TOLERANCE[dtype], {}
     try:
         for width in FLEX_TRIAL_WIDTHS:
             lengths = torch.tensor([40, 70, width - 110 - width // 4, 30, width // 4 - 30])  # a prompt and four

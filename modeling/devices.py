@@ -1,10 +1,11 @@
 """Pick a device; measure the memory in use on it, and free what is not needed."""
 
+import contextlib
 import ctypes
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,21 @@ def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
             next="--precision fp32",
         )
     return torch.bfloat16
+
+
+@contextlib.contextmanager
+def tf32(device: torch.device) -> Iterator[None]:
+    """Let CUDA compute products of fp32 numbers in TF32, which has three bits more than bf16, where it is faster.
+
+    For rewards: nothing is rounded between the products, so they are an order of magnitude more exact than with bf16.
+    """
+    settings = torch.backends.cuda.matmul  # (its newer fp32_precision confuses torch.compile)
+    before = settings.allow_tf32
+    settings.allow_tf32 = before or device.type == "cuda"
+    try:
+        yield
+    finally:
+        settings.allow_tf32 = before
 
 
 def expect_changing_sizes() -> None:

@@ -68,6 +68,7 @@ class Scorer:
         if model.device.type == "cpu":
             model.to(devices.pick_device())
         model.autocast_dtype = devices.autocast_dtype(model.device, config.precision)
+        self.precision = model.in_fp32 if model.autocast_dtype is None else contextlib.nullcontext
         devices.keep_heap(model.device)
         model.use_attention(backward=False)
         if model.device.type == "cpu":
@@ -127,7 +128,7 @@ class Scorer:
                 for plan, batch in zip(plans, built, strict=True):
                     check_stop()
                     try:
-                        with torch.inference_mode():
+                        with torch.inference_mode(), self.precision():
                             rewards = self.model(*batch.to(device).inputs()).view(-1, 2)  # (N, 2)
                     except RuntimeError as error:
                         self.tokens_per_batch = smaller_budget(plan, device, error)

@@ -208,6 +208,7 @@ SLOW_FILES = [
         "training/test_distributed.py",
         "evaluation/test_evaluator.py",
         "bench/test_harness.py",
+        "bench/test_on_gpu.py",
         "training/test_train_rm.py",
         "chat_app/test_app.py",
         "data_pipeline/test_demo.py",
@@ -227,6 +228,7 @@ def pytest_configure(config):
         "markers", "survives(fault): the row of the fault table in docs/checkpoints.md that a test stands for"
     )
     config.addinivalue_line("markers", "real: wants the pretrained model of SMOLLM2_DIR")
+    config.addinivalue_line("markers", "cuda: wants a CUDA device; TEST_DEVICE=cpu tries those that a CPU can run")
     config.addinivalue_line("markers", "slow: starts a script, or is in one of conftest.py's SLOW_FILES")
 
 

@@ -66,3 +66,10 @@ def test_listing_runs_is_timed(run_script):
     result = run_script("bench/list_runs.py", "2")
     assert result.returncode == 0, result.stderr
     assert len(re.findall(r"^  --\S.* \d+\.\d+ s to \d+\.\d+ s$", result.stdout, re.MULTILINE)) == 4
+
+
+def test_the_error_of_rewards_is_measured_for_each_precision(run_main, reward_checkpoint):
+    output = run_main("precision.py", "--model", str(reward_checkpoint), "--quick")
+    found = re.findall(r"\| (fp32|tf32|bf16) \| ([\d.]+)% \| ([\d.]+)% \|", output)
+    errors = {name: float(error) for name, error, _ in found}
+    assert errors["fp32"] == 0 < errors["tf32"] < errors["bf16"]

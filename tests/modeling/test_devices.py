@@ -92,3 +92,13 @@ def test_auto_is_bf16_on_a_processor_that_computes_in_it(capabilities, precision
 def test_auto_is_bf16_on_cards_since_ampere(capability, precision, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert devices.fastest_precision(torch.device("cuda")) == precision
+
+
+@pytest.mark.parametrize("device, is_on", [("cuda", True), ("cpu", False)])
+def test_tf32_is_allowed_on_cuda_inside_the_block_only(device, is_on):
+    settings = torch.backends.cuda.matmul
+    assert not settings.allow_tf32
+    with pytest.raises(KeyError), devices.tf32(torch.device(device)):
+        assert settings.allow_tf32 == is_on
+        raise KeyError
+    assert not settings.allow_tf32
