@@ -63,7 +63,8 @@ FIRST = ("default", "no compile")  # what the goals are about
 QUICK = ("default", "lora")  # what a quick run has time for
 RESUMED = {"full": [], "lora": ["--lora"], "sdpa": ["--attention", "sdpa"], "no compile": ["--no_compile"]}
 # a whole step at once, which wants more than the emulated card has
-ONE_MICRO_BATCH = "--tokens_per_batch 65536 --batch_size 128 --grad_accum 1 --gradient_checkpointing".split()
+ONE_STEP = ["--batch_size", "128", "--grad_accum", "1"]
+ONE_MICRO_BATCH = [*ONE_STEP, "--tokens_per_batch", "65536", "--gradient_checkpointing"]
 
 
 @dataclass(frozen=True)
