@@ -42,6 +42,7 @@ class PretrainedModel(nn.Module):
         self.__dict__["peft_model"] = peft_model
         self.autocast_dtype: torch.dtype | None = None
         self.attention = "sdpa"
+        self.can_narrow = False  # see speedups.narrow_last_layer
         self.why_not = self.try_packing()  # packed rows are allowed; "" if they are
         self.can_pack = not self.why_not
 
@@ -134,17 +135,26 @@ class PretrainedModel(nn.Module):
         example_index: Tensor,
         completion_index: Tensor,
         block_counts: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Last hidden states (B, T, D) of packed rows. Arguments are (B, T); see `attention.packed_attention_mask`.
 
-        `block_counts` are what `prepared` made; without them, flex counts again, and waits for the device.
+        `block_counts` are what `prepared` made; without them, flex counts again, and waits for the device. With
+        `positions`, of any shape and in the rows laid end to end, only those there: (*positions, D).
         """
         with self.autocast():
             packed = attention.PackedMask(example_index, completion_index, self.attention, block_counts)
             mask = packed.dense if self.attention == "sdpa" else packed.placeholder()
-            return self.backbone(
+            if positions is not None and self.can_narrow:
+                mask.needed_positions = positions  # see speedups.narrow_last_layer
+            hidden = self.backbone(
                 input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
             ).last_hidden_state
+        if positions is None:
+            return hidden
+        if self.can_narrow:
+            return hidden.view(*positions.shape, -1)
+        return hidden.flatten(0, 1)[positions]
 
     def try_packing(self, backward: bool = False) -> str:
         """Why packed rows do not give the same numbers as separate ones; "" if they do."""
@@ -310,8 +320,9 @@ class RewardModel(PretrainedModel):
         Returns:
             fp32 rewards of the shape of `positions`.
         """
-        hidden = self.packed_hidden(input_ids, position_ids, example_index, completion_index, block_counts)
-        return self._head(hidden, positions)
+        return self._head(
+            self.packed_hidden(input_ids, position_ids, example_index, completion_index, block_counts, positions)
+        )
 
     def score_rows(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """fp32 rewards (B,) of right-padded sequences, one per row, by the architecture's own forward."""
@@ -319,9 +330,9 @@ class RewardModel(PretrainedModel):
             if not self._has_score_head():
                 return self.hf_model(input_ids=input_ids, attention_mask=attention_mask).logits[:, 0].float()
             output = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
-        rows, width = input_ids.shape
         last_columns = attention_mask.sum(dim=1) - 1  # (B,)
-        return self._head(output.last_hidden_state, torch.arange(rows, device=input_ids.device) * width + last_columns)
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        return self._head(output.last_hidden_state[rows, last_columns])
 
     @torch.no_grad()
     def score_dialogues(self, dialogues: list[list[dict[str, str]]]) -> list[float]:
@@ -352,7 +363,7 @@ class RewardModel(PretrainedModel):
         ids = torch.tensor([encoding.ids], device=self.device)  # (1, T)
         with self.in_fp32():
             output = self.backbone(input_ids=ids, attention_mask=torch.ones_like(ids))
-        rewards = self._head(output.last_hidden_state, torch.arange(first, ids.shape[1], device=self.device))
+        rewards = self._head(output.last_hidden_state[0, first:])
         shown, texts = start, []
         for _, end in encoding.offsets[first:]:  # the tokens of one character all end at the same place
             texts.append(text[shown:end])
@@ -362,11 +373,11 @@ class RewardModel(PretrainedModel):
     def _has_score_head(self) -> bool:
         return hasattr(self.hf_model, "score")
 
-    def _head(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        last_hidden = hidden.flatten(0, 1)[positions].float()  # (*positions, D)
+    def _head(self, hidden: Tensor) -> Tensor:
+        """fp32 rewards (...) of hidden states (..., D)."""
         # outside autocast: a reward rounded to bf16 has steps of 0.8 %, and the loss is of differences of rewards
         with torch.autocast(self.device.type, enabled=False):
-            return self.hf_model.score(last_hidden).squeeze(-1)
+            return self.hf_model.score(hidden.float()).squeeze(-1)
 
 
 # -- The policy model --------------------------------------------------------------------------------------------------

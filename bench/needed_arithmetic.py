@@ -29,21 +29,23 @@ def needed_flops(model: Any, lengths: np.ndarray) -> int:
     for the gradient of the input, and another 2w for the gradient of the weights if they are trained. Neither is
     computed in a layer if nothing in it and before it is trained. Attention consists of two products, scores and
     mixing, of 2 · heads · head size for each visible (query, key); each needs two more in the backward pass. The reward
-    head reads two tokens per pair.
+    head reads two tokens per pair, and so the last layer's MLP is needed at these only.
 
     Not counted: padding, masked keys, what gradient checkpointing or a kernel computes again, and everything that is
     not a matrix product (norms, softmax, rotary positions, the embedding, the optimizer).
     """
     from torch import nn
 
-    tokens, pairs = int(lengths.sum()), len(lengths)
+    pairs = len(lengths)
     config = model.hf_model.config.get_text_config()
     total, trained_before = 0, model.hf_model.get_input_embeddings().weight.requires_grad
     trained_layers = []
     for layer in model.backbone.layers:
+        is_last = layer is model.backbone.layers[-1]
         for name, module in layer.named_modules():
             if not isinstance(module, nn.Linear):
                 continue
+            tokens = 2 * pairs if is_last and name.startswith("mlp") else int(lengths.sum())
             weights, is_trained = module.weight.numel(), module.weight.requires_grad
             # The first layer's input needs a gradient only if the embedding is trained. Within the layer, everything
             # after q, k and v does, if these are trained or have adapters; so does the input of an adapter's B.

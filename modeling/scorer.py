@@ -71,6 +71,7 @@ class Scorer:
         self.precision = model.in_fp32 if model.autocast_dtype is None else contextlib.nullcontext
         devices.keep_heap(model.device)
         model.use_attention(backward=False)
+        speedups.narrow_last_layer(model)
         if model.device.type == "cpu":
             fused.fuse_layers(model)
         if model.peft_model is not None and model.autocast_dtype:

@@ -101,6 +101,7 @@ def prepare_model(model: Any, config: TrainingConfig, world: World) -> torch.nn.
     model.autocast_dtype = devices.autocast_dtype(model.device, config.precision)
     devices.keep_heap(model.device)
     model.use_attention(config.attention)
+    speedups.narrow_last_layer(model)
     if config.lora and model.autocast_dtype and not world.is_sharded:
         speedups.cast_frozen_weights(model, model.autocast_dtype)  # (FSDP wants one dtype)
     if world.is_alone:

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import needed_arithmetic
 import train_rm
-from modeling import attention
+from modeling import attention, speedups
 from tests.conftest import micro_batches_of
 from tests.test_models import PairsFromIds, make_model
 
@@ -27,13 +27,16 @@ def test_needed_arithmetic_of_one_pair_by_hand(base, tokenizer):
     matrices = 2 * 128 * heads + 2 * 128 * key_heads + 3 * 128 * config.intermediate_size
     # prefix 3, tails 1 and 2: 6 tokens; visible 1+2+3, 4, 4+5 = 19
     per_layer = 3 * (2 * 6 * matrices + 4 * heads * 19)
-    by_hand = config.num_hidden_layers * per_layer + 3 * 2 * 2 * 128
+    # the last layer's MLP at the last two tokens only
+    not_needed = 3 * 2 * (6 - 2) * 3 * 128 * config.intermediate_size
+    by_hand = config.num_hidden_layers * per_layer - not_needed + 3 * 2 * 2 * 128
     assert needed_arithmetic.needed_flops(model, np.array([(3, 1, 2)])) == by_hand
 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_needed_arithmetic_is_what_torch_counts_less_what_is_hidden(base, tokenizer, lora):
     model = make_model(base, tokenizer, lora).train()
+    assert speedups.narrow_last_layer(model)
     sides = np.arange(5, 37), np.concatenate([np.arange(5, 25), np.arange(100, 109)])
     pairs = PairsFromIds([sides])
     (batch,) = micro_batches_of(pairs, np.array([0]), 41, 32, 0, 3840.0)

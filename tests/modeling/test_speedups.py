@@ -127,6 +127,46 @@ def test_compiled_dropout_drops_and_is_repeated_by_the_seed_and_by_checkpointing
             torch.testing.assert_close(gradient, checkpointed[1][name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("way", ["sdpa", "pieces"])
+@pytest.mark.parametrize("lora, checkpointing", [(False, False), (True, True)])
+def test_a_last_mlp_at_the_needed_positions_gives_the_same_rewards_and_gradients(
+    base, tokenizer, way, lora, checkpointing
+):
+    pairs, model = random_pairs(12), make_model(base, tokenizer, lora).train()
+    assert model.use_attention(way) == way
+    if checkpointing:
+        speedups.set_gradient_checkpointing(model)
+    wanted_rewards = rewards_of(model, packed_batches(pairs))
+    wanted = gradients(model, wanted_rewards)
+    assert speedups.narrow_last_layer(model) and model.training
+    widths, mlp = [], model.backbone.layers[-1].mlp
+    mlp.register_forward_pre_hook(lambda module, inputs: widths.append(inputs[0].shape[:2].numel()))
+    rewards = rewards_of(model, packed_batches(pairs))
+    assert sum(widths) == 2 * 12
+    torch.testing.assert_close(rewards, wanted_rewards, rtol=2e-6, atol=2e-6)
+    for name, gradient in gradients(model, rewards).items():
+        assert (gradient - wanted[name]).norm() <= 1e-5 * wanted[name].norm() + 1e-9, name
+    # separate rows, as the page scores them, still compute everything
+    assert model.score_dialogues([[{"role": "user", "content": "Hi"}]])
+
+
+def test_a_last_layer_of_another_kind_stays_as_it_is(base, tokenizer):
+    model = make_model(base, tokenizer)
+    layer, wanted = model.backbone.layers[-1], rewards_of(model, packed_batches(random_pairs(12)))
+    scaled = type(layer).forward
+
+    def granite(self, hidden_states, **options):  # its results are scaled
+        return hidden_states + 0.5 * (scaled(self, hidden_states, **options) - hidden_states)
+
+    layer.forward = granite.__get__(layer)
+    assert not speedups.narrow_last_layer(model) and not model.can_narrow
+    assert layer.forward == granite.__get__(layer)
+    del layer.forward
+    layer.extra = torch.nn.Identity()
+    assert not speedups.narrow_last_layer(model)
+    assert torch.equal(rewards_of(model, packed_batches(random_pairs(12))), wanted)
+
+
 @pytest.mark.parametrize("dropout, drops", [(0.0, False), (0.05, True)])
 def test_checkpointing_keeps_random_states_only_if_something_drops_out(base, tokenizer, dropout, drops):
     model = models.RewardModel.create(base, tokenizer, 0, models.LoraSettings(dropout=dropout)).train()
