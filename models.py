@@ -79,6 +79,10 @@ class PretrainedModel(nn.Module):
         """The parameters that need gradients, by the names that they have in `hf_model`."""
         return {name: parameter for name, parameter in self.hf_model.named_parameters() if parameter.requires_grad}
 
+    def is_of_head(self, name: str) -> bool:
+        """Whether one of `trained_parameters` belongs to a head, and not to the backbone under it."""
+        return not name.startswith(f"{self.hf_model.base_model_prefix}.")
+
     def base_fingerprint(self) -> str | None:
         """A hash over the first and last values of every frozen weight: the identity of the model under an adapter.
 

@@ -61,6 +61,7 @@ class RewardTrainingConfig(TrainingConfig):
     batch_size: int = flag(32, "most pairs in a micro-batch, if --tokens_per_batch is a number", minimum=1, below=10**6, group="optimization", on_resume="exact")
     grad_accum: int = flag(4, "an optimizer step takes batch_size x grad_accum pairs", minimum=1, below=10**6, group="optimization", on_resume="exact")
     lr: float = flag(1e-5, "learning rate of AdamW; the default with --lora is 2e-4", above=0, group="optimization")
+    head_lr: float = flag(0.0, "learning rate of the reward head, which starts from nothing; 0 = that of --lr", minimum=0, group="optimization")
     center_rewards: float = flag(0.0, "weight of the mean of (r_chosen + r_rejected)^2, which keeps rewards around zero (arXiv 2312.09244)", minimum=0, below=1000, group="optimization")
     lora: bool = flag(False, "train low-rank adapters and the head instead of every parameter", group="LoRA", on_resume="fixed")
     eval_num_batches: int = flag(32, "evaluation size in batches, the same pairs every time; 0 = the whole test split", minimum=0, below=10**12, group="evaluation and output")

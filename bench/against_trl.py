@@ -37,11 +37,10 @@ LOSS_TOLERANCE = 0.01  # bf16 has 8 bits: rewards around 1 are off by up to 0.00
 
 def main() -> None:
     arguments = read_arguments()
-    qwen3, dataset = harness.inputs()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         os.environ.setdefault("RL_WITH_RM_CACHE", str(work / "cache"))
-        compared = Comparison(arguments, qwen3, dataset, work)
+        compared = Comparison(arguments, work)
         where = harness.machine()
         print(f"{harness.describe(where)}\n\n{compared.described()}\n", flush=True)
         found = compared.search_their_best()
@@ -52,9 +51,7 @@ def main() -> None:
 
 def read_arguments() -> Any:
     parser = harness.parser(__doc__)
-    parser.add_argument("--model", help="folder of a pretrained model, instead of one of random weights")
-    parser.add_argument("--hidden", type=int, default=256, help="width of the model (default 256)")
-    parser.add_argument("--layers", type=int, default=4, help="layers of the model (default 4)")
+    harness.add_model_flags(parser)
     parser.add_argument("--steps", type=int, default=3, help="timed steps per side (default 3; 0: only the search)")
     parser.add_argument("--their_best", type=int, default=0, help="TRL's best batch size, if known (0: search)")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=BATCH_SIZES, help="TRL's batch sizes to try")
@@ -78,16 +75,12 @@ def read_arguments() -> Any:
 class Comparison:
     """One comparison: its model and pairs, on disk, and the two sides that train on them."""
 
-    def __init__(self, arguments: Any, qwen3: str, dataset: str, work: Path):
-        self.arguments, self.dataset, self.work = arguments, dataset, work
+    def __init__(self, arguments: Any, work: Path):
+        self.arguments, self.work = arguments, work
+        self.base, self.dataset, self.model = harness.base_model(arguments, work)
         self.key = harness.CLOCKS[arguments.clock]
         self.examples_per_step = arguments.batch_size * arguments.grad_accum
-        if arguments.model:
-            self.base = str(harness.write_pretrained_base(arguments.model, work / "base"))
-        else:
-            shape = harness.Shape(arguments.hidden, arguments.layers)
-            self.base = str(harness.write_base(qwen3, work / "base", shape))
-        self.pairs, _ = project_worker.load_pairs(dataset, self.base)
+        self.pairs, _ = project_worker.load_pairs(self.dataset, self.base)
         self.warm_up = 4 if arguments.compile else 1  # new shapes: guards of compiled code fail once or twice more
         self.steps = self.warm_up + max(1, arguments.steps)
         if self.steps * self.examples_per_step > len(self.pairs):
@@ -104,7 +97,7 @@ class Comparison:
         checkpointing = "with" if a.gradient_checkpointing else "without"
         order = ", sorted by length within a step for TRL" if a.sorted else ""
         return (
-            f"{a.model or f'{a.layers} layers × {a.hidden}'}, {self.examples_per_step} pairs a step{order}, "
+            f"{self.model}, {self.examples_per_step} pairs a step{order}, "
             f"{devices.fastest_precision(devices.pick_device())}, {checkpointing} gradient checkpointing, "
             f"{'with' if a.compile else 'without'} torch.compile, "
             f"{a.steps} timed steps of each side in turn after {self.warm_up} to warm up, {a.clock} time"

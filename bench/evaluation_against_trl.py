@@ -29,27 +29,23 @@ LOSS_TOLERANCE = 0.01  # as in against_trl.py
 
 def main() -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("--hidden", type=int, default=256, help="width of the model (default 256)")
-    parser.add_argument("--layers", type=int, default=4, help="layers of the model (default 4)")
+    harness.add_model_flags(parser)
     parser.add_argument("--rounds", type=int, default=3, help="timed evaluations of each side (default 3)")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[2, 4, 8, 32], help="TRL's batch sizes to try")
     arguments = parser.parse_args()
-    qwen3, dataset = harness.inputs()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         os.environ.setdefault("RL_WITH_RM_CACHE", str(work / "cache"))
         if arguments.quick:
             arguments.layers, arguments.hidden, arguments.rounds, arguments.batch_sizes = 1, 128, 1, [8]
-            dataset = harness.first_rows(dataset, work / "few", 16)
         where = harness.machine()
         print(f"{harness.describe(where)}\n", flush=True)
-        base = str(harness.write_base(qwen3, work / "base", harness.Shape(arguments.hidden, arguments.layers)))
+        base, dataset, described = harness.base_model(arguments, work)
+        if arguments.quick:
+            dataset = harness.first_rows(dataset, work / "few", 16)
         _, pairs = project_worker.load_pairs(dataset, base)
         ids = str(trl_worker.write_ids(pairs, np.arange(len(pairs)), work / "ids.json"))
-        print(
-            f"{arguments.layers} layers × {arguments.hidden}, {len(pairs)} test pairs, {arguments.clock} time\n",
-            flush=True,
-        )
+        print(f"{described}, {len(pairs)} test pairs, {arguments.clock} time\n", flush=True)
         found = try_batch_sizes(arguments, base, ids, work)
         judged = min((size for size in found if size in JUDGED), key=found.get, default=min(found, key=found.get))
         sides = {

@@ -2,11 +2,11 @@
 
     QWEN3_DIR=... HH_RLHF_DIR=... python bench/flops.py [HIDDEN] [--lora] [--attention sdpa] [--pairs 64]
 
-The model is Qwen3's architecture with 4 layers of width HIDDEN (default 512), trained on real HH-RLHF pairs with bf16
-autocast and without gradient checkpointing. Each round times a whole step (building batches, forward, backward,
-clipping, AdamW) and, right before and after it, bf16 matrix products of the model's own shapes. The share is needed
-FLOPs / time / rate of these products. Measuring the rate in every round matters because the speed of a shared machine
-changes from minute to minute.
+The model is Qwen3's architecture with 4 layers of width HIDDEN (default 512), trained on real HH-RLHF pairs in the
+precision that is fast here and without gradient checkpointing. Each round times a whole step (building batches,
+forward, backward, clipping, AdamW) and, right before and after it, matrix products of the model's own shapes. The share
+is needed FLOPs / time / rate of these products. Measuring the rate in every round matters because the speed of a shared
+machine changes from minute to minute.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import needed_arithmetic
-from modeling import pretrained, speedups
+from modeling import fused, pretrained, speedups
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -42,12 +42,12 @@ def write_small_base(config_folder: str, folder: Path, hidden: int, layers: int 
     AutoTokenizer.from_pretrained(config_folder).save_pretrained(folder)
 
 
-def product_rate(hidden: int, device: Any) -> float:
-    """FLOP/s of bf16 products of (4096, hidden) and (hidden, 3 · hidden), the best of eight."""
+def product_rate(hidden: int, device: Any, dtype: Any) -> float:
+    """FLOP/s of products of (4096, hidden) and (hidden, 3 · hidden) in `dtype`, the best of eight."""
     import torch
 
-    inputs = torch.randn(4096, hidden, device=device).bfloat16()
-    weights = torch.randn(3 * hidden, hidden, device=device).bfloat16()
+    inputs = torch.randn(4096, hidden, device=device).to(dtype)
+    weights = torch.randn(3 * hidden, hidden, device=device).to(dtype)
     seconds = []
     for _ in range(8):
         started = now(device)
@@ -95,12 +95,17 @@ def main() -> None:
         model = models.RewardModel.create(folder, tokenizer, 0, lora).to(devices.pick_device()).train()
     devices.keep_heap(model.device)
     pairs, _ = data.load_pairs(dataset, tokenizer, 2048)
-    model.autocast_dtype = torch.bfloat16
+    precision = devices.fastest_precision(model.device)
+    model.autocast_dtype = devices.autocast_dtype(model.device, precision)
+    dtype = model.autocast_dtype or torch.float32
     way = model.use_attention(arguments.attention)
-    if arguments.lora:
-        speedups.cast_frozen_weights(model, torch.bfloat16)
+    speedups.narrow_last_layer(model)
+    if arguments.lora and model.autocast_dtype:
+        speedups.cast_frozen_weights(model, model.autocast_dtype)
     if arguments.compile:
         speedups.compile_layers(model)
+    elif model.device.type == "cpu":
+        fused.fuse_layers(model)
     trained = [parameter for parameter in model.hf_model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     indices = sampler.fixed_sample(len(pairs), arguments.pairs, 0)
@@ -126,8 +131,9 @@ def main() -> None:
     print(f"{arguments.pairs} pairs, {needed / 1e12:.3f} TFLOP needed")
     shares = []
     for _ in range(arguments.rounds):
-        before, seconds, after = product_rate(arguments.hidden, model.device), step(), 0.0
-        after = product_rate(arguments.hidden, model.device)
+        before = product_rate(arguments.hidden, model.device, dtype)
+        seconds = step()
+        after = product_rate(arguments.hidden, model.device, dtype)
         shares.append(needed / seconds / ((before + after) / 2))
         print(
             f"step {seconds:6.2f} s, needed {needed / seconds / 1e9:6.0f} GFLOP/s, "

@@ -48,10 +48,27 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return made
 
 
-def inputs() -> tuple[str, str]:
-    """The folders of Qwen3-0.6B's config and tokenizer and of HH-RLHF's files, from the environment."""
-    folders = []
-    for name, wanted in (("QWEN3_DIR", "config.json"), ("HH_RLHF_DIR", "train.jsonl.gz")):
+def add_model_flags(made: argparse.ArgumentParser) -> None:
+    """The flags of benchmarks that work with a model of any size; `base_model` reads them."""
+    made.add_argument("--model", help="folder of a pretrained model, instead of one of random weights")
+    made.add_argument("--hidden", type=int, default=256, help="width of the model of random weights (default 256)")
+    made.add_argument("--layers", type=int, default=4, help="layers of the model of random weights (default 4)")
+
+
+def base_model(arguments: argparse.Namespace, work: Path) -> tuple[str, str, str]:
+    """(folder of the model that both sides start from, HH-RLHF's folder, the model in words)."""
+    qwen3, dataset = inputs(arguments.model)
+    if arguments.model:
+        return str(write_pretrained_base(arguments.model, work / "base")), dataset, arguments.model
+    base = write_base(qwen3, work / "base", Shape(arguments.hidden, arguments.layers))
+    return str(base), dataset, f"{arguments.layers} layers × {arguments.hidden}"
+
+
+def inputs(model: str | None = None) -> tuple[str, str]:
+    """The folders of Qwen3-0.6B's config and tokenizer, or of the given `model`, and of HH-RLHF's files."""
+    folders = [str(Path(model).resolve())] if model else []
+    wanted_files = (("QWEN3_DIR", "config.json"), ("HH_RLHF_DIR", "train.jsonl.gz"))
+    for name, wanted in wanted_files[len(folders) :]:
         folder = os.environ.get(name)
         if not folder:
             sys.exit(f"set {name} to a folder with {wanted}; the top of bench/real_shape.py says more")

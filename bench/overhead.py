@@ -30,10 +30,8 @@ from harness import Goal
 
 def main() -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("--hidden", type=int, default=256, help="width of the model (default 256)")
-    parser.add_argument("--layers", type=int, default=4, help="layers of the model (default 4)")
+    harness.add_model_flags(parser)
     arguments = parser.parse_args()
-    qwen3, dataset = harness.inputs()
     key, flags = harness.CLOCKS[arguments.clock], ()
     steps, times, saves, starts, eval_pairs = 3, 200, 3, 7, 32
     if arguments.quick:
@@ -45,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         os.environ.setdefault("RL_WITH_RM_CACHE", str(work / "cache"))
-        base = str(harness.write_base(qwen3, work / "base", harness.Shape(arguments.hidden, arguments.layers)))
+        base, dataset, _ = harness.base_model(arguments, work)
         with project_worker.side("log_and_save", base, dataset, work, False, *flags) as side:
             config = project_worker.defaults()
             found = side.ask(do="measure", key=key, steps=steps, times=times, saves=saves, eval_pairs=eval_pairs)

@@ -96,8 +96,15 @@ class AdamW(torch.optim.AdamW):
 def make_optimizer(model: Any, config: TrainingConfig) -> AdamW:
     """AdamW over the trained parameters, in fp32 even if the published weights are bf16, as Qwen3's are.
 
-    At a learning rate of 1e-5, bf16 would round most updates to nothing.
+    At a learning rate of 1e-5, bf16 would round most updates to nothing. A head with a rate of its own is a group of
+    its own; `lr_scale` is a group's rate relative to that of the schedule.
     """
-    trained = list(model.trained_parameters().values())
+    trained = model.trained_parameters()
+    head_lr = getattr(config, "head_lr", 0.0) or config.lr
+    head = [parameter for name, parameter in trained.items() if model.is_of_head(name)]
+    others = [parameter for name, parameter in trained.items() if not model.is_of_head(name)]
+    groups = [{"params": others, "lr_scale": 1.0}, {"params": head, "lr_scale": head_lr / config.lr}]
     fused = model.device.type in ("cuda", "cpu")
-    return AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    return AdamW(
+        [group for group in groups if group["params"]], lr=config.lr, weight_decay=config.weight_decay, fused=fused
+    )

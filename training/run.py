@@ -94,7 +94,8 @@ class Run:
 
     def complete_step(self, step: int, is_finite: bool) -> None:
         """The optimizer's update, unless loss or gradient is not finite; a stop finds the weights of whole steps."""
-        self.optimizer.param_groups[0]["lr"] = self.config.learning_rate(step, self.sampler.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr_scale"] * self.config.learning_rate(step, self.sampler.total_steps)
         self.is_updating = True
         if is_finite:
             self.optimizer.step()

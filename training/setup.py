@@ -189,7 +189,8 @@ def describe(config: TrainingConfig, model: Any, sampler: StepSampler, world: Wo
     if not world.is_alone:
         print(f"processes: {world.size}, {'FSDP2' if world.is_sharded else 'DDP'}")
     steps = f"{sampler.total_steps:,} steps of {config.examples_per_step} {config.unit}"
-    print(f"plan: {steps}, learning rate {config.lr:g}", flush=True)
+    of_head = f", of the head {config.head_lr:g}" if getattr(config, "head_lr", 0.0) else ""
+    print(f"plan: {steps}, learning rate {config.lr:g}{of_head}", flush=True)
 
 
 # -- The run's folder --------------------------------------------------------------------------------------------------

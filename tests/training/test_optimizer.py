@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+import train_rm
+from tests.test_models import make_model
+from train_rm import RewardTrainingConfig
 from training import optimizer
 from training.optimizer import AdamW
 from utils import UserError
@@ -82,3 +85,23 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
     monkeypatch.setattr(torch, "zeros_like", lambda tensor: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         AdamW(parameters, fused=True).make_moments(may_offload=True)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_head_can_have_a_learning_rate_of_its_own(base, tokenizer, lora):
+    model = make_model(base, tokenizer, lora)
+    adamw = optimizer.make_optimizer(model, RewardTrainingConfig(lr=1e-5, head_lr=1e-3))
+    others, head = adamw.param_groups
+    assert [tuple(parameter.shape) for parameter in head["params"]] == [(1, 128)]
+    assert (others["lr_scale"], head["lr_scale"]) == (1.0, pytest.approx(100))
+    assert len(others["params"]) == len(model.trained_parameters()) - 1
+
+
+def test_each_group_of_parameters_follows_the_schedule(base, small_dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rates = []
+    monkeypatch.setattr(AdamW, "step", lambda adamw: rates.append([group["lr"] for group in adamw.param_groups]))
+    train_rm.main(["--model", base, "--dataset", small_dataset, "--no_report", "--batch_size", "4", "--max_steps", "4",
+                   "--grad_accum", "1", "--eval_num_batches", "1", "--lr", "1e-3", "--head_lr", "0.1",
+                   "--lr_schedule", "linear"])  # fmt: skip
+    assert rates == [pytest.approx([scale * 1e-3, scale * 0.1]) for scale in (1, 0.75, 0.5, 0.25)]
