@@ -30,6 +30,7 @@ from common import atomic_files, json_records
 from utils import CheckpointError, DiskOrNetworkError
 
 SMALL_FILES_BYTES = 2**18  # random state and JSON files
+BYTES_COMPARED_AT_ONCE = 2**27
 
 
 @dataclass(frozen=True)
@@ -162,15 +163,22 @@ def _advice(run_folder: Path) -> dict[str, str]:
 
 
 def _compare_with_memory(folder: Path, expected: dict[str, Tensor]) -> None:
-    """Read every tensor back and compare; only one at a time is in memory twice."""
+    """Read every tensor back and compare; only `BYTES_COMPARED_AT_ONCE` and one tensor are in memory twice."""
     found = set()
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                wanted, got = expected.get(name), file.get_tensor(name)
-                if wanted is None or not _is_same(wanted.cpu(), got):
-                    raise DiskOrNetworkError("what was written is not what is in memory", where=path, found=name)
-                found.add(name)
+            names = list(file.keys())
+        while names:
+            compared = 0
+            with safe_open(path, "pt") as file:  # anew, because what was read stays in memory until it is closed
+                while names and compared < BYTES_COMPARED_AT_ONCE:
+                    name = names.pop()
+                    wanted, got = expected.get(name), file.get_tensor(name)
+                    if wanted is None or not _is_same(wanted.cpu(), got):
+                        raise DiskOrNetworkError("what was written is not what is in memory", where=path, found=name)
+                    compared += got.nbytes
+                    found.add(name)
+                    del got
     if lost := expected.keys() - found:
         raise DiskOrNetworkError("the checkpoint lacks what is in memory", where=folder, found=sorted(lost)[0])
 

@@ -132,8 +132,10 @@ def test_a_disk_without_room_is_foreseen_with_needed_and_free_bytes(saved, monke
     assert sorted(path.name for path in run.iterdir()) == ["step-1", "step-2"]
 
 
-def test_what_was_written_wrongly_is_not_published(saved, monkeypatch):
+@pytest.mark.parametrize("at_once", [1, 10**9])
+def test_what_was_written_wrongly_is_not_published(saved, monkeypatch, at_once):
     run, model, optimizer = saved
+    monkeypatch.setattr(checkpoint, "BYTES_COMPARED_AT_ONCE", at_once)
     original = checkpoint.save_file
 
     def flip_one(tensors, path):
