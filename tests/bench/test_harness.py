@@ -129,9 +129,8 @@ def test_recipes_are_compared_and_finished_runs_are_not_made_again(script_server
     for _ in range(2):
         done = script_server.run(words, tmp_path, {"HH_RLHF_DIR": small_dataset})
         assert done.returncode == 0, done.stdout + done.stderr
-        full, flat = re.findall(r"^\| ([\w/]+) \| 1 \| ([\d.]+)% \| [\d.]+% \| ([\d.]+) \|", done.stdout, re.MULTILINE)[
-            -2:
-        ]
+        line = r"^\| ([\w/]+) \| ours \| 1 \| ([\d.]+)% \| [\d.]+% \| ([\d.]+) \|"
+        full, flat = re.findall(line, done.stdout, re.MULTILINE)[-2:]
     assert full[0] == "full" and float(full[2]) != 0.693
     assert flat[0] == "flat/0" and flat[2] == "0.693", "a head of zeros, hardly trained, gives ln 2"
     assert "defaults" not in done.stdout, "it was trained again"
