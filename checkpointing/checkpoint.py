@@ -239,8 +239,8 @@ def _optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str
     }
 
 
-def restore_optimizer(folder: Path, model: Any, optimizer: torch.optim.Optimizer, world: Any) -> None:
-    """Put AdamW's moments back. Raises CheckpointError if they are not those of this model's parameters."""
+def restore_optimizer(folder: Path, model: Any, optimizer: Any, world: Any) -> None:
+    """Put AdamW's moments back (training/optimizer.py). Raises CheckpointError if they are of other parameters."""
     tensors, parameters = load_file(folder / OPTIMIZER), model.trained_parameters()
     keys = ("step", "exp_avg", "exp_avg_sq")
     wrong = sorted(tensors.keys() ^ {f"{key}/{name}" for key in keys for name in parameters})

@@ -13,6 +13,7 @@ from checkpointing.run_folder import step_folders
 from train_rm import RewardTrainingConfig
 from training.config import read_config
 from training.distributed import World
+from training.optimizer import AdamW
 
 
 def save(run, model, optimizer, step, config):
@@ -39,7 +40,7 @@ def test_everything_comes_back(saved, base):
     folder = manifest.find(str(run))
     assert folder == run / "step-2"
     again = models.RewardModel.restore(folder)
-    other = torch.optim.AdamW(again.hf_model.parameters(), lr=1e-3, fused=True)
+    other = AdamW(again.hf_model.parameters(), lr=1e-3, fused=True)
     checkpoint.restore_optimizer(folder, again, other, World())
     for (name, old), new in zip(model.hf_model.named_parameters(), again.hf_model.parameters(), strict=True):
         assert torch.equal(old, new), name
