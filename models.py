@@ -183,7 +183,7 @@ class PretrainedModel(nn.Module):
         elif implementation == "flex":
             # flex itself at the shapes of training, and by itself whether the model calls our function as it should
             self.attention = "dense"
-            why_not = self.try_flex(backward) or self.try_packing(backward)
+            why_not = speedups.try_flex(self, backward) or self.try_packing(backward)
         else:
             self.attention = implementation
             why_not = self.try_packing(backward)
@@ -191,22 +191,6 @@ class PretrainedModel(nn.Module):
         if why_not:
             print(f"attention: sdpa instead of {implementation}: {why_not}", flush=True)
         return self.attention
-
-    def try_flex(self, backward: bool) -> str:
-        """Why FlexAttention cannot be used for heads like this model's on its device; "" if it can."""
-        config = self.text_config
-        heads = config.num_attention_heads
-        key_heads = getattr(config, "num_key_value_heads", None) or heads
-        # training in bf16 evaluates in fp32
-        tries = {torch.float32: backward and self.autocast_dtype is None, self.autocast_dtype: backward}
-        for dtype, needs_gradients in tries.items():
-            if dtype is None:
-                continue
-            with devices.tf32(self.device) if not needs_gradients else contextlib.nullcontext():
-                why_not = attention.try_flex(heads, key_heads, self.head_size(), self.device, dtype, needs_gradients)
-            if why_not:
-                return why_not
-        return ""
 
     def head_size(self) -> int:
         config = self.text_config

@@ -3,6 +3,7 @@
 The functions take a model of models.py: its `hf_model`, `backbone`, `device` and `packed_hidden` are used.
 """
 
+import contextlib
 import functools
 import importlib
 import platform
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeling import devices
+from modeling import attention, devices
 from utils import UserError, first_line
 
 TOLERANCE = 1e-4  # of packed against separate rows, in fp32, relative to the norm
@@ -58,6 +59,23 @@ def try_packing(model: Any, backward: bool = False) -> str:
     if difference <= TOLERANCE:
         return ""
     return f"packed rows do not give its own hidden states (they differ by {difference:.2g} of their norm)"
+
+
+def try_flex(model: Any, backward: bool) -> str:
+    """Why FlexAttention cannot be used for heads like this model's on its device; "" if it can."""
+    config = model.text_config
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    # training in bf16 evaluates in fp32
+    tries = {torch.float32: backward and model.autocast_dtype is None, model.autocast_dtype: backward}
+    for dtype, needs_gradients in tries.items():
+        if dtype is None:
+            continue
+        with contextlib.nullcontext() if needs_gradients else devices.tf32(model.device):
+            why_not = attention.try_flex(heads, key_heads, model.head_size(), model.device, dtype, needs_gradients)
+        if why_not:
+            return why_not
+    return ""
 
 
 def narrow_last_layer(model: Any) -> bool:
