@@ -23,7 +23,7 @@ from data_pipeline.parsing import SKIP_REASONS, WARNINGS
 from data_pipeline.sources import Source, find_sources
 from data_pipeline.tokenization import longest_sequences, shared_prefix, split_sequences, tokenized_chunks
 
-CACHE_VERSION = 3  # increase it when parsing, tokenizing or the files change
+CACHE_VERSION = 4  # increase it when parsing, tokenizing or the files change
 MAX_SKIPPED = 0.10  # of a dataset's rows
 DEAD_AFTER_SECONDS = 24 * 3600
 
@@ -67,7 +67,7 @@ class PairDataset:
 
     def __init__(self, folder: Path, name: str, max_length: int | None = None):
         report = utils.read_json(folder / "report.json")
-        self.name, self.kind_names = name, report["kinds"]
+        self.name, self.kind_names, self.shape = name, report["kinds"], report.get("shape", "")
         self.counts = Counts(report["rows"], Counter(report["count"]), report["first_rows"])
         lengths = np.load(folder / "lengths.npy")  # (N, 3): prompt, chosen, rejected
         rows = np.load(folder / "rows.npy")  # (N,) line or row number in the source
@@ -171,7 +171,7 @@ def _is_intact(folder: Path) -> bool:
 
 
 def _tokenize(source: Source, tokenizer: Any, folder: Path) -> None:
-    counts, kind_numbers = Counts(), {"": 0}
+    counts, kind_numbers, shape = Counts(), {"": 0}, ""
     lengths, rows, margins, kinds, notes = [], [], [], [], []
     bar = ProgressBar(f"tokenizing {source.name}", None, unit="pairs", first_after=5, stream=sys.stderr)
     with (
@@ -188,6 +188,7 @@ def _tokenize(source: Source, tokenizer: Any, folder: Path) -> None:
                 if np.array_equal(chosen, rejected):  # different texts, same tokens
                     counts.add("identical", row)
                     continue
+                shape = shape or pair.shape
                 prompt = shared_prefix(chosen, rejected)
                 packed += [chosen, rejected[prompt:]]
                 lengths.append((prompt, len(chosen) - prompt, len(rejected) - prompt))
@@ -205,7 +206,7 @@ def _tokenize(source: Source, tokenizer: Any, folder: Path) -> None:
     np.save(folder / "notes.npy", np.array(notes, dtype=bool).reshape(-1, len(WARNINGS)))
     utils.write_json(
         folder / "report.json",
-        {"rows": counts.rows, "count": counts.count, "first_rows": counts.first_rows, "kinds": list(kind_numbers),
-         "tokens_sha256": utils.sha256_of(folder / "tokens.bin"), "source": source.name,
+        {"rows": counts.rows, "shape": shape, "count": counts.count, "first_rows": counts.first_rows,
+         "kinds": list(kind_numbers), "tokens_sha256": utils.sha256_of(folder / "tokens.bin"), "source": source.name,
          "sha256": {path.name: utils.sha256_of(path) for path in folder.iterdir()}},
     )  # fmt: skip

@@ -12,7 +12,7 @@ from chat_app.chat_tab import ChatTab
 from chat_app.compare_tab import CompareTab
 from chat_app.engine import ChatEngine, Settings
 from chat_app.events import AT_ONCE, errors_shown
-from data_pipeline.parsing import Messages
+from data_pipeline.messages import Messages
 
 SECONDS_BETWEEN_STATUS_UPDATES = 10
 

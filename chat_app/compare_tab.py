@@ -16,7 +16,7 @@ from chat_app import conversation, votes
 from chat_app.conversation import Conversation
 from chat_app.engine import ChatEngine, Settings
 from chat_app.events import AT_ONCE, GENERATION, QUIET, errors_shown
-from data_pipeline.parsing import Messages
+from data_pipeline.messages import Messages
 
 SAME_POLICY = "the loaded policy"
 CopiedPrompt = tuple[str, Messages]  # a prompt copied from the chat: its text and its messages

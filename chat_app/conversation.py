@@ -16,7 +16,7 @@ import uuid
 from typing import Any
 
 from data_pipeline import parsing
-from data_pipeline.parsing import Messages
+from data_pipeline.messages import Messages
 
 Conversation = dict[str, Any]
 Message = dict[str, Any]

@@ -21,7 +21,7 @@ from chat_app import model_list
 from chat_app.conversation import with_reply, with_system_prompt
 from checkpointing import resolve
 from common import hub
-from data_pipeline.parsing import Messages
+from data_pipeline.messages import Messages
 from modeling import devices
 
 MAX_CANDIDATES = 16

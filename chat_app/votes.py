@@ -15,7 +15,7 @@ from typing import Any
 import utils
 from chat_app.conversation import with_reply
 from common import atomic_files, file_locks
-from data_pipeline.parsing import Messages
+from data_pipeline.messages import Messages
 
 VOTES = {"a": "A is better", "b": "B is better", "tie": "Tie", "both_bad": "Both bad"}
 

@@ -2,21 +2,19 @@
 
 A *row* is what the file holds; a *pair* is two message lists, chosen and rejected. A row of a wrong form (a missing
 column, a wrong type) is an error that names file, line and reason. A row whose content cannot be used (no reply, two
-equal sides) is skipped and counted under one of `SKIP_REASONS`.
+equal sides) is skipped and counted under one of `SKIP_REASONS`. Which columns hold what is in shapes.py, which forms
+messages have in messages.py.
 """
 
-import itertools
-import operator
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from data_pipeline import messages, shapes
+from data_pipeline.messages import Messages, RowError, merge_same_speaker
 from data_pipeline.sources import Source, read_rows
-from utils import UserError, nearest
-
-Messages = list[dict[str, str]]
-RowError = Callable[[str], UserError]  # what `row_errors` returns
+from utils import UserError, first_line, nearest
 
 # Every row is either kept or counted under exactly one of these.
 SKIP_REASONS = {
@@ -25,7 +23,7 @@ SKIP_REASONS = {
     "wrong_last_speaker": "last turn not the assistant's",
     "identical": "chosen and rejected are the same",
     "no_text": "half a character in a text (a lone UTF-16 surrogate)",
-    "no_preference": "voted a tie, or both bad",
+    "no_preference": "no preference: a tie, or both bad",
     "template": "refused by the model's chat template",
     "too_long": "too long",
 }
@@ -35,6 +33,7 @@ VOTES_FOR_NEITHER = ("tie", "both_bad")  # the column `vote`, which chat.py writ
 WARNINGS = {
     "merged": "turns of the same speaker in a row, merged into one",
     "prompts_differ": "the two sides answer different prompts",
+    "not_rendered": "the model's chat template leaves out a part of the dialogue: a tool call, tools or reasoning",
 }
 
 
@@ -47,6 +46,8 @@ class Pair:
     label_margin: float = 0.0
     kind: str = ""
     warnings: tuple[str, ...] = ()
+    tools: Any = None  # what the assistant could call, for the chat template
+    shape: str = field(default="", compare=False)  # what the row was read as, if not as chosen and rejected
 
 
 # A turn starts at the start of the text or after an empty line, nowhere else: "Human:" in a sentence is just a word.
@@ -57,13 +58,15 @@ _ROLE = {"Human": "user", "Assistant": "assistant"}
 
 
 def read_pairs(source: Source) -> Iterator[tuple[int, Pair | str]]:
-    """Yield (row number, pair), or (row number, a key of `SKIP_REASONS`) for a row that holds no preference."""
+    """Yield (row number, pair), or (row number, a key of `SKIP_REASONS`) for a row that holds no preference.
+
+    A row of several ranked replies yields several pairs.
+    """
     for number, row in read_rows(source):
         row_error = row_errors(source.place, number, EXPECTED_ROW)
-        check_columns(row, row_error)
-        pair = parse_pair(row, row_error)
-        if source.includes(row):
-            yield number, pair
+        for pair in parse_row(row, row_error):
+            if source.includes(row, None if isinstance(pair, str) else pair.chosen[:-1]):
+                yield number, pair
 
 
 def row_errors(place: Callable[[int], str], number: int, expected: str) -> RowError:
@@ -73,27 +76,51 @@ def row_errors(place: Callable[[int], str], number: int, expected: str) -> RowEr
     )
 
 
-def check_columns(row: Any, row_error: RowError) -> None:
+def parse_row(row: Any, row_error: RowError) -> list[Pair | str]:
+    """The pairs of a row of any of `shapes.SHAPES`."""
+    shape = recognised(row, row_error)
+    try:
+        pairs = [parse_pair(view, row_error) for view in shapes.views(row, shape)]
+        name = "" if shape is shapes.SHAPES[0] else shape.name
+        return [pair if isinstance(pair, str) else replace(pair, shape=name) for pair in pairs]
+    except shapes.NoPreference:
+        return ["no_preference"]
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise row_error(f"read as {shape.name}, {first_line(error)}") from error
+
+
+def recognised(row: Any, row_error: RowError) -> shapes.Shape:
+    """The shape of a row; the error names the columns that it has, and the nearest to those that it should have."""
     if not isinstance(row, dict):
         raise row_error(f"it is of type {type(row).__name__}, not an object")
-    for column in ("chosen", "rejected"):
-        if row.get(column) is None:
-            guess = nearest(column, [name for name in row if name not in ("chosen", "rejected", "prompt")])
-            found = f"no column {column!r}{guess}; it has {', '.join(map(repr, row)) or 'none'}"
-            raise row_error(f"{column!r} is null{guess}" if column in row else found)
+    shape = shapes.shape_of(row)
+    if shape is None:
+        missing = "chosen" if "chosen" not in row else "rejected"
+        guess = nearest(missing, [name for name in row if name not in ("chosen", "rejected", "prompt")])
+        raise row_error(f"no column {missing!r}{guess}; it has {', '.join(map(repr, row)) or 'none'}")
+    for column in shape.columns:
+        if row[column] is None:
+            raise row_error(f"{column!r} is null{nearest(column, [name for name in row if name not in shape.columns])}")
+    return shape
 
 
 def parse_pair(row: dict[str, Any], row_error: RowError) -> Pair | str:
-    """A row as a pair, or the key of `SKIP_REASONS` that says why it is skipped.
+    """A view of a row as a pair, or the key of `SKIP_REASONS` that says why it is skipped.
 
-    Three forms, told apart by the columns and their types: HH-RLHF's transcripts; message lists; a `prompt` (text,
-    transcript or messages) beside replies (text or messages). Consecutive turns of one speaker are merged with an empty
-    line between them; sides with different prompts are kept, because two whole dialogues were compared.
+    Sides are whole dialogues (HH-RLHF's transcripts, or messages), or replies to the `prompt` (text, transcript or
+    messages), which may repeat it. Consecutive turns of one speaker are merged with an empty line between them; sides
+    with different prompts are kept, because two whole dialogues were compared.
     """
-    prompt = prompt_messages(row["prompt"], row_error) if row.get("prompt") is not None else None
-    sides = [_side_messages(row[column], prompt, column, row_error) for column in ("chosen", "rejected")]
+    prompt = None if row.get("prompt") in (None, "") else prompt_messages(row["prompt"], row_error)
+    is_prompt_empty = row.get("prompt") == ""
+    sides = [
+        _side_messages(row[column], prompt, is_prompt_empty, column, row_error) for column in ("chosen", "rejected")
+    ]
     if None in sides:
         return "no_dialogue"
+    sides = [with_system(side, row.get("system"), row_error) for side in sides]
     chosen, rejected = map(merge_same_speaker, sides)
     if reason := skip_reason(chosen) or skip_reason(rejected):
         return reason
@@ -104,59 +131,64 @@ def parse_pair(row: dict[str, Any], row_error: RowError) -> Pair | str:
     kind = str(row.get("kind") or "").encode("utf-8", "replace").decode()
     was_merged = [len(chosen), len(rejected)] != [len(side) for side in sides]
     warnings = ("merged",) * was_merged + ("prompts_differ",) * (chosen[:-1] != rejected[:-1])
-    return Pair(chosen, rejected, _label_margin(row.get("margin"), row_error), kind, warnings)
+    tools = messages.without_nulls(row.get("tools")) or None
+    return Pair(chosen, rejected, _label_margin(row.get("margin"), row_error), kind, warnings, tools)
 
 
-def skip_reason(messages: Messages) -> str | None:
+def with_system(side: Messages, system: Any, row_error: RowError) -> Messages:
+    """A dialogue with the text of a `system` column as its first turn, unless it has that already."""
+    if system is None:
+        return side
+    if not isinstance(system, str):
+        raise row_error(f"'system' is a {type(system).__name__}, not text")
+    return messages.joined([{"role": "system", "content": system}], side) if system.strip() else side
+
+
+def skip_reason(dialogue: Messages) -> str | None:
     """The key of `SKIP_REASONS` for a dialogue that cannot be scored; None if it ends in a reply."""
-    if any(_LONE_SURROGATE.search(message["content"]) for message in messages):
+    if any(_LONE_SURROGATE.search(text) for text in messages.texts_of(dialogue)):
         return "no_text"
-    if messages[-1]["role"] != "assistant":
+    if dialogue[-1]["role"] != "assistant":
         return "wrong_last_speaker"
-    return None if messages[-1]["content"].strip() else "no_reply"
+    return None if dialogue[-1]["content"].strip() or dialogue[-1].get("tool_calls") else "no_reply"
 
 
-def _side_messages(value: Any, prompt: Messages | None, column: str, row_error: RowError) -> Messages | None:
+def _side_messages(
+    value: Any, prompt: Messages | None, is_prompt_empty: bool, column: str, row_error: RowError
+) -> Messages | None:
     """The whole dialogue of one side; None for a text that holds none."""
     if not isinstance(value, str):
-        messages = checked_messages(value, column, row_error)
-        # A list that starts with a reply continues the prompt; any other is the whole dialogue (as in UltraFeedback).
-        return prompt + messages if prompt is not None and messages[0]["role"] == "assistant" else messages
-    whole = parse_transcript(value)
-    if prompt is None or (whole and whole[0]["role"] == "user"):  # some datasets repeat the prompt before each reply
+        side = messages.normalized(value, column, row_error)
+        return side if prompt is None else messages.joined(prompt, side)
+    if marker := messages.template_marker(value):
+        raise row_error(f"{column!r} is text that a chat template has rendered already: it begins with {marker}")
+    whole = messages.parse_chatml(value) or parse_transcript(value)
+    if prompt is None and whole is None and is_prompt_empty:
+        prompt = [{"role": "user", "content": ""}]
+    if prompt is None:
         return whole
-    reply = whole[0]["content"] if whole and len(whole) == 1 else value.strip()
+    if whole and whole[0]["role"] != "assistant":  # some datasets repeat the prompt before each reply
+        return messages.joined(prompt, whole)
+    reply = whole[0]["content"] if whole and len(whole) == 1 else messages.without_end_of_turn(value).strip()
     return [*prompt, {"role": "assistant", "content": reply}]
 
 
 def prompt_messages(value: Any, row_error: RowError) -> Messages:
-    return parse_prompt(value) if isinstance(value, str) else checked_messages(value, "prompt", row_error)
+    if not isinstance(value, str):
+        return messages.normalized(value, "prompt", row_error)
+    if marker := messages.template_marker(value):
+        raise row_error(f"'prompt' is text that a chat template has rendered already: it begins with {marker}")
+    return parse_prompt(value)
 
 
 def parse_prompt(text: str) -> Messages:
-    """A prompt: a transcript, or else one question."""
-    messages = parse_transcript(text)
-    if messages is None:
+    """A prompt: a transcript, a dialogue rendered in ChatML, or else one question."""
+    found = messages.parse_chatml(text) or parse_transcript(text)
+    if found is None:
         return [{"role": "user", "content": text.strip()}]
-    if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
-        messages.pop()  # HH-RLHF's prompts end in an open "\n\nAssistant:"
-    return messages
-
-
-def checked_messages(value: Any, column: str, row_error: RowError) -> Messages:
-    """A list of messages, each with role and content alone."""
-    if not isinstance(value, list):
-        raise row_error(f"{column!r} is a {type(value).__name__}, not text or a list of messages")
-    if not value:
-        raise row_error(f"{column!r} is an empty list")
-    for message in value:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise row_error(f"{column!r} holds {str(message)[:60]!r}, not a message with role and content")
-        if message["role"] not in ("system", "user", "assistant"):
-            raise row_error(f"{column!r} has the role {message['role']!r}, not system, user or assistant")
-        if not isinstance(message["content"], str):
-            raise row_error(f"{column!r} has content that is a {type(message['content']).__name__}, not text")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    if found[-1]["role"] == "assistant" and not found[-1]["content"]:
+        found.pop()  # HH-RLHF's prompts end in an open "\n\nAssistant:"
+    return found
 
 
 def parse_transcript(text: str) -> Messages | None:
@@ -169,14 +201,6 @@ def parse_transcript(text: str) -> Messages | None:
     return [
         {"role": _ROLE[turn.group(1)], "content": text[turn.end() : end].strip()}
         for turn, end in zip(turns, ends, strict=True)
-    ]
-
-
-def merge_same_speaker(messages: Messages) -> Messages:
-    """Join consecutive messages of one speaker, with an empty line between them."""
-    return [
-        {"role": role, "content": "\n\n".join(message["content"] for message in turns if message["content"])}
-        for role, turns in itertools.groupby(messages, key=operator.itemgetter("role"))
     ]
 
 

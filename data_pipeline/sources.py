@@ -37,9 +37,9 @@ class Source:
         content = sha256_of(self.path) if self.path else self.hub_rows._fingerprint
         return f"{content}/{self.part}"
 
-    def includes(self, row: dict[str, Any]) -> bool:
-        """Whether a row of the file belongs to this part of it."""
-        return self.part == "all" or (self.part == "test") == is_held_out(row)
+    def includes(self, row: Any, prompt: list[dict[str, Any]] | None) -> bool:
+        """Whether a row of the file, with this prompt, belongs to this part of it."""
+        return self.part == "all" or (self.part == "test") == is_held_out(row, prompt)
 
     def place(self, row: int) -> str:
         """`file:line`, or the row number where there are no lines."""
@@ -111,13 +111,15 @@ def hub_splits(dataset: str) -> Any:
         ) from error
 
 
-def is_held_out(row: dict[str, Any]) -> bool:
-    """Decided by the prompt's hash: rows of one prompt stay together, and a file that grows keeps its split."""
-    prompt = row.get("prompt")
-    if prompt is None:
-        chosen = row["chosen"]
-        prompt = chosen[:-1] if isinstance(chosen, list) else chosen.rpartition("\n\nAssistant:")[0] or chosen
-    digest = hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).digest()
+def is_held_out(row: Any, prompt: list[dict[str, Any]] | None) -> bool:
+    """Decided by the prompt's hash: rows of one prompt stay together, and a file that grows keeps its split.
+
+    Of the prompt as it was parsed, so that it is the same question in whatever form; if it says nothing, of the row.
+    """
+    content: Any = row
+    if any(message["content"].strip() for message in prompt or []):
+        content = [[message["role"], " ".join(message["content"].split())] for message in prompt]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()
     return int.from_bytes(digest[:8], "big") % HELD_OUT_IN == 0
 
 
@@ -172,7 +174,11 @@ def _parse_json(place: str, text: bytes) -> Any:
 
 
 def _json_list(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    content = _parse_json(str(path), path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if text.lstrip()[:1] == b"{" and b"\n" in text.strip():  # lines of JSON under another name
+        yield from parse_json_lines(text.splitlines(), f"{path}:{{}}".format)
+        return
+    content = _parse_json(str(path), text)
     if not isinstance(content, list):
         raise UserError(
             "a .json file must hold one list of rows", where=path, found=type(content).__name__,

@@ -3,12 +3,14 @@
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from data_pipeline.parsing import Messages, Pair, read_pairs
+from data_pipeline import messages
+from data_pipeline.messages import Messages
+from data_pipeline.parsing import Pair, read_pairs
 from data_pipeline.prefetch import prefetched
 from data_pipeline.sources import Source
 
@@ -36,29 +38,34 @@ def tokenized_chunks(source: Source, tokenizer: Any) -> Iterator[tuple[Chunk, li
 
 def _rendered(source: Source, tokenizer: Any) -> Iterator[Chunk]:
     """Read a source's rows and put them through the chat template, a chunk at a time."""
-    pairs = read_pairs(source)
+    pairs, last_row = read_pairs(source), 0
     while some := list(itertools.islice(pairs, ROWS_AT_A_TIME)):
-        chunk = Chunk(len(some))
+        numbers = [row for row, _ in some]
+        chunk = Chunk(len({*numbers} - {last_row}))  # a row of ranked replies is several pairs
+        last_row = numbers[-1]
         for row, pair in some:
             if isinstance(pair, str):
                 chunk.skipped.append((pair, row))
                 continue
             # one call per pair: a call for many is no faster, and one refused dialogue would take the others along
-            texts = render([pair.chosen, pair.rejected], tokenizer)
+            texts = render([pair.chosen, pair.rejected], tokenizer, pair.tools)
             if texts is None:
                 chunk.skipped.append(("template", row))
                 continue
+            if not messages.is_rendered([pair.chosen, pair.rejected], pair.tools, texts):
+                pair = replace(pair, warnings=(*pair.warnings, "not_rendered"))
             chunk.texts.append(texts)
             chunk.pairs.append((row, pair))
         yield chunk
 
 
-def render(dialogues: list[Messages], tokenizer: Any) -> list[str] | None:
+def render(dialogues: list[Messages], tokenizer: Any, tools: Any = None) -> list[str] | None:
     """Dialogues as the chat template writes them; None if the template itself rejects one (`raise_exception`)."""
     try:
-        return tokenizer.apply_chat_template(dialogues, tokenize=False)
+        return tokenizer.apply_chat_template(dialogues, tokenize=False, **({"tools": tools} if tools else {}))
     except Exception as error:  # templates raise anything; only their own complaint is about the dialogue
-        if type(error).__name__ != "TemplateError":  # jinja2's, which need not be imported for this
+        # jinja2's and those derived from it, which need not be imported for this
+        if all(kind.__name__ != "TemplateError" for kind in type(error).__mro__):
             raise
         return None
 
@@ -178,17 +185,18 @@ class TokenizedGroup:
 
 
 def tokenize_groups(
-    groups: Sequence[list[Messages] | str], tokenizer: Any, max_length: int
+    groups: Sequence[list[Messages] | str], tokenizer: Any, max_length: int, tools: Sequence[Any] | None = None
 ) -> list[TokenizedGroup | str]:
     """Render and tokenize groups of dialogues; for a group that cannot be scored, the key of `SKIP_REASONS` instead.
 
-    What is such a key already is returned as it is.
+    What is such a key already is returned as it is. `tools` has for each group what the assistant could call.
     """
+    tools = tools or [None] * len(groups)
     results: list[TokenizedGroup | str] = [group if isinstance(group, str) else "template" for group in groups]
     rendered = {
         at: texts
         for at, group in enumerate(groups)
-        if not isinstance(group, str) and (texts := render(group, tokenizer)) is not None
+        if not isinstance(group, str) and (texts := render(group, tokenizer, tools[at])) is not None
     }
     backend = tokenizer.backend_tokenizer
     encoded = encode_groups(list(rendered.values()), backend, cut_tokens(tokenizer))

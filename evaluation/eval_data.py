@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from common import hub
-from data_pipeline import parsing, sampler, sources
-from data_pipeline.parsing import Messages, RowError
+from data_pipeline import parsing, sampler, shapes, sources
+from data_pipeline.messages import Messages, RowError
 from data_pipeline.sources import Source
 from evaluation import reward_bench
 from utils import UserError, nearest
@@ -38,6 +38,7 @@ class Comparison:
     rejected: tuple[Messages, ...]
     subset: str
     key: str | None  # the `id` of a row with lists of replies, as RewardBench 2's are; else None
+    tools: Any = None  # what the assistant could call
 
     @property
     def is_pair(self) -> bool:
@@ -88,27 +89,23 @@ class Data:
                 if self.chosen_rows is not None and (part_number, number) not in self.chosen_rows:
                     continue
                 content = self._parse(part, number, row)
-                if part.source.includes(row):
+                if part.source.includes(row, prompt_of(content)):
                     yield Row(position, part_number, number, content)
                     position += 1
 
     def _parse(self, part: Part, number: int, row: Any) -> Comparison | str:
         row_error = parsing.row_errors(part.source.place, number, EXPECTED_ROW)
-        parsing.check_columns(row, row_error)
+        shape = parsing.recognised(row, row_error)
         subset = self._subset(part, row, row_error)
+        if shape.columns != ("chosen", "rejected"):
+            return _comparison(parsing.parse_row(row, row_error), 1, subset)
+        (view,) = shapes.views(row, shape)
         chosen, rejected = (_replies(row[column], column, row_error) for column in ("chosen", "rejected"))
         # each chosen reply beside the first rejected one, then each other rejected one beside the first chosen one
         beside = [(reply, rejected[0]) for reply in chosen] + [(chosen[0], reply) for reply in rejected[1:]]
-        pairs = [parsing.parse_pair({**row, "chosen": a, "rejected": b}, row_error) for a, b in beside]
-        if reasons := [pair for pair in pairs if isinstance(pair, str)]:
-            return reasons[0]
+        pairs = [parsing.parse_pair({**view, "chosen": a, "rejected": b}, row_error) for a, b in beside]
         is_listed = chosen[0] is not row["chosen"] or rejected[0] is not row["rejected"]
-        return Comparison(
-            chosen=tuple(pair.chosen for pair in pairs[: len(chosen)]),
-            rejected=tuple(pair.rejected for pair in [pairs[0], *pairs[len(chosen) :]]),
-            subset=subset,
-            key=str(row.get("id") or "") if is_listed else None,
-        )
+        return _comparison(pairs, len(chosen), subset, str(row.get("id") or "") if is_listed else None)
 
     def _subset(self, part: Part, row: dict[str, Any], row_error: RowError) -> str:
         if self.subset_column is None and len(self.parts) > 1:
@@ -119,6 +116,25 @@ class Data:
             raise row_error(f"no column {self.subset_column!r} (--subset_column){nearest(self.subset_column, row)}")
         value = row.get(column)
         return "" if value is None else str(value).encode("utf-8", "replace").decode()
+
+
+def _comparison(
+    pairs: list[parsing.Pair | str], num_chosen: int, subset: str, key: str | None = None
+) -> Comparison | str:
+    """A row's pairs, the first `num_chosen` of which have chosen replies of their own, as one comparison."""
+    if reasons := [pair for pair in pairs if isinstance(pair, str)]:
+        return reasons[0]
+    return Comparison(
+        chosen=tuple(pair.chosen for pair in pairs[:num_chosen]),
+        rejected=tuple(pair.rejected for pair in [pairs[0], *pairs[num_chosen:]]),
+        subset=subset,
+        key=key,
+        tools=pairs[0].tools,
+    )
+
+
+def prompt_of(content: Comparison | str) -> Messages | None:
+    return None if isinstance(content, str) else content.chosen[0][:-1]
 
 
 def _replies(value: Any, column: str, row_error: RowError) -> list[Any]:
@@ -223,8 +239,7 @@ def sample(data: Data, size: int) -> Data:
         (part_number, number)
         for part_number, part in enumerate(data.parts)
         for number, row in sources.read_rows(part.source)
-        # a row without a chosen reply is counted here, and reported when it is read
-        if not isinstance(row, dict) or row.get("chosen") is None or part.source.includes(row)
+        if part.source.part == "all" or part.source.includes(row, prompt_of(data._parse(part, number, row)))
     ]
     if not size or size >= len(places):
         return replace(data, num_rows=len(places))

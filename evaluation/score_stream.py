@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_pipeline import parsing, sources
-from data_pipeline.parsing import Messages
+from data_pipeline import messages, parsing, shapes, sources
+from data_pipeline.messages import Messages, RowError
 from data_pipeline.tokenization import TokenizedGroup, tokenize_groups
 from modeling.scorer import Scorer
 from utils import UserError, nearest
@@ -40,6 +40,7 @@ class Line:
     row: dict[str, Any]
     dialogues: list[Messages] | str
     has_replies: bool
+    tools: Any = None  # what the assistant could call
 
 
 def read(name: str) -> Iterator[Line]:
@@ -68,38 +69,43 @@ def _source(path: Path) -> sources.Source:
     return sources.Source(str(path), path)
 
 
-def parse(row: Any, row_error: parsing.RowError) -> Line:
+def parse(row: Any, row_error: RowError) -> Line:
     """One row; UserError if it has none of the forms above."""
     if not isinstance(row, dict):
         raise row_error(f"it is of type {type(row).__name__}, not an object")
     try:
-        json.dumps(row, allow_nan=False)
+        json.dumps(row, allow_nan=False, default=str)
     except ValueError:
         raise row_error("it holds a number that is not finite, which JSON does not allow") from None
-    if row.get("messages") is not None:
-        if not isinstance(row["messages"], list):
-            raise row_error(f"'messages' is a {type(row['messages']).__name__}, not a list")
-        dialogues, has_replies = [parsing.checked_messages(row["messages"], "messages", row_error)], False
+    column = next((name for name in (*REPLY_COLUMNS, "replies") if row.get(name) is not None), None)
+    if column is None and row.get("messages") is not None:
+        dialogues, has_replies = [messages.normalized(row["messages"], "messages", row_error)], False
     else:
-        dialogues, has_replies = _prompt_with_replies(row, row_error)
-    dialogues = [parsing.merge_same_speaker(dialogue) for dialogue in dialogues]
+        dialogues, has_replies = _prompt_with_replies(row, column, row_error), column == "replies"
+    dialogues = [parsing.with_system(dialogue, shapes.system_of(row), row_error) for dialogue in dialogues]
+    dialogues = [messages.merge_same_speaker(dialogue) for dialogue in dialogues]
     faults = [fault for dialogue in dialogues if (fault := parsing.skip_reason(dialogue))]
-    return Line(row, faults[0] if faults else dialogues, has_replies)
+    return Line(row, faults[0] if faults else dialogues, has_replies, messages.without_nulls(row.get("tools")) or None)
 
 
-def _prompt_with_replies(row: dict[str, Any], row_error: parsing.RowError) -> tuple[list[Messages], bool]:
-    """A dialogue for each reply, and whether they came as a list."""
-    column = next((name for name in REPLY_COLUMNS if row.get(name) is not None), "replies")
-    if row.get("prompt") is None or row.get(column) is None:
+def _prompt_with_replies(row: dict[str, Any], column: str | None, row_error: RowError) -> list[Messages]:
+    """A dialogue for each reply of a row."""
+    prompt = shapes.prompt_of(row)
+    if prompt is None or column is None:
         guess = "".join(nearest(name, COLUMNS) for name in row if name not in COLUMNS)
         raise row_error(f"it has {', '.join(map(repr, row)) or 'nothing'}{guess}")
     replies = row[column] if column == "replies" else [row[column]]
     if not isinstance(replies, list) or not replies:
         raise row_error("'replies' must be a list with at least one reply")
-    if wrong := [reply for reply in replies if not isinstance(reply, str)]:
-        raise row_error(f"{column!r} holds a {type(wrong[0]).__name__}, not text")
-    prompt = parsing.prompt_messages(row["prompt"], row_error)
-    return [[*prompt, {"role": "assistant", "content": reply}] for reply in replies], column == "replies"
+    if wrong := [reply for reply in replies if not isinstance(reply, str | dict | list)]:
+        raise row_error(f"{column!r} holds a {type(wrong[0]).__name__}, not text or messages")
+    before = parsing.prompt_messages(prompt, row_error)
+    return [
+        [*before, {"role": "assistant", "content": reply}]
+        if isinstance(reply, str)
+        else messages.joined(before, messages.normalized(reply, column, row_error))
+        for reply in replies
+    ]
 
 
 def score(scorer: Scorer, lines: Iterator[Line], best_of: bool, waits: bool, out: BinaryIO) -> Counter:
@@ -110,11 +116,12 @@ def score(scorer: Scorer, lines: Iterator[Line], best_of: bool, waits: bool, out
     """
     counts: Counter = Counter()
     for chunk in _chunks(lines, waits):
-        found = tokenize_groups([line.dialogues for line in chunk], scorer.model.tokenizer, scorer.max_length)
+        tools = [line.tools for line in chunk]
+        found = tokenize_groups([line.dialogues for line in chunk], scorer.model.tokenizer, scorer.max_length, tools)
         rewards = dict(itertools.chain.from_iterable(scorer.rewards(found)))
         for at, line in enumerate(chunk):
             counts["scored" if at in rewards else found[at]] += 1
-            answer = json.dumps(_answer(line, rewards.get(at), found[at], best_of), ensure_ascii=False)
+            answer = json.dumps(_answer(line, rewards.get(at), found[at], best_of), ensure_ascii=False, default=str)
             # half a character (a lone surrogate) can only be written as its JSON escape, \ud800
             out.write(answer.encode(errors="backslashreplace") + b"\n")
         out.flush()

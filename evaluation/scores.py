@@ -235,7 +235,8 @@ def score_rows(
                 chunk.append(row)
             if len(chunk) == ROWS_AT_A_TIME:
                 break
-        found = tokenize_groups([row.dialogues for row in chunk], scorer.model.tokenizer, scorer.max_length)
+        tools = [None if isinstance(row.content, str) else row.content.tools for row in chunk]
+        found = tokenize_groups([row.dialogues for row in chunk], scorer.model.tokenizer, scorer.max_length, tools)
         return [(row.position, _unless_identical(row, tokens)) for row, tokens in zip(chunk, found, strict=True)]
 
     with ThreadPoolExecutor(1) as reader:

@@ -50,7 +50,10 @@ FORMS = [
     ),
     ({"prompt": "Is the oven hot?", "chosen": "Yes, it is.", "rejected": "No."}, [QUESTION, YES], [QUESTION, NO]),
     ({"prompt": [QUESTION], "chosen": [YES], "rejected": [NO]}, [QUESTION, YES], [QUESTION, NO]),
-    ({"prompt": "x", "chosen": [QUESTION, YES], "rejected": [QUESTION, NO]}, [QUESTION, YES], [QUESTION, NO]),
+    (
+        {"prompt": "Is the oven hot?", "chosen": [QUESTION, YES], "rejected": [QUESTION, NO]},
+        [QUESTION, YES], [QUESTION, NO],
+    ),
     (
         {"chosen": "\n\nHuman: Hi\n\nAssistant: Yes?" + transcript("No."), "rejected": transcript("No.")},
         [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, QUESTION, NO], [QUESTION, NO],

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 import utils
@@ -130,8 +131,11 @@ def check_data(config: TrainingConfig, world: World, train_data: Any, eval_data:
     for split, dataset in (("train", train_data), ("test", eval_data)):
         if config.bad_rows == "stop":
             dataset.check_skipped()
-        kept = f"{split}: kept {len(dataset):,} of {dataset.counts.rows:,} rows of {dataset.name}"
-        print("\n".join([kept, *dataset.counts.lines()]))
+        rows = len(np.unique(dataset.rows))
+        kept = f"{split}: kept {rows:,} of {dataset.counts.rows:,} rows of {dataset.name}"
+        as_pairs = [f"  as {len(dataset):,} {config.unit}"] * (rows != len(dataset))
+        shape = [f"  rows read as {dataset.shape}"] * bool(dataset.shape)
+        print("\n".join([kept, *shape, *as_pairs, *dataset.counts.lines()]))
     if len(eval_data) == 0:
         print("nothing is held out: this run cannot say how good the model is", flush=True)
     if len(train_data) == 0:

@@ -49,11 +49,11 @@ def test_transcripts_become_a_pair():
     assert parse(**GOOD_ROW) == Pair([QUESTION, YES], [QUESTION, NO])
 
 
-def test_message_lists_become_a_pair_and_other_keys_of_messages_are_dropped():
+def test_message_lists_become_a_pair_and_other_keys_of_messages_are_kept():
     system = {"role": "system", "content": "Be short."}
     chosen = [system, QUESTION, {**YES, "name": "bot", "weight": 1}]
-    assert parse(chosen=chosen, rejected=[system, QUESTION, NO]) == Pair(
-        [system, QUESTION, YES], [system, QUESTION, NO]
+    assert parse(chosen=chosen, rejected=[system, QUESTION, {**NO, "name": None}]) == Pair(
+        chosen, [system, QUESTION, NO]
     )
 
 
@@ -166,7 +166,7 @@ def test_noted_rows_come_with_their_row_numbers(write_rows):
     assert {number: pair.warnings for number, pair in read} == {
         1: (), 2: ("merged",), 3: (), 4: ("prompts_differ",), 5: ("merged", "prompts_differ"),
     }  # fmt: skip
-    assert {warning for _, pair in read for warning in pair.warnings} == set(parsing.WARNINGS)
+    assert {warning for _, pair in read for warning in pair.warnings} == set(parsing.WARNINGS) - {"not_rendered"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,16 +178,16 @@ BAD_ROWS = {
     "mistyped column": ({**GOOD_ROW, "chosen": None, "chosed": "x"}, "did you mean 'chosed'?"),
     "no column at all": ({}, "no column 'chosen'; it has none"),
     "number as chosen": ({**GOOD_ROW, "chosen": 3}, "'chosen' is a int, not text"),
-    "object as rejected": ({**GOOD_ROW, "rejected": {"text": "No."}}, "'rejected' is a dict, not text"),
+    "object as rejected": ({**GOOD_ROW, "rejected": {"text": "No."}}, "'rejected' holds"),
     "number as prompt": ({**GOOD_ROW, "prompt": 7}, "'prompt' is a int, not text"),
     "empty message list": ({**GOOD_ROW, "chosen": []}, "'chosen' is an empty list"),
-    "empty prompt list": ({**GOOD_ROW, "prompt": []}, "'prompt' is an empty list"),
+    "number in a prompt list": ({**GOOD_ROW, "prompt": [7]}, "'prompt' holds '7', not a message"),
     "message without role": ({**GOOD_ROW, "chosen": [{"content": "Yes."}]}, "not a message with role and content"),
     "message without content": ({**GOOD_ROW, "chosen": [{"role": "user"}]}, "not a message with role and content"),
     "text as message": ({**GOOD_ROW, "rejected": ["No."]}, "'rejected' holds 'No.', not a message"),
-    "unknown role": ({**GOOD_ROW, "chosen": [{"role": "bot", "content": "Yes."}]}, "'chosen' has the role 'bot'"),
+    "unknown role": ({**GOOD_ROW, "chosen": [{"role": "cat", "content": "Yes."}]}, "'chosen' has the role 'cat'"),
     "list as role": ({**GOOD_ROW, "chosen": [{"role": ["user"], "content": "Yes."}]}, "has the role ['user']"),
-    "parts as content": ({**GOOD_ROW, "chosen": [{**YES, "content": ["Yes."]}]}, "content that is a list, not text"),
+    "image as content": ({**GOOD_ROW, "chosen": [{**YES, "content": [{"type": "image"}]}]}, "of the type 'image'"),
     "null as content": ({**GOOD_ROW, "rejected": [{**NO, "content": None}]}, "content that is a NoneType, not text"),
     "text as margin": ({**GOOD_ROW, "margin": "large"}, "'margin' is 'large', not a finite number"),
     "true as margin": ({**GOOD_ROW, "margin": True}, "'margin' is True, not a finite number"),
@@ -212,7 +212,7 @@ def test_a_broken_row_is_named_with_file_row_and_reason(tmp_path, suffix, name):
 
 BAD_PARQUET_ROWS = {
     "empty message list": ({"chosen": []}, "'chosen' is an empty list"),
-    "unknown role": ({"chosen": [{"role": "bot", "content": "Yes."}]}, "'chosen' has the role 'bot'"),
+    "unknown role": ({"chosen": [{"role": "cat", "content": "Yes."}]}, "'chosen' has the role 'cat'"),
     "message without role": ({"chosen": [{"content": "Yes."}]}, "role"),
     "NaN as margin": ({"chosen": [QUESTION, YES], "margin": float("nan")}, "'margin' is nan"),
 }

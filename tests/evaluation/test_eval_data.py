@@ -53,6 +53,21 @@ def test_a_folder_of_files_is_broken_down_by_file(evaluate, reward_checkpoint, w
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_published_forms_are_compared_as_they_are_trained_on(evaluate, length_model, write_rows):
+    """The longer reply is better throughout, and so it is for this model."""
+    rows = [
+        {"prompt": "Hello", "response_0": "no", "response_1": "a long reply", "better_response_id": 1},
+        {"question": {"full_text": "Hello"}, "answer_0": "a long reply", "answer_1": "no", "score_0": 1, "score_1": -1},
+        {"context": "Hello", "response1": "no", "response2": "no, no", "overall_preference": 0},
+        {"prompt": "Hello", "answers": [{"answer": "a long, long reply", "rank": 1}, {"answer": "no", "rank": 2},
+                                        {"answer": "a reply", "rank": 3}]},
+    ]  # fmt: skip
+    found = evaluate(length_model, "--split", "all", dataset=write_rows(rows))
+    assert (found["n"], found["accuracy"], found["rows"]["why"]) == (3, 1.0, {"no_preference": 1})
+    assert found["pairs"] == 4  # the third compares one reply with two
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_a_single_files_held_out_part_is_scored_and_a_note_says_so(evaluate, length_model, demo_folder, capsys):
     file = demo_folder[1] / "train.jsonl"
     held_out = evaluate(length_model, dataset=file)["rows"]["read"]

@@ -54,6 +54,33 @@ def test_each_form_gets_the_models_own_reward_and_keeps_what_it_had(score, own_r
     assert "5 rows scored" in errors
 
 
+def test_prompts_by_other_names_and_system_columns_are_read_as_in_training(score, own_rewards):
+    system = {"role": "system", "content": "Be brief."}
+    rows = [
+        {"question": "Hello?", "reply": "Good day."},
+        {"messages": DIALOGUE[:1], "reply": {"from": "gpt", "value": "Good day."}},
+        {"system": "Be brief.", "prompt": "Hello?", "replies": ["Good day.", [DIALOGUE[1]]]},
+        {"messages": [{"from": "human", "value": "Hello?"}, {"role": "Bot", "content": "Good day."}]},
+    ]
+    answers, _ = score(rows)
+    plain, with_system = own_rewards([DIALOGUE, [system, *DIALOGUE]])
+    assert [answers[at]["reward"] for at in (0, 1, 3)] == pytest.approx([plain] * 3, abs=1e-5)
+    assert answers[2]["rewards"] == pytest.approx([with_system] * 2, abs=1e-5)
+
+
+def test_columns_that_json_does_not_have_are_written_as_text(reward_checkpoint, tmp_path, capfdbinary):
+    import datetime
+
+    from tests.data_pipeline.rows import write_as
+
+    row = {"prompt": "Hello?", "reply": "Good day.", "at": datetime.datetime(2024, 1, 2, 3, 4), "raw": b"ab"}
+    file = write_as(tmp_path / "in.parquet", [row])
+    eval_rm.main(["--model", str(reward_checkpoint), "--score", str(file)])
+    sys.stdout.flush()
+    answer = json.loads(capfdbinary.readouterr().out)
+    assert answer["at"] == "2024-01-02 03:04:00" and isinstance(answer["reward"], float)
+
+
 def test_what_comes_out_goes_in_again(score):
     """Half a character stays an escape, valid in UTF-8 and JSON; a number that JSON does not allow is an error."""
     found, _ = score([{"prompt": "Hello?", "reply": "Good day.", "note": "\ud800"}, {"prompt": "a", "reply": "\ud800"}])

@@ -1,0 +1,189 @@
+"""Message lists in the forms that people have them, as one: `{"role": …, "content": text, …}`.
+
+Roles and keys go by several names, a content may be a list of parts, and a message may carry more than text (tool
+calls, reasoning): whole messages are kept and handed to the chat template.
+"""
+
+import itertools
+import json
+import operator
+import re
+from collections.abc import Callable
+from typing import Any
+
+from utils import UserError
+
+Messages = list[dict[str, Any]]
+RowError = Callable[[str], UserError]  # makes the error about a row from what is wrong with it
+
+ROLES = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "bot", "chatbot", "chatgpt", "model"),
+    "tool": ("tool", "function", "observation", "tool_response", "function_response"),
+}
+ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
+NOT_TEXT = ("type", "id", "tool_call_id", "name")  # of what a message carries, these need not be read by the model
+ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
+# ChatML, which Qwen and others render a dialogue into
+_CHATML_TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>\s*|\Z)", re.DOTALL)
+# what other templates begin a turn with
+_OTHER_TURN = re.compile(
+    r"\s*(?:<s>)?\s*(\[INST\]|<\|start_header_id\|>|<start_of_turn>|<\|user\|>|<\|system\|>|<\|begin_of_text\|>|<\|start\|>)"
+)
+
+
+def normalized(value: Any, column: str, row_error: RowError) -> Messages:
+    """A message, or a list of them, in the one form."""
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        raise row_error(f"{column!r} is a {type(value).__name__}, not text or a list of messages")
+    if not value:
+        raise row_error(f"{column!r} is an empty list")
+    return [_message(message, column, row_error) for message in value]
+
+
+def _message(message: Any, column: str, row_error: RowError) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise row_error(f"{column!r} holds {str(message)[:60]!r}, not a message with role and content")
+    role_key, content_key = (next((key for key in keys if key in message), None) for keys in (ROLE_KEYS, CONTENT_KEYS))
+    others = {
+        key: without_nulls(value)
+        for key, value in message.items()
+        if key not in (role_key, content_key) and value is not None
+    }
+    if role_key is None or (content_key is None and not others):
+        raise row_error(f"{column!r} holds {str(message)[:60]!r}, not a message with role and content")
+    role = ROLE_OF.get(str(message[role_key]).strip().lower())
+    if role is None:
+        raise row_error(f"{column!r} has the role {message[role_key]!r}, not one of {', '.join(ROLES)}")
+    if "tool_calls" in others:
+        others["tool_calls"] = [_with_parsed_arguments(call) for call in others["tool_calls"]]
+    content = _text(message.get(content_key), bool(others), column, row_error)
+    return {"role": role, "content": content, **others}
+
+
+def _text(content: Any, has_more: bool, column: str, row_error: RowError) -> str:
+    """A message's text: itself, or that of its parts."""
+    if isinstance(content, str):
+        return content
+    if content is None and has_more:
+        return ""
+    if not isinstance(content, list):
+        raise row_error(f"{column!r} has content that is a {type(content).__name__}, not text")
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if not isinstance(text, str) or kind not in ("text", "input_text", "output_text"):
+            raise row_error(f"{column!r} has content of the type {kind!r}: only text can be read")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def without_nulls(value: Any) -> Any:
+    """A nested value without null entries: tables give every object the keys of all others."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def _with_parsed_arguments(call: Any) -> Any:
+    """A tool call whose arguments are an object, as templates expect, where the data has them as JSON text."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+
+
+def merge_same_speaker(messages: Messages) -> Messages:
+    """Join consecutive messages of one speaker, with an empty line between them; those with more than text stay."""
+    merged: Messages = []
+    for (role, is_plain), turns in itertools.groupby(messages, key=lambda message: (message["role"], is_text(message))):
+        turns = list(turns)
+        if not is_plain or role == "tool":
+            merged += turns
+            continue
+        content = "\n\n".join(filter(None, map(operator.itemgetter("content"), turns)))
+        merged.append({"role": role, "content": content})
+    return merged
+
+
+def is_text(message: dict[str, Any]) -> bool:
+    """Whether a message has nothing but a role and a text."""
+    return message.keys() == {"role", "content"}
+
+
+def joined(prompt: Messages, side: Messages) -> Messages:
+    """A dialogue from a prompt and a side that continues it, or that repeats its end or all of it."""
+    if side[0]["role"] == "system" and prompt[0]["role"] != "system" and len(side) > 1:
+        return [side[0], *joined(prompt, side[1:])]
+    for start in range(len(prompt)):
+        rest = prompt[start:]
+        if [_key(message) for message in side[: len(rest)]] == [_key(message) for message in rest]:
+            return [*prompt[:start], *side]
+    return [*prompt, *side]
+
+
+def _key(message: dict[str, Any]) -> tuple[str, str]:
+    return message["role"], " ".join(message["content"].split())
+
+
+def parse_chatml(text: str) -> Messages | None:
+    """Text that was already rendered in ChatML, read back; None if it was not. An open last turn is left out."""
+    if "<|im_start|>" not in text:
+        return None
+    turns = list(_CHATML_TURN.finditer(text))
+    if not turns or text[: turns[0].start()].strip():
+        return None
+    messages = [{"role": turn.group(1), "content": turn.group(2).strip()} for turn in turns]
+    if any(message["role"].lower() not in ROLE_OF for message in messages):
+        return None
+    messages = [{**message, "role": ROLE_OF[message["role"].lower()]} for message in messages]
+    if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
+        messages.pop()
+    return messages
+
+
+def without_end_of_turn(reply: str) -> str:
+    """A reply without the token that ends a turn in ChatML."""
+    return reply.rstrip().removesuffix("<|im_end|>").rstrip() if reply.rstrip().endswith("<|im_end|>") else reply
+
+
+def template_marker(text: str) -> str | None:
+    """What shows that a text was rendered by another chat template; None if nothing does."""
+    found = _OTHER_TURN.match(text)
+    return found.group(1) if found else None
+
+
+def is_rendered(dialogues: list[Messages], tools: Any, texts: list[str]) -> bool:
+    """Whether rendered texts hold what the messages carry beside their texts, and the tools."""
+    wanted = [(name, text) for text in texts for name in texts_of(_without(tools, NOT_TEXT)) if name]
+    for dialogue, text in zip(dialogues, texts, strict=True):
+        for message in dialogue:
+            if not is_text(message):
+                extras = {key: value for key, value in message.items() if key not in ("role", "content")}
+                wanted += [(part, text) for part in texts_of(_without(extras, NOT_TEXT)) if part.strip()]
+    return all(part.strip() in text or json.dumps(part)[1:-1] in text for part, text in wanted)
+
+
+def _without(value: Any, names: tuple[str, ...]) -> Any:
+    if isinstance(value, dict):
+        return {key: _without(item, names) for key, item in value.items() if key not in names}
+    return [_without(item, names) for item in value] if isinstance(value, list) else value
+
+
+def texts_of(value: Any) -> list[str]:
+    """Every text in a nested value."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [text for item in value for text in texts_of(item)] if isinstance(value, list) else []

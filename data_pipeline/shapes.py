@@ -1,0 +1,158 @@
+"""What the columns of a row mean: preference sets go by many forms, and each becomes one of prompt, chosen, rejected.
+
+A shape is recognised by the names of a row's columns. `recognised` turns a row into *views*: rows with the columns
+`prompt`, `chosen`, `rejected` and, where there are any, `system`, `tools`, `margin` and `strength`; a row of several
+ranked replies has one view for each pair with the best.
+"""
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+
+PROMPT_COLUMNS = (
+    "prompt", "messages", "conversations", "conversation", "context", "history", "question", "query", "instruction",
+)  # fmt: skip
+SYSTEM_COLUMNS = ("system", "system_prompt")
+# of what a row says besides, these are part of its dialogue
+DIALOGUE_COLUMNS = (*PROMPT_COLUMNS, *SYSTEM_COLUMNS, "input", "tools")
+TIE = "tie"
+
+
+class NoPreference(Exception):
+    """The row compares two replies and prefers neither."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One form of preference data.
+
+    Attributes:
+        name: what it is, and what picks the chosen reply.
+        columns: all must be in a row of this shape.
+        views: (chosen, rejected, strength) of a row; raises NoPreference, KeyError, TypeError or ValueError.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    views: Callable[[Row], Iterator[tuple[Any, Any, float | None]]]
+
+
+def _chosen_and_rejected(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
+    yield row["chosen"], row["rejected"], None
+
+
+def _better(first: Any, second: Any, difference: float) -> Iterator[tuple[Any, Any, float | None]]:
+    """`first` is better by `difference`, or worse if that is negative."""
+    if difference == 0:
+        raise NoPreference
+    yield (first, second, difference) if difference > 0 else (second, first, -difference)
+
+
+def _safe_rlhf(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
+    better = int(row["better_response_id"])
+    if better not in (0, 1):
+        raise ValueError(f"'better_response_id' is {better}, not 0 or 1")
+    yield row[f"response_{better}"], row[f"response_{1 - better}"], None
+
+
+def _arena(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
+    sides = {"model_a": ("conversation_a", "conversation_b"), "model_b": ("conversation_b", "conversation_a")}
+    if row["winner"] not in sides:
+        if not isinstance(row["winner"], str):
+            raise ValueError(f"'winner' is {row['winner']!r}, not a text")
+        raise NoPreference  # tie, tie (bothbad), both_bad
+    chosen, rejected = sides[row["winner"]]
+    yield row[chosen], row[rejected], None
+
+
+def _shp(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
+    if int(row["labels"]) not in (0, 1):
+        raise ValueError(f"'labels' is {row['labels']!r}, not 0 or 1")
+    first, second = row["human_ref_A"], row["human_ref_B"]
+    yield (first, second, None) if int(row["labels"]) == 1 else (second, first, None)
+
+
+def _ranked(column: str, text: str, rank: str, is_best_first: bool) -> Callable[[Row], Iterator[tuple]]:
+    """The best of several replies against each other one that is worse."""
+
+    def views(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
+        replies = sorted(row[column], key=operator.itemgetter(rank), reverse=not is_best_first)
+        best = replies[0]
+        worse = [reply for reply in replies[1:] if reply[rank] != best[rank]]
+        if not worse:
+            raise NoPreference
+        for reply in worse:
+            yield best[text], reply[text], abs(float(reply[rank]) - float(best[rank]))
+
+    return views
+
+
+SHAPES = (
+    Shape("chosen and rejected replies", ("chosen", "rejected"), _chosen_and_rejected),
+    Shape(
+        "PKU-SafeRLHF: better_response_id picks chosen", ("response_0", "response_1", "better_response_id"), _safe_rlhf
+    ),
+    Shape(
+        "HelpSteer3: the sign of overall_preference picks chosen",
+        ("response1", "response2", "overall_preference"),
+        lambda row: _better(row["response2"], row["response1"], float(row["overall_preference"])),
+    ),
+    Shape("Chatbot Arena: winner picks chosen", ("conversation_a", "conversation_b", "winner"), _arena),
+    Shape("SHP: labels picks chosen", ("human_ref_A", "human_ref_B", "labels"), _shp),
+    Shape(
+        "WebGPT: the higher score picks chosen",
+        ("answer_0", "answer_1", "score_0", "score_1"),
+        lambda row: _better(row["answer_0"], row["answer_1"], float(row["score_0"]) - float(row["score_1"])),
+    ),
+    Shape(
+        "Nectar: the best ranked of answers against each other one", ("answers",),
+        _ranked("answers", "answer", "rank", is_best_first=True),
+    ),
+    Shape(
+        "UltraFeedback: the best scored of completions against each other one", ("completions",),
+        _ranked("completions", "response", "overall_score", is_best_first=False),
+    ),
+)  # fmt: skip
+
+
+def shape_of(row: Row) -> Shape | None:
+    """The first shape whose columns a row has; None if it has none."""
+    return next((shape for shape in SHAPES if all(column in row for column in shape.columns)), None)
+
+
+def views(row: Row, shape: Shape) -> list[Row]:
+    """A row of `shape` as rows with prompt, chosen and rejected. Raises what `Shape.views` does."""
+    shared = {key: row.get(key) for key in ("margin", "kind", "vote", "tools")}
+    shared |= {"prompt": prompt_of(row), "system": system_of(row)}
+    found = []
+    for chosen, rejected, strength in shape.views(row):
+        found.append({**shared, "chosen": chosen, "rejected": rejected, "strength": strength})
+    return found
+
+
+def prompt_of(row: Row) -> Any:
+    """The prompt of a row, by whatever name; "" if all that it has are empty, None if it has none."""
+    name = next((name for name in PROMPT_COLUMNS if row.get(name) not in (None, "", [], {})), None)
+    if name is None:
+        return "" if any(row.get(name) == "" for name in PROMPT_COLUMNS) else None
+    prompt = row[name]
+    if isinstance(prompt, dict) and "full_text" in prompt:  # WebGPT's
+        prompt = prompt["full_text"]
+    more = row.get("input")
+    return f"{prompt}\n\n{more}" if name == "instruction" and isinstance(prompt, str) and more else prompt
+
+
+def system_of(row: Row) -> Any:
+    """What a row's own column says as the dialogue's system turn; None if nothing."""
+    return next((row[name] for name in SYSTEM_COLUMNS if row.get(name) not in (None, "")), None)
+
+
+def mapped(row: Row, columns: tuple[tuple[str, str], ...]) -> Row:
+    """A row under the names that `--columns` gives its columns; raises KeyError with a column that it lacks."""
+    if not columns:
+        return row
+    renamed = {wanted: row[name] for wanted, name in columns}
+    return {key: value for key, value in row.items() if key not in dict(columns).values()} | renamed
