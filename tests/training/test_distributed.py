@@ -280,13 +280,13 @@ def test_a_process_that_dies_ends_the_run_within_a_minute_and_says_so(
 
 
 STUCK = """
-import ctypes, sys, time
+import ctypes, sys, threading, time
 sys.path.insert(0, {root!r})
 import utils
 from training import launch
 
 with utils.StopRequest() as stop, launch.ended_if_stuck(stop, seconds=0.3):
-    print("here", flush=True)
+    threading.Timer(2, print, ["here"], {{"flush": True}}).start()  # once the lines below are reached
     if {is_stuck}:  # in a call that no signal interrupts, and that lets other threads run, as the GPU's driver does
         lock = (ctypes.c_char * 256)()
         for _ in range(2):
