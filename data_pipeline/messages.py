@@ -59,6 +59,8 @@ def _message(message: Any, column: str, row_error: RowError) -> dict[str, Any]:
     if role is None:
         raise row_error(f"{column!r} has the role {message[role_key]!r}, not one of {', '.join(ROLES)}")
     if "tool_calls" in others:
+        if not isinstance(others["tool_calls"], list):
+            raise row_error(f"{column!r} has tool_calls that are a {type(others['tool_calls']).__name__}, not a list")
         others["tool_calls"] = [_with_parsed_arguments(call) for call in others["tool_calls"]]
     content = _text(message.get(content_key), bool(others), column, row_error)
     return {"role": role, "content": content, **others}

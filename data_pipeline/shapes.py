@@ -5,6 +5,7 @@ A shape is recognised by the names of a row's columns. `recognised` turns a row 
 ranked replies has one view for each pair with the best.
 """
 
+import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,15 +47,21 @@ def _chosen_and_rejected(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
 
 def _better(first: Any, second: Any, difference: float) -> Iterator[tuple[Any, Any, float | None]]:
     """`first` is better by `difference`, or worse if that is negative."""
+    if not math.isfinite(difference):
+        raise ValueError(f"the preference is {difference}, not a finite number")
     if difference == 0:
         raise NoPreference
     yield (first, second, difference) if difference > 0 else (second, first, -difference)
 
 
+def _zero_or_one(row: Row, column: str) -> int:
+    if str(row[column]) not in ("0", "1", "0.0", "1.0"):  # tables with nulls in them have 1.0
+        raise ValueError(f"{column!r} is {row[column]!r}, not 0 or 1")
+    return int(float(row[column]))
+
+
 def _safe_rlhf(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
-    better = int(row["better_response_id"])
-    if better not in (0, 1):
-        raise ValueError(f"'better_response_id' is {better}, not 0 or 1")
+    better = _zero_or_one(row, "better_response_id")
     yield row[f"response_{better}"], row[f"response_{1 - better}"], None
 
 
@@ -69,16 +76,18 @@ def _arena(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
 
 
 def _shp(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
-    if int(row["labels"]) not in (0, 1):
-        raise ValueError(f"'labels' is {row['labels']!r}, not 0 or 1")
     first, second = row["human_ref_A"], row["human_ref_B"]
-    yield (first, second, None) if int(row["labels"]) == 1 else (second, first, None)
+    yield (first, second, None) if _zero_or_one(row, "labels") else (second, first, None)
 
 
 def _ranked(column: str, text: str, rank: str, is_best_first: bool) -> Callable[[Row], Iterator[tuple]]:
     """The best of several replies against each other one that is worse."""
 
     def views(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
+        if not isinstance(row[column], list) or not row[column]:
+            raise ValueError(f"{column!r} is not a list with replies")
+        if any(not math.isfinite(reply[rank]) for reply in row[column]):
+            raise ValueError(f"{rank!r} is not a finite number")
         replies = sorted(row[column], key=operator.itemgetter(rank), reverse=not is_best_first)
         best = replies[0]
         worse = [reply for reply in replies[1:] if reply[rank] != best[rank]]

@@ -170,6 +170,8 @@ def try_compiling(model: Any, backend: str = "inductor") -> str:
 
     For `--compile auto`. In the model's autocast, with its attention, on one row of `TRIAL_WIDTH` tokens.
     """
+    if (model.most_positions() or TRIAL_WIDTH) < TRIAL_WIDTH:  # on CUDA a position too many cannot be recovered from
+        return f"the model has fewer than {TRIAL_WIDTH} positions"
     inputs = [tensor.to(model.device) for tensor in _trial_row(model)]
     trained = [parameter for parameter in model.backbone.parameters() if parameter.requires_grad]
     was_training, before = model.training, [(part, part.forward) for part in _layer_parts(model)]

@@ -1,6 +1,7 @@
 """shapes.py and messages.py: preference sets as they are published become the same dialogues."""
 
 import json
+import math
 
 import pytest
 
@@ -132,6 +133,14 @@ def test_the_best_of_ranked_replies_is_chosen_over_each_worse_one(write_rows):
         ({"context": ASKED, "response1": POOR, "response2": GOOD, "overall_preference": "much"}, "HelpSteer3"),
         ({"winner": 1, "conversation_a": [QUESTION, NO], "conversation_b": [QUESTION, YES]}, "'winner' is 1"),
         ({"prompt": ASKED, "answers": [{"answer": "A"}, {"answer": "B"}]}, "Nectar.*rank"),
+        ({"prompt": ASKED, "answers": []}, "Nectar.*not a list with replies"),
+        ({"prompt": ASKED, "answers": [{"answer": "A", "rank": 1}, {"answer": "B", "rank": math.nan}]}, "not a finite"),
+        ({"context": ASKED, "response1": POOR, "response2": GOOD, "overall_preference": math.nan}, "not a finite"),
+        ({"history": ASKED, "human_ref_A": POOR, "human_ref_B": GOOD, "labels": 0.5}, "'labels' is 0.5, not 0 or 1"),
+        (
+            {"prompt": ASKED, "chosen": [{"role": "assistant", "content": "", "tool_calls": "x"}], "rejected": POOR},
+            "tool_calls that are a str",
+        ),
         ({"prompt": "[INST] Hello [/INST]", "chosen": GOOD, "rejected": POOR}, r"rendered already.*\[INST\]"),
         ({"prompt": ASKED, "completion": GOOD, "label": True}, "no column 'chosen'; it has 'prompt', 'completion'"),
     ],

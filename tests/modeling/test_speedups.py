@@ -73,6 +73,12 @@ def test_layers_are_compiled_where_that_works(base, tokenizer):
     assert "forward" in vars(model.backbone.layers[0].mlp)
 
 
+def test_a_model_with_few_positions_is_not_tried_beyond_them(base, tokenizer):
+    model = make_model(base, tokenizer)
+    model.text_config.max_position_embeddings = speedups.TRIAL_WIDTH - 1
+    assert "positions" in speedups.try_compiling(model, no_backend)
+
+
 def wrong_backend(graph, inputs):
     return lambda *tensors: [tensor * 2 if tensor.is_floating_point() else tensor for tensor in graph(*tensors)]
 
