@@ -29,7 +29,8 @@ ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 _CHATML_TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>\s*|\Z)", re.DOTALL)
 # what other templates begin a turn with
 _OTHER_TURN = re.compile(
-    r"\s*(?:<s>)?\s*(\[INST\]|<\|start_header_id\|>|<start_of_turn>|<\|user\|>|<\|system\|>|<\|begin_of_text\|>|<\|start\|>)"
+    r"\s*(?:<s>)?\s*(\[INST\]|<\|start_header_id\|>|<start_of_turn>|<\|user\|>|<\|system\|>|<\|begin_of_text\|>"
+    r"|<\|start\|>|<\|im_start\|>)"
 )
 
 
@@ -61,6 +62,8 @@ def _message(message: Any, column: str, row_error: RowError) -> dict[str, Any]:
     if "tool_calls" in others:
         if not isinstance(others["tool_calls"], list):
             raise row_error(f"{column!r} has tool_calls that are a {type(others['tool_calls']).__name__}, not a list")
+        if not all(isinstance(call, dict) for call in others["tool_calls"]):
+            raise row_error(f"{column!r} has tool_calls that are not all objects")
         others["tool_calls"] = [_with_parsed_arguments(call) for call in others["tool_calls"]]
     content = _text(message.get(content_key), bool(others), column, row_error)
     return {"role": role, "content": content, **others}
@@ -79,7 +82,8 @@ def _text(content: Any, has_more: bool, column: str, row_error: RowError) -> str
         text = part.get("text") if isinstance(part, dict) else part
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         if not isinstance(text, str) or kind not in ("text", "input_text", "output_text"):
-            raise row_error(f"{column!r} has content of the type {kind!r}: only text can be read")
+            found = kind if kind not in ("text", "input_text", "output_text") else type(text).__name__
+            raise row_error(f"{column!r} has content of the type {found!r}: only text can be read")
         texts.append(text)
     return "\n".join(texts)
 
@@ -125,7 +129,7 @@ def is_text(message: dict[str, Any]) -> bool:
 
 def joined(prompt: Messages, side: Messages) -> Messages:
     """A dialogue from a prompt and a side that continues it, or that repeats its end or all of it."""
-    if side[0]["role"] == "system" and prompt[0]["role"] != "system" and len(side) > 1:
+    if prompt and side[0]["role"] == "system" and prompt[0]["role"] != "system" and len(side) > 1:
         return [side[0], *joined(prompt, side[1:])]
     for start in range(len(prompt)):
         rest = prompt[start:]
@@ -140,7 +144,7 @@ def _key(message: dict[str, Any]) -> tuple[str, str]:
 
 def parse_chatml(text: str) -> Messages | None:
     """Text that was already rendered in ChatML, read back; None if it was not. An open last turn is left out."""
-    if "<|im_start|>" not in text:
+    if not text.lstrip().startswith("<|im_start|>"):
         return None
     turns = list(_CHATML_TURN.finditer(text))
     if not turns or text[: turns[0].start()].strip():
@@ -151,7 +155,7 @@ def parse_chatml(text: str) -> Messages | None:
     messages = [{**message, "role": ROLE_OF[message["role"].lower()]} for message in messages]
     if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
         messages.pop()
-    return messages
+    return messages or None
 
 
 def without_end_of_turn(reply: str) -> str:
@@ -180,6 +184,21 @@ def _without(value: Any, names: tuple[str, ...]) -> Any:
     if isinstance(value, dict):
         return {key: _without(item, names) for key, item in value.items() if key not in names}
     return [_without(item, names) for item in value] if isinstance(value, list) else value
+
+
+def checked_tools(value: Any, row_error: RowError) -> list[dict[str, Any]] | None:
+    """What a row's `tools` column says that the assistant could call: a list of objects, or JSON text of one."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise row_error("'tools' is text that is not JSON") from None
+    if not value:
+        return None
+    value = without_nulls(value)
+    if not isinstance(value, list) or not all(isinstance(tool, dict) and tool for tool in value):
+        raise row_error("'tools' is not a list of objects")
+    return value
 
 
 def texts_of(value: Any) -> list[str]:

@@ -131,7 +131,7 @@ def parse_pair(row: dict[str, Any], row_error: RowError) -> Pair | str:
     kind = str(row.get("kind") or "").encode("utf-8", "replace").decode()
     was_merged = [len(chosen), len(rejected)] != [len(side) for side in sides]
     warnings = ("merged",) * was_merged + ("prompts_differ",) * (chosen[:-1] != rejected[:-1])
-    tools = messages.without_nulls(row.get("tools")) or None
+    tools = messages.checked_tools(row.get("tools"), row_error)
     return Pair(chosen, rejected, _label_margin(row.get("margin"), row_error), kind, warnings, tools)
 
 
@@ -160,9 +160,7 @@ def _side_messages(
     if not isinstance(value, str):
         side = messages.normalized(value, column, row_error)
         return side if prompt is None else messages.joined(prompt, side)
-    if marker := messages.template_marker(value):
-        raise row_error(f"{column!r} is text that a chat template has rendered already: it begins with {marker}")
-    whole = messages.parse_chatml(value) or parse_transcript(value)
+    whole = _read_back(value, column, row_error) or parse_transcript(value)
     if prompt is None and whole is None and is_prompt_empty:
         prompt = [{"role": "user", "content": ""}]
     if prompt is None:
@@ -176,14 +174,20 @@ def _side_messages(
 def prompt_messages(value: Any, row_error: RowError) -> Messages:
     if not isinstance(value, str):
         return messages.normalized(value, "prompt", row_error)
-    if marker := messages.template_marker(value):
-        raise row_error(f"'prompt' is text that a chat template has rendered already: it begins with {marker}")
-    return parse_prompt(value)
+    return _read_back(value, "prompt", row_error) or parse_prompt(value)
+
+
+def _read_back(text: str, column: str, row_error: RowError) -> Messages | None:
+    """Text that a chat template has rendered already, as messages; None for other text."""
+    found = messages.parse_chatml(text)
+    if found is None and (marker := messages.template_marker(text)):
+        raise row_error(f"{column!r} is text that a chat template has rendered already: it begins with {marker}")
+    return found
 
 
 def parse_prompt(text: str) -> Messages:
-    """A prompt: a transcript, a dialogue rendered in ChatML, or else one question."""
-    found = messages.parse_chatml(text) or parse_transcript(text)
+    """A prompt: a transcript, or else one question."""
+    found = parse_transcript(text)
     if found is None:
         return [{"role": "user", "content": text.strip()}]
     if found[-1]["role"] == "assistant" and not found[-1]["content"]:

@@ -45,10 +45,20 @@ def _chosen_and_rejected(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
     yield row["chosen"], row["rejected"], None
 
 
+def _number(row: Row, column: str) -> float:
+    """A finite number, which may be written as text."""
+    value = row[column]
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{column!r} is {str(value)[:40]!r}, not a finite number")
+    return number
+
+
 def _better(first: Any, second: Any, difference: float) -> Iterator[tuple[Any, Any, float | None]]:
     """`first` is better by `difference`, or worse if that is negative."""
-    if not math.isfinite(difference):
-        raise ValueError(f"the preference is {difference}, not a finite number")
     if difference == 0:
         raise NoPreference
     yield (first, second, difference) if difference > 0 else (second, first, -difference)
@@ -67,9 +77,9 @@ def _safe_rlhf(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
 
 def _arena(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
     sides = {"model_a": ("conversation_a", "conversation_b"), "model_b": ("conversation_b", "conversation_a")}
+    if not isinstance(row["winner"], str):
+        raise ValueError(f"'winner' is {row['winner']!r}, not a text")
     if row["winner"] not in sides:
-        if not isinstance(row["winner"], str):
-            raise ValueError(f"'winner' is {row['winner']!r}, not a text")
         raise NoPreference  # tie, tie (bothbad), both_bad
     chosen, rejected = sides[row["winner"]]
     yield row[chosen], row[rejected], None
@@ -86,15 +96,17 @@ def _ranked(column: str, text: str, rank: str, is_best_first: bool) -> Callable[
     def views(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
         if not isinstance(row[column], list) or not row[column]:
             raise ValueError(f"{column!r} is not a list with replies")
-        if any(not math.isfinite(reply[rank]) for reply in row[column]):
-            raise ValueError(f"{rank!r} is not a finite number")
-        replies = sorted(row[column], key=operator.itemgetter(rank), reverse=not is_best_first)
-        best = replies[0]
-        worse = [reply for reply in replies[1:] if reply[rank] != best[rank]]
+        if any(not isinstance(reply, dict) or not {text, rank} <= reply.keys() for reply in row[column]):
+            raise ValueError(f"{column!r} holds something that is not a reply with {text!r} and {rank!r}")
+        # as numbers: the text "10" would come before "9"
+        replies = [(_number(reply, rank), reply[text]) for reply in row[column]]
+        replies.sort(key=operator.itemgetter(0), reverse=not is_best_first)
+        best_rank, best = replies[0]
+        worse = [reply for reply in replies[1:] if reply[0] != best_rank]
         if not worse:
             raise NoPreference
-        for reply in worse:
-            yield best[text], reply[text], abs(float(reply[rank]) - float(best[rank]))
+        for reply_rank, reply in worse:
+            yield best, reply, abs(reply_rank - best_rank)
 
     return views
 
@@ -107,14 +119,16 @@ SHAPES = (
     Shape(
         "HelpSteer3: the sign of overall_preference picks chosen",
         ("response1", "response2", "overall_preference"),
-        lambda row: _better(row["response2"], row["response1"], float(row["overall_preference"])),
+        lambda row: _better(row["response2"], row["response1"], _number(row, "overall_preference")),
     ),
     Shape("Chatbot Arena: winner picks chosen", ("conversation_a", "conversation_b", "winner"), _arena),
     Shape("SHP: labels picks chosen", ("human_ref_A", "human_ref_B", "labels"), _shp),
     Shape(
         "WebGPT: the higher score picks chosen",
         ("answer_0", "answer_1", "score_0", "score_1"),
-        lambda row: _better(row["answer_0"], row["answer_1"], float(row["score_0"]) - float(row["score_1"])),
+        lambda row: _better(
+            row["answer_0"], row["answer_1"], _number(row, "score_0") - _number(row, "score_1")
+        ),
     ),
     Shape(
         "Nectar: the best ranked of answers against each other one", ("answers",),

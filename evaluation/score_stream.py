@@ -85,7 +85,9 @@ def parse(row: Any, row_error: RowError) -> Line:
     dialogues = [parsing.with_system(dialogue, shapes.system_of(row), row_error) for dialogue in dialogues]
     dialogues = [messages.merge_same_speaker(dialogue) for dialogue in dialogues]
     faults = [fault for dialogue in dialogues if (fault := parsing.skip_reason(dialogue))]
-    return Line(row, faults[0] if faults else dialogues, has_replies, messages.without_nulls(row.get("tools")) or None)
+    return Line(
+        row, faults[0] if faults else dialogues, has_replies, messages.checked_tools(row.get("tools"), row_error)
+    )
 
 
 def _prompt_with_replies(row: dict[str, Any], column: str | None, row_error: RowError) -> list[Messages]:

@@ -114,6 +114,19 @@ TIES = [
 ]
 
 
+def test_scores_as_text_are_compared_as_numbers():
+    completions = [{"response": text, "overall_score": score} for text, score in (("A", "10"), ("B", "9"))]
+    (pair,) = parsed(instruction=ASKED, completions=completions)
+    assert (pair.chosen[-1]["content"], pair.rejected[-1]["content"]) == ("A", "B")
+
+
+def test_tools_may_be_json_text_and_an_open_prompt_may_hold_nothing():
+    (pair,) = parsed(prompt=ASKED, chosen=GOOD, rejected=POOR, tools=json.dumps(TOOLS))
+    assert pair.tools == TOOLS
+    (pair,) = parsed(prompt="\n\nAssistant:", chosen=[BRIEF, QUESTION, YES], rejected=[BRIEF, QUESTION, NO])
+    assert pair == Pair([BRIEF, QUESTION, YES], [BRIEF, QUESTION, NO])
+
+
 @pytest.mark.parametrize("row", TIES)
 def test_a_tie_is_counted_as_no_preference(row):
     assert parsed(**row) == ["no_preference"]
@@ -137,6 +150,14 @@ def test_the_best_of_ranked_replies_is_chosen_over_each_worse_one(write_rows):
         ({"prompt": ASKED, "answers": [{"answer": "A", "rank": 1}, {"answer": "B", "rank": math.nan}]}, "not a finite"),
         ({"context": ASKED, "response1": POOR, "response2": GOOD, "overall_preference": math.nan}, "not a finite"),
         ({"history": ASKED, "human_ref_A": POOR, "human_ref_B": GOOD, "labels": 0.5}, "'labels' is 0.5, not 0 or 1"),
+        ({"prompt": ASKED, "answers": ["A", "B"]}, "not a reply with 'answer' and 'rank'"),
+        ({"prompt": ASKED, "answers": [{"answer": "A", "rank": 1}, {"answer": "B", "rank": None}]}, "'rank' is 'None'"),
+        ({"winner": [1], "conversation_a": [QUESTION, NO], "conversation_b": [QUESTION, YES]}, "'winner' is"),
+        ({"prompt": ASKED, "response_0": POOR, "response_1": GOOD, "better_response_id": math.inf}, "not 0 or 1"),
+        ({"context": ASKED, "response1": POOR, "response2": GOOD, "overall_preference": 10**400}, "not a finite"),
+        ({"prompt": "<|im_start|>cat\nHi<|im_end|>", "chosen": GOOD, "rejected": POOR}, "rendered already"),
+        ({"prompt": ASKED, "chosen": GOOD, "rejected": POOR, "tools": 5}, "'tools' is not a list of objects"),
+        ({"prompt": ASKED, "chosen": GOOD, "rejected": POOR, "tools": "oven"}, "'tools' is text that is not JSON"),
         (
             {"prompt": ASKED, "chosen": [{"role": "assistant", "content": "", "tool_calls": "x"}], "rejected": POOR},
             "tool_calls that are a str",
