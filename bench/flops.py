@@ -84,7 +84,8 @@ def main() -> None:
     import models
     import train_rm
     import utils
-    from data_pipeline import packing, prefetch, sampler
+    from common import prefetch
+    from data_pipeline import packing, sampler
     from modeling import devices
     from training import distributed
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from common.prefetch import prefetched
 from data_pipeline import messages
 from data_pipeline.messages import Messages
 from data_pipeline.parsing import Pair, read_pairs
-from data_pipeline.prefetch import prefetched
 from data_pipeline.sources import Source
 
 ROWS_AT_A_TIME = 500  # rows of a chunk; two or three chunks are in memory at once

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import utils
+from common.prefetch import prefetched
 from data_pipeline import packing
-from data_pipeline.prefetch import prefetched
 from data_pipeline.tokenization import TokenizedGroup, longest_sequences, shared_prefix
 from modeling import devices, fused, speedups
 from utils import UserError

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.prefetch import prefetched
 from data_pipeline import packing
 from data_pipeline.packing import Examples, MicroBatchPlan
-from data_pipeline.prefetch import prefetched
 from modeling import devices, speedups
 from training.distributed import RankBatch, World, even_budget
 from utils import UserError, is_out_of_memory

@@ -11,8 +11,8 @@ from tokenizers.models import BPE
 from tokenizers.normalizers import NFC, Lowercase, Prepend, Replace, Strip
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Sequence, UnicodeScripts
 
+from common.prefetch import prefetched
 from data_pipeline import parsing, sources, tokenization
-from data_pipeline.prefetch import prefetched
 
 
 def of_backend(backend):

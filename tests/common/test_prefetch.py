@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from data_pipeline.prefetch import prefetched
+from common.prefetch import prefetched
 
 
 def test_prefetched_batches_come_in_order_and_one_ahead():
