@@ -5,6 +5,7 @@ Letters: N pairs.
 
 import contextlib
 import hashlib
+import itertools
 import os
 import shutil
 import sys
@@ -19,13 +20,16 @@ import numpy as np
 import utils
 from common import atomic_files
 from common.progress import ProgressBar
-from data_pipeline.parsing import SKIP_REASONS, WARNINGS
-from data_pipeline.sources import Source, find_sources
+from data_pipeline import sampler
+from data_pipeline.parsing import SKIP_REASONS, WARNINGS, Pair, Parsed
+from data_pipeline.shapes import DIALOGUE_COLUMNS
+from data_pipeline.sources import HELD_OUT_IN, DataSpec, Source, find_sources
 from data_pipeline.tokenization import longest_sequences, shared_prefix, split_sequences, tokenized_chunks
 
-CACHE_VERSION = 4  # increase it when parsing, tokenizing or the files change
+CACHE_VERSION = 5  # increase it when parsing, tokenizing or the files change
 MAX_SKIPPED = 0.10  # of a dataset's rows
 DEAD_AFTER_SECONDS = 24 * 3600
+DETAILS_KEPT = 100  # rows of a reason whose own words are kept
 
 
 @dataclass
@@ -35,12 +39,18 @@ class Counts:
     rows: int = 0
     count: Counter = field(default_factory=Counter)  # by keys of SKIP_REASONS and WARNINGS
     first_rows: dict[str, list[int]] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)  # what is wrong with the first row of a reason
+    unused: Counter = field(default_factory=Counter)  # rows by column, of columns like those of a dialogue
 
-    def add(self, key: str, *rows: int) -> None:
+    def add(self, reason: str, *rows: int) -> None:
+        """Count rows under a reason, a key or `KEY: DETAIL`."""
+        key, _, detail = reason.partition(": ")
         if rows:
             self.count[key] += len(rows)
             first = self.first_rows.setdefault(key, [])
             first += rows[: 5 - len(first)]
+            if detail:
+                self.details.setdefault(key, detail)
 
     @property
     def skipped(self) -> int:
@@ -55,38 +65,99 @@ class Counts:
                     rows = ", ".join(str(row) for row in self.first_rows[key])
                     more = ", …" if self.count[key] > len(self.first_rows[key]) else ""
                     plural = "row" if self.count[key] == 1 else "rows"
-                    lines.append(f"  {verb} {self.count[key]:,}: {text} ({plural} {rows}{more})")
+                    detail = f"; the first: {self.details[key]}" if key in self.details else ""
+                    lines.append(f"  {verb} {self.count[key]:,}: {text} ({plural} {rows}{more}{detail})")
+        for column, count in sorted(self.unused.items()):
+            what = f"column {column!r} of {utils.counted(count, 'row')} looks like part of the dialogue"
+            lines.append(f"  not used: {what} (--columns says what columns are)")
         return lines
 
 
+class SourcePairs:
+    """The tokenized pairs of one source, or of the part of it that is trained on or held out."""
+
+    def __init__(self, folder: Path, source: Source, max_length: int | None):
+        report = utils.read_json(folder / "report.json")
+        self.name, self.part = source.name, source.part
+        self.shape, self.holds_out_rows = report["shape"], report["holds_out_rows"]
+        lengths = np.load(folder / "lengths.npy")  # (M, 3): prompt, chosen, rejected
+        rows = np.load(folder / "rows.npy")  # (M,) line or row number in the source
+        starts = np.concatenate([[0], np.cumsum(lengths.sum(axis=1, dtype=np.int64))])
+        # an empty file cannot be mapped
+        self.token_ids = np.memmap(folder / "tokens.bin", np.int32, "r") if starts[-1] else np.zeros(0, np.int32)
+        here = self._is_here(np.load(folder / "held_out.npy"))  # (M,)
+        fits = here & (longest_sequences(lengths) <= (max_length or np.iinfo(np.int32).max))
+        self.counts = self._count(report, rows, here, fits, np.load(folder / "notes.npy"), folder)
+        self.lengths, self.rows, self.starts = lengths[fits], rows[fits], starts[:-1][fits]
+        self.label_margins = np.load(folder / "margins.npy")[fits]  # (N,)
+        self.kinds, self.kind_names = np.load(folder / "kinds.npy")[fits], report["kinds"]  # (N,) index into names
+        # identifies the pairs by content, wherever they came from
+        self.fingerprint = report["tokens_sha256"][source.part].encode() + self.rows.tobytes()
+
+    def _is_here(self, held_out: np.ndarray) -> np.ndarray:
+        return np.full(len(held_out), True) if self.part == "all" else held_out == (self.part == "test")
+
+    def _count(
+        self, report: dict, rows: np.ndarray, here: np.ndarray, fits: np.ndarray, notes: np.ndarray, folder: Path
+    ) -> Counts:
+        skipped_rows, skipped_keys = np.load(folder / "skipped_rows.npy"), np.load(folder / "skipped_keys.npy")
+        skipped_here = self._is_here(np.load(folder / "skipped_held_out.npy"))
+        counts = Counts(len(np.unique(np.concatenate([rows[here], skipped_rows[skipped_here]]))))
+        for at, key in enumerate(SKIP_REASONS):
+            its_rows = skipped_rows[skipped_here & (skipped_keys == at)].tolist()
+            detail = report["details"].get(key, {}).get(str(its_rows[0]), "") if its_rows else ""
+            counts.add(f"{key}: {detail}", *its_rows)
+        counts.add("too_long", *rows[here & ~fits].tolist())
+        for warning, has_it in zip(WARNINGS, notes.T, strict=True):
+            counts.add(warning, *rows[fits & has_it].tolist())
+        unused = np.load(folder / "unused.npy")[fits]
+        counts.unused += Counter({name: int(unused[:, at].sum()) for at, name in enumerate(DIALOGUE_COLUMNS)})
+        return counts
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
 class PairDataset:
-    """Tokenized pairs, each stored as `[prompt | chosen | rejected]`, memory-mapped from the cache.
+    """Tokenized pairs of one or several sources, each `[prompt | chosen | rejected]`, memory-mapped from the cache.
 
     The prompt is whatever the two token sequences share from the start, leaving each side at least one token.
     """
 
-    def __init__(self, folder: Path, name: str, max_length: int | None = None):
-        report = utils.read_json(folder / "report.json")
-        self.name, self.kind_names, self.shape = name, report["kinds"], report.get("shape", "")
-        self.counts = Counts(report["rows"], Counter(report["count"]), report["first_rows"])
-        lengths = np.load(folder / "lengths.npy")  # (N, 3): prompt, chosen, rejected
-        rows = np.load(folder / "rows.npy")  # (N,) line or row number in the source
-        starts = np.concatenate([[0], np.cumsum(lengths.sum(axis=1, dtype=np.int64))])
-        # an empty file cannot be mapped
-        self._tokens = np.memmap(folder / "tokens.bin", np.int32, "r") if starts[-1] else np.zeros(0, np.int32)
-        fits = longest_sequences(lengths) <= (max_length or np.iinfo(np.int32).max)
-        self.counts.add("too_long", *rows[~fits].tolist())
-        for warning, has_it in zip(WARNINGS, np.load(folder / "notes.npy").T, strict=True):
-            self.counts.add(warning, *rows[fits & has_it].tolist())
-        self.lengths, self.rows, self._starts = lengths[fits], rows[fits], starts[:-1][fits]
-        self.label_margins = np.load(folder / "margins.npy")[fits]  # (N,)
-        self.kinds = np.load(folder / "kinds.npy")[fits]  # (N,) index into kind_names
+    def __init__(self, parts: list[SourcePairs], notes: tuple[str, ...] = ()):
+        self.parts, self.notes = parts, notes
+        self.name = ", ".join(part.name for part in parts)
+        self.lengths = np.concatenate([part.lengths for part in parts])  # (N, 3)
+        self.label_margins = np.concatenate([part.label_margins for part in parts])  # (N,)
+        self.rows = np.concatenate([part.rows for part in parts])  # (N,) line or row number in its source
+        self.sources = np.repeat(np.arange(len(parts)), [len(part) for part in parts])  # (N,) index into parts
+        self._starts = np.concatenate([part.starts for part in parts])
+        self.kind_names = list(dict.fromkeys(itertools.chain.from_iterable(part.kind_names for part in parts)))
+        numbers = {name: number for number, name in enumerate(self.kind_names)}
+        kinds = [np.array([numbers[name] for name in part.kind_names])[part.kinds] for part in parts]
+        self.kinds = np.concatenate(kinds)  # (N,) index into kind_names
         self.packed_lengths = self.lengths.sum(axis=1)  # (N,) tokens when the prompt is shared
-        # identifies the pairs by content, wherever they came from: resuming compares it
-        self.fingerprint = hashlib.sha256(report["tokens_sha256"].encode() + self.rows.tobytes()).hexdigest()
+        # resuming compares it
+        self.fingerprint = hashlib.sha256(b"".join(part.fingerprint for part in parts)).hexdigest()
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def counts(self) -> Counts:
+        """Those of all sources together."""
+        total = Counts()
+        for part in self.parts:
+            total.rows += part.counts.rows
+            total.unused += part.counts.unused
+            for key, count in part.counts.count.items():
+                total.count[key] += count
+                total.first_rows.setdefault(key, part.counts.first_rows[key])
+        return total
+
+    def places(self, indices: np.ndarray) -> list[tuple[int, int]]:
+        """Where pairs come from: (index into `parts`, row in that source)."""
+        return list(zip(self.sources[indices].tolist(), self.rows[indices].tolist(), strict=True))
 
     def longest_sides(self) -> np.ndarray:
         """(N,) tokens of the longer of each pair's two sequences."""
@@ -95,33 +166,43 @@ class PairDataset:
     def tokens(self, index: int) -> np.ndarray:
         """The ids of `[prompt | chosen | rejected]`."""
         start = self._starts[index]
-        return self._tokens[start : start + self.packed_lengths[index]]
+        return self.parts[self.sources[index]].token_ids[start : start + self.packed_lengths[index]]
 
     def sequences(self, index: int) -> list[np.ndarray]:
         """The pair as two plain sequences of ids: chosen, rejected."""
         return split_sequences(self.tokens(index), self.lengths[index])
 
     def check_skipped(self) -> None:
-        """Raise UserError if more than a tenth of the rows cannot be used; votes for neither side do not count."""
-        unusable = self.counts.skipped - self.counts.count["no_preference"]
-        if unusable > MAX_SKIPPED * self.counts.rows:
-            share = unusable / self.counts.rows
-            raise utils.UserError(
-                f"{share:.0%} of the rows would be skipped",
-                where=self.name,
-                found="\n".join(["", *self.counts.lines()]).replace("\n", "\n  "),
-                next="fix the data, raise --max_length, or accept it with --bad_rows skip",
-            )
+        """Raise UserError if more than a tenth of a source's rows are unusable; votes for neither side do not count."""
+        for part in self.parts:
+            unusable = part.counts.skipped - part.counts.count["no_preference"]
+            if unusable > MAX_SKIPPED * part.counts.rows:
+                raise utils.UserError(
+                    f"{unusable / part.counts.rows:.0%} of the rows would be skipped",
+                    where=part.name,
+                    found="\n".join(["", *part.counts.lines()]).replace("\n", "\n  "),
+                    next="fix the data, raise --max_length, or accept it with --bad_rows skip",
+                )
 
 
-def load_pairs(dataset: str, tokenizer: Any, max_length: int | None = None) -> tuple[PairDataset, PairDataset]:
-    """The train and test pairs of a dataset, tokenized now or read from the cache; `max_length` in tokens a side."""
-    sources = find_sources(dataset)
+def load_pairs(
+    dataset: str, tokenizer: Any, max_length: int | None = None, **settings: Any
+) -> tuple[PairDataset, PairDataset]:
+    """The train and test pairs of a dataset, tokenized now or read from the cache; `max_length` in tokens a side.
+
+    `settings` are those of `sources.DataSpec` beside the dataset: subset, split, test_split, columns.
+    """
+    found = find_sources(DataSpec(dataset, **settings))
     backend = tokenizer.backend_tokenizer
     backend.no_padding()  # some published tokenizers pad and truncate by default
     backend.no_truncation()
     tokenizer_hash = hashlib.sha256((backend.to_str() + str(tokenizer.chat_template)).encode()).hexdigest()
-    return tuple(PairDataset(_cached(source, tokenizer, tokenizer_hash), source.name, max_length) for source in sources)
+
+    def load(chosen: tuple[Source, ...], notes: tuple[str, ...] = ()) -> PairDataset:
+        parts = [SourcePairs(_cached(source, tokenizer, tokenizer_hash), source, max_length) for source in chosen]
+        return PairDataset(parts, notes)
+
+    return load(found.train, found.notes), load(found.test)
 
 
 def cache_root() -> Path:
@@ -130,7 +211,7 @@ def cache_root() -> Path:
 
 
 def _cached(source: Source, tokenizer: Any, tokenizer_hash: str) -> Path:
-    key = hashlib.sha256(f"{CACHE_VERSION}/{source.fingerprint()}/{tokenizer_hash}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{CACHE_VERSION}/{source.cache_key()}/{tokenizer_hash}".encode()).hexdigest()[:32]
     folder = cache_root() / key
     if not _is_intact(folder):
         shutil.rmtree(folder, ignore_errors=True)
@@ -141,7 +222,7 @@ def _cached(source: Source, tokenizer: Any, tokenizer_hash: str) -> Path:
         except OSError as error:
             if isinstance(error, FileExistsError) and (folder / "report.json").exists():
                 return folder  # another process wrote the same entry first
-            if source.path is not None and error.filename == str(source.path):
+            if error.filename in map(str, source.files):
                 raise
             raise utils.DiskOrNetworkError(
                 "the token cache cannot be written", where=cache_root(), found=error,
@@ -170,43 +251,98 @@ def _is_intact(folder: Path) -> bool:
         return False
 
 
+class _Columns:
+    """What is known of each row of a source, while it is tokenized; `arrays` are the files of a cache entry."""
+
+    def __init__(self) -> None:
+        self.kinds, self.shape, self.details = {"": 0}, "", {}
+        self.pairs: dict[str, list] = {name: [] for name in ("lengths", "rows", "margins", "kinds", "notes", "unused")}
+        self.skipped: dict[str, list] = {"rows": [], "keys": []}
+        self.digests: dict[str, list] = {"pairs": [], "skipped": []}  # of prompts and rows
+        self.prompts: list[tuple[int, int]] = []  # (row, digest of its prompt) of all that could be parsed
+
+    def add_pair(self, row: Parsed, pair: Pair, lengths: tuple[int, int, int]) -> None:
+        self.shape = self.shape or pair.shape
+        values = {
+            "lengths": lengths, "rows": row.row, "margins": pair.label_margin,
+            "kinds": self.kinds.setdefault(pair.kind, len(self.kinds)),
+            "notes": [name in pair.warnings for name in WARNINGS],
+            "unused": [name in pair.unused for name in DIALOGUE_COLUMNS],
+        }  # fmt: skip
+        for name, value in values.items():
+            self.pairs[name].append(value)
+        self.digests["pairs"].append(row.digests)
+
+    def add_skipped(self, row: Parsed, reason: str) -> None:
+        key, _, detail = reason.partition(": ")
+        self.skipped["rows"].append(row.row)
+        self.skipped["keys"].append(list(SKIP_REASONS).index(key))
+        self.digests["skipped"].append(row.digests)
+        if detail and len(details := self.details.setdefault(key, {})) < DETAILS_KEPT:
+            details[str(row.row)] = detail
+
+    def arrays(self) -> tuple[dict[str, np.ndarray], bool]:
+        """The columns, and whether rows and not prompts decide what is held out."""
+        digests = {name: np.array(found, np.uint64).reshape(-1, 2) for name, found in self.digests.items()}
+        holds_out_rows = sampler.shares_prompts(self.prompts)
+        held_out = {name: found[:, int(holds_out_rows)] % HELD_OUT_IN == 0 for name, found in digests.items()}
+        return {
+            "lengths": np.array(self.pairs["lengths"], np.int32).reshape(-1, 3),
+            "rows": np.array(self.pairs["rows"], np.int64),
+            "margins": np.array(self.pairs["margins"], np.float32),
+            "kinds": np.array(self.pairs["kinds"], np.int32),
+            "notes": np.array(self.pairs["notes"], bool).reshape(-1, len(WARNINGS)),
+            "unused": np.array(self.pairs["unused"], bool).reshape(-1, len(DIALOGUE_COLUMNS)),
+            "held_out": held_out["pairs"],
+            "skipped_rows": np.array(self.skipped["rows"], np.int64),
+            "skipped_keys": np.array(self.skipped["keys"], np.int32),
+            "skipped_held_out": held_out["skipped"],
+        }, holds_out_rows
+
+
 def _tokenize(source: Source, tokenizer: Any, folder: Path) -> None:
-    counts, kind_numbers, shape = Counts(), {"": 0}, ""
-    lengths, rows, margins, kinds, notes = [], [], [], [], []
-    bar = ProgressBar(f"tokenizing {source.name}", None, unit="pairs", first_after=5, stream=sys.stderr)
+    columns, last_row = _Columns(), 0
+    bar = ProgressBar(f"tokenizing {source.name}", None, unit="rows", first_after=5, stream=sys.stderr)
     with (
         contextlib.closing(bar),
         (folder / "tokens.bin").open("wb") as tokens_file,
         contextlib.closing(tokenized_chunks(source, tokenizer)) as chunks,
     ):
         for chunk, ids in chunks:
-            counts.rows += chunk.row_count
-            for key, row in chunk.skipped:
-                counts.add(key, row)
+            columns.prompts += [(row.row, row.digests[0]) for row in chunk.rows if not isinstance(row.pair, str)]
+            for at, reason in chunk.skipped:
+                columns.add_skipped(chunk.rows[at], reason)
             packed = []
-            for (row, pair), (chosen, rejected) in zip(chunk.pairs, ids, strict=True):
+            for (at, pair), (chosen, rejected) in zip(chunk.pairs, ids, strict=True):
+                row = chunk.rows[at]
                 if np.array_equal(chosen, rejected):  # different texts, same tokens
-                    counts.add("identical", row)
+                    columns.add_skipped(row, "identical")
                     continue
-                shape = shape or pair.shape
                 prompt = shared_prefix(chosen, rejected)
                 packed += [chosen, rejected[prompt:]]
-                lengths.append((prompt, len(chosen) - prompt, len(rejected) - prompt))
-                rows.append(row)
-                margins.append(pair.label_margin)
-                kinds.append(kind_numbers.setdefault(pair.kind, len(kind_numbers)))
-                notes.append([name in pair.warnings for name in WARNINGS])
+                columns.add_pair(row, pair, (prompt, len(chosen) - prompt, len(rejected) - prompt))
             if packed:
                 np.concatenate(packed).tofile(tokens_file)
-            bar.update(counts.rows)
-    np.save(folder / "lengths.npy", np.array(lengths, dtype=np.int32).reshape(-1, 3))
-    np.save(folder / "rows.npy", np.array(rows, dtype=np.int64))
-    np.save(folder / "margins.npy", np.array(margins, dtype=np.float32))
-    np.save(folder / "kinds.npy", np.array(kinds, dtype=np.int32))
-    np.save(folder / "notes.npy", np.array(notes, dtype=bool).reshape(-1, len(WARNINGS)))
+            last_row = chunk.rows[-1].row
+            bar.update(last_row)
+    arrays, holds_out_rows = columns.arrays()
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
     utils.write_json(
         folder / "report.json",
-        {"rows": counts.rows, "shape": shape, "count": counts.count, "first_rows": counts.first_rows,
-         "kinds": list(kind_numbers), "tokens_sha256": utils.sha256_of(folder / "tokens.bin"), "source": source.name,
+        {"shape": columns.shape, "holds_out_rows": holds_out_rows, "details": columns.details,
+         "kinds": list(columns.kinds), "source": source.name,
+         "tokens_sha256": _token_hashes(folder / "tokens.bin", arrays["lengths"], arrays["held_out"]),
          "sha256": {path.name: utils.sha256_of(path) for path in folder.iterdir()}},
     )  # fmt: skip
+
+
+def _token_hashes(path: Path, lengths: np.ndarray, held_out: np.ndarray) -> dict[str, str]:
+    """SHA-256 of the token ids of all pairs (N), of those that are held out and of the others."""
+    hashes = {name: hashlib.sha256() for name in ("all", "train", "test")}
+    with path.open("rb") as file:
+        for size, is_held_out in zip(lengths.sum(axis=1).tolist(), held_out.tolist(), strict=True):
+            ids = file.read(size * np.dtype(np.int32).itemsize)
+            hashes["all"].update(ids)
+            hashes["test" if is_held_out else "train"].update(ids)
+    return {name: digest.hexdigest() for name, digest in hashes.items()}

@@ -9,6 +9,7 @@ python eval_rm.py --model FOLDER --score replies.jsonl > scored.jsonl   rewards 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from utils import UserError
 
 with utils.lazy_imports():  # --help must not wait for torch
     import models
-    from data_pipeline import parsing
+    from data_pipeline import parsing, shapes, sources
     from evaluation import eval_data, evaluator, html_report, report, score_stream
     from modeling import scorer
 
@@ -37,8 +38,10 @@ class EvalConfig:
     # fmt: off
     model: str | None = flag(None, "reward model: a checkpoint, a run's folder for its newest one, any folder or hub id with one label", group="model and data")
     base_model: str | None = flag(None, "where a LoRA checkpoint's base model is now, if it has moved", group="model and data")
-    dataset: str | None = flag(None, "hub id, file or folder as for train_rm.py, or a folder of files or folders (default: what the checkpoint was trained on, else Anthropic/hh-rlhf)", group="model and data")
-    split: str = flag("test", "train, test, all, or the name of another split or file; the test split of a single file is what train_rm.py holds out", group="model and data")
+    dataset: str | None = flag(None, "hub id, file or folder as for train_rm.py, or a folder of files or folders (default: what the checkpoint was trained on, else Anthropic/hh-rlhf)", is_list=True, group="model and data")
+    subset: str | None = flag(None, "a configuration or folder of the dataset, such as harmless-base", group="model and data")
+    columns: str | None = flag(None, "names of the data's columns, as prompt=NAME,chosen=NAME,rejected=NAME (with --score prompt=NAME,reply=NAME)", group="model and data")
+    split: str = flag("test", "train, test, all, or the name of another split or file; test is never what the model was trained on: of a single file what train_rm.py held out", group="model and data")
     subset_column: str | None = flag(None, "column to break the accuracy down by (default: subset, else kind, else the file)", group="model and data")
     max_pairs: int = flag(0, "score only this many rows, spread over the data and always the same; 0 = all", minimum=0, below=10**12, group="model and data")
     against: str | None = flag(None, "another reward model, compared on the same pairs", group="model and data")
@@ -62,10 +65,23 @@ class EvalConfig:
         found = []
         if self.model is None:
             found.append("--model: expected a reward model, such as ./checkpoints/rm/RUN")
+        try:
+            shapes.parse_columns(self.columns)
+        except ValueError as error:
+            found.append(f"--columns: {error}")
         if self.best_of and self.score is None:
             found.append("--best_of: needs --score")
         if self.score is not None:
-            of_reports = ("dataset", "split", "subset_column", "max_pairs", "against", "report_dir", "scores_out")
+            of_reports = (
+                "dataset",
+                "subset",
+                "split",
+                "subset_column",
+                "max_pairs",
+                "against",
+                "report_dir",
+                "scores_out",
+            )
             given = [name for name in of_reports if getattr(self, name) != getattr(EvalConfig, name)]
             found += [f"--{name}: cannot be combined with --score, which writes no report" for name in given]
         if self.report_dir and Path(self.report_dir).is_file():
@@ -99,8 +115,11 @@ def make_job(config: EvalConfig) -> evaluator.EvalJob:
     model = evaluator.saved_model(config.model, folder, config.base_model)
     against = other and evaluator.saved_model(config.against, other, config.base_model)
     settings = resolve.training_settings(folder)
-    dataset = config.dataset or settings.get("dataset") or DEFAULT_DATASET
-    data = eval_data.sample(eval_data.find(dataset, config.split, config.subset_column), config.max_pairs)
+    trained = [
+        spec for spec in (trained_on(resolve.training_settings(path)) for path in (folder, other) if path) if spec
+    ]
+    spec = data_spec(config, settings)
+    data = eval_data.sample(eval_data.find(spec, config.split, config.subset_column, trained), config.max_pairs)
     report_dir, tensorboard_dir = evaluator.output_folders(folder, config.report_dir)
     scores_out = evaluator.find_scores_file(config.scores_out, data, report_dir) if config.scores_out else None
     for place, name in ((report_dir, "the report's folder"), (tensorboard_dir, "TensorBoard's folder")):
@@ -114,6 +133,24 @@ def make_job(config: EvalConfig) -> evaluator.EvalJob:
         model, data, report_dir, tensorboard_dir, scoring_config(config, settings), against, untrained, scores_out,
         tuple(notes),
     )  # fmt: skip
+
+
+def data_spec(config: EvalConfig, settings: dict[str, Any]) -> sources.DataSpec:
+    """The data to evaluate on: what the flags say, else that of the training."""
+    spec = trained_on(settings) or sources.DataSpec(DEFAULT_DATASET)
+    if config.dataset:
+        spec = sources.DataSpec(config.dataset)
+    given = {"subset": config.subset, "columns": shapes.parse_columns(config.columns)}
+    return dataclasses.replace(spec, **{name: value for name, value in given.items() if value})
+
+
+def trained_on(settings: dict[str, Any]) -> sources.DataSpec | None:
+    """The data that a checkpoint's settings name, if they are a training's."""
+    if not isinstance(settings.get("dataset"), str):
+        return None
+    names = {name: settings.get(name) for name in ("subset", "split", "test_split", "columns")}
+    texts = {name: value if isinstance(value, str) else None for name, value in names.items()}
+    return sources.DataSpec(settings["dataset"], **texts | {"columns": shapes.parse_columns(texts["columns"])})
 
 
 def replacement_note(report_dir: Path, data: eval_data.Data) -> str | None:
@@ -150,16 +187,18 @@ def show(content: dict[str, Any], job: evaluator.EvalJob) -> None:
 def score_lines(config: EvalConfig) -> None:
     """`--score`: standard output gets data and nothing else."""
     with contextlib.redirect_stdout(sys.stderr):
-        lines = score_stream.read(config.score)
+        lines = score_stream.read(config.score, shapes.parse_columns(config.columns))
         folder = resolve.find_model(config.model)
         scoring = scoring_config(config, resolve.training_settings(folder))
         ready = scorer.Scorer(models.RewardModel.restore(folder, config.base_model), scoring)
     counts = score_stream.score(ready, lines, config.best_of, config.score != "-", sys.stdout.buffer)
-    scored = counts.pop("scored", 0)
-    skipped = f", {counts.total():,} skipped" if counts else ""
-    print(f"{scored:,} rows scored{skipped}", file=sys.stderr)
-    for reason, count in sorted(counts.items()):
+    skipped = f", {counts.skipped.total():,} skipped" if counts.skipped else ""
+    print(f"{utils.counted(counts.scored, 'row')} scored{skipped}", file=sys.stderr)
+    for reason, count in sorted(counts.skipped.items()):
         print(f"  {count:,} {parsing.SKIP_REASONS[reason]}", file=sys.stderr)
+    for column, count in sorted(counts.unused.items()):
+        what = f"column {column!r} of {utils.counted(count, 'row')} looks like part of the dialogue"
+        print(f"  not used: {what} (--columns says what columns are)", file=sys.stderr)
 
 
 if __name__ == "__main__":

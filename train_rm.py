@@ -37,7 +37,7 @@ with utils.lazy_imports():  # --help must not wait for torch
     import data
     import models
     from checkpointing import checkpoint
-    from data_pipeline import packing, sampler
+    from data_pipeline import packing, sampler, sources
     from evaluation import evaluator
     from modeling import devices, pretrained, speedups
     from training import distributed, logger, setup
@@ -243,7 +243,7 @@ def open_parts(config: RewardTrainingConfig, resumed_from: Path | None, world: d
     """The pairs and the reward model of a run; everything else of it is the same for every training."""
     with world.first_on_each_machine():  # it fills the token cache
         tokenizer = pretrained.load_tokenizer(str(resumed_from or config.model))
-        train_pairs, test_pairs = data.load_pairs(config.dataset, tokenizer, config.max_length)
+        train_pairs, test_pairs = data.load_pairs(config.dataset, tokenizer, config.max_length, **config.data_settings)
     setup.check_data(config, world, train_pairs, test_pairs)
     if resumed_from:
         model = models.RewardModel.restore(resumed_from, config.model if config.lora else None)
@@ -252,8 +252,8 @@ def open_parts(config: RewardTrainingConfig, resumed_from: Path | None, world: d
     return setup.Parts(model, train_pairs, test_pairs)
 
 
-def train_to_the_end(run: runs.Run, resumed_from: Path | None) -> tuple[Path, str, Any] | None:
-    """Train and print how it went; returns what to report on: the run, its dataset, rows of the test split."""
+def train_to_the_end(run: runs.Run, resumed_from: Path | None) -> tuple[Path, Any, list] | None:
+    """Train and print how it went; returns what to report on: the run, its data, places in the test split."""
     if run.has_nothing_to_do():
         return None
     with runs.supervised(run, resumed_from) as stop:
@@ -261,7 +261,8 @@ def train_to_the_end(run: runs.Run, resumed_from: Path | None) -> tuple[Path, st
     print(summary(run, last), flush=True)
     if last is None or not run.world.is_main or not run.config.report:
         return None
-    return run.folder, run.config.dataset, run.eval_data.rows[evaluated_pairs(run)]
+    spec = sources.DataSpec(run.config.dataset, **run.config.data_settings)
+    return run.folder, spec, run.eval_data.places(evaluated_pairs(run))
 
 
 def train(run: runs.Run, stop: StopRequest) -> Evaluation | None:

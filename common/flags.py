@@ -30,7 +30,8 @@ _LIMITS = {
 def flag(default: Any, help: str, **limits: Any) -> Any:
     """A dataclass field that is also a flag. Limits: `minimum`, `above`, `below`, `choices`; `group` for `--help`.
 
-    `word` is a text that is allowed in place of a number. `is_name_on_disk` marks texts that are only compared with
+    `word` is a text that is allowed in place of a number. With `is_list` a flag may be repeated, which joins its values
+    with commas. `is_name_on_disk` marks texts that are only compared with
     names on disk, which can hold any bytes.
     """
     return dataclasses.field(default=default, metadata={"help": help, **limits})
@@ -51,6 +52,7 @@ def read_flags(config_class: type, argv: list[str], description: str) -> tuple[d
         values, wrong = _read_config_file(config_class, Path(file_name))
         problems += [f"--config: {file_name}: {problem}" for problem in wrong]
     for name, text in texts.items():
+        text = ",".join(text) if fields[name].metadata.get("is_list") else text
         try:
             kind = _type_of(config_class, name)
             if text == fields[name].metadata.get("word", object):
@@ -120,7 +122,8 @@ def _parser(config_class: type, description: str) -> argparse.ArgumentParser:
             choices = field.metadata.get("choices")
             metavar = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
             metavar += f"|{field.metadata['word']}" if "word" in field.metadata else ""
-            group.add_argument(f"--{field.name}", metavar=metavar, help=help_text)
+            action = "append" if field.metadata.get("is_list") else "store"
+            group.add_argument(f"--{field.name}", metavar=metavar, action=action, help=help_text)
     return parser
 
 

@@ -6,7 +6,7 @@ from pathlib import Path, PureWindowsPath
 from utils import DiskOrNetworkError, UserError, nearest
 
 ANSWER_WITHIN_SECONDS = 3  # without an answer, huggingface_hub tries a second time
-DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".csv.gz")
 WANTED = {
     "--model": "a local path or a hub id, such as Qwen/Qwen3-0.6B",
     "--dataset": "a local path or a hub id, such as Anthropic/hh-rlhf",

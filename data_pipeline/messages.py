@@ -14,7 +14,7 @@ from typing import Any
 from utils import UserError
 
 Messages = list[dict[str, Any]]
-RowError = Callable[[str], UserError]  # makes the error about a row from what is wrong with it
+RowError = Callable[..., UserError]  # makes the error about a row from what is wrong with it, and a key for counting
 
 ROLES = {
     "system": ("system", "developer"),
@@ -39,10 +39,21 @@ def normalized(value: Any, column: str, row_error: RowError) -> Messages:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
-        raise row_error(f"{column!r} is a {type(value).__name__}, not text or a list of messages")
+        raise row_error(f"{column!r} is {kind_of(value)}, not text or a list of messages", _key_of(value))
     if not value:
         raise row_error(f"{column!r} is an empty list")
     return [_message(message, column, row_error) for message in value]
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in words: "a number", "null"."""
+    kinds = {"NoneType": "null", "str": "text", "bool": "true or false", "int": "a number", "float": "a number"}
+    kinds |= {"dict": "an object", "list": "a list", "bytes": "bytes"}
+    return kinds.get(type(value).__name__, f"a {type(value).__name__}")
+
+
+def _key_of(value: Any) -> str:
+    return "null" if value is None else "wrong_type"
 
 
 def _message(message: Any, column: str, row_error: RowError) -> dict[str, Any]:
@@ -58,10 +69,10 @@ def _message(message: Any, column: str, row_error: RowError) -> dict[str, Any]:
         raise row_error(f"{column!r} holds {str(message)[:60]!r}, not a message with role and content")
     role = ROLE_OF.get(str(message[role_key]).strip().lower())
     if role is None:
-        raise row_error(f"{column!r} has the role {message[role_key]!r}, not one of {', '.join(ROLES)}")
+        raise row_error(f"{column!r} has the role {message[role_key]!r}, not one of {', '.join(ROLES)}", "unknown_role")
     if "tool_calls" in others:
         if not isinstance(others["tool_calls"], list):
-            raise row_error(f"{column!r} has tool_calls that are a {type(others['tool_calls']).__name__}, not a list")
+            raise row_error(f"{column!r} has tool_calls that are {kind_of(others['tool_calls'])}, not a list")
         if not all(isinstance(call, dict) for call in others["tool_calls"]):
             raise row_error(f"{column!r} has tool_calls that are not all objects")
         others["tool_calls"] = [_with_parsed_arguments(call) for call in others["tool_calls"]]
@@ -76,14 +87,14 @@ def _text(content: Any, has_more: bool, column: str, row_error: RowError) -> str
     if content is None and has_more:
         return ""
     if not isinstance(content, list):
-        raise row_error(f"{column!r} has content that is a {type(content).__name__}, not text")
+        raise row_error(f"{column!r} has content that is {kind_of(content)}, not text", _key_of(content))
     texts = []
     for part in content:
         text = part.get("text") if isinstance(part, dict) else part
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         if not isinstance(text, str) or kind not in ("text", "input_text", "output_text"):
             found = kind if kind not in ("text", "input_text", "output_text") else type(text).__name__
-            raise row_error(f"{column!r} has content of the type {found!r}: only text can be read")
+            raise row_error(f"{column!r} has content of the type {found!r}: only text can be read", "not_text")
         texts.append(text)
     return "\n".join(texts)
 
@@ -171,19 +182,20 @@ def template_marker(text: str) -> str | None:
 
 def is_rendered(dialogues: list[Messages], tools: Any, texts: list[str]) -> bool:
     """Whether rendered texts hold what the messages carry beside their texts, and the tools."""
-    wanted = [(name, text) for text in texts for name in texts_of(_without(tools, NOT_TEXT)) if name]
+    wanted = [(name, text) for text in texts for name in texts_of(without_keys(tools, NOT_TEXT)) if name]
     for dialogue, text in zip(dialogues, texts, strict=True):
         for message in dialogue:
             if not is_text(message):
                 extras = {key: value for key, value in message.items() if key not in ("role", "content")}
-                wanted += [(part, text) for part in texts_of(_without(extras, NOT_TEXT)) if part.strip()]
+                wanted += [(part, text) for part in texts_of(without_keys(extras, NOT_TEXT)) if part.strip()]
     return all(part.strip() in text or json.dumps(part)[1:-1] in text for part, text in wanted)
 
 
-def _without(value: Any, names: tuple[str, ...]) -> Any:
+def without_keys(value: Any, names: tuple[str, ...]) -> Any:
+    """A nested value without the entries of some names."""
     if isinstance(value, dict):
-        return {key: _without(item, names) for key, item in value.items() if key not in names}
-    return [_without(item, names) for item in value] if isinstance(value, list) else value
+        return {key: without_keys(item, names) for key, item in value.items() if key not in names}
+    return [without_keys(item, names) for item in value] if isinstance(value, list) else value
 
 
 def checked_tools(value: Any, row_error: RowError) -> list[dict[str, Any]] | None:

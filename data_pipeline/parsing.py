@@ -1,19 +1,21 @@
 """From rows to pairs of dialogues: checking, parsing, and why a row is skipped.
 
-A *row* is what the file holds; a *pair* is two message lists, chosen and rejected. A row of a wrong form (a missing
-column, a wrong type) is an error that names file, line and reason. A row whose content cannot be used (no reply, two
-equal sides) is skipped and counted under one of `SKIP_REASONS`. Which columns hold what is in shapes.py, which forms
-messages have in messages.py.
+A *row* is what the file holds; a *pair* is two message lists, chosen and rejected. A row that cannot be used (no reply,
+two equal sides, a null, a wrong type) is skipped and counted under one of `SKIP_REASONS`; a reason is such a key, or
+`KEY: DETAIL` where the row's own words help. Only if no row has columns that are known, that is an error. Which columns
+hold what is in shapes.py, which forms messages have in messages.py.
 """
 
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_pipeline import messages, shapes
 from data_pipeline.messages import Messages, RowError, merge_same_speaker
-from data_pipeline.sources import Source, read_rows
+from data_pipeline.sampler import digests
+from data_pipeline.sources import Columns, Source
 from utils import UserError, first_line, nearest
 
 # Every row is either kept or counted under exactly one of these.
@@ -24,15 +26,27 @@ SKIP_REASONS = {
     "identical": "chosen and rejected are the same",
     "no_text": "half a character in a text (a lone UTF-16 surrogate)",
     "no_preference": "no preference: a tie, or both bad",
+    "null": "a null in place of a text",
+    "wrong_type": "a value of a wrong type",
+    "unknown_role": "a message whose speaker is not known",
+    "not_text": "content other than text",
+    "rendered": "text that another chat template has rendered already",
+    "no_choice": "which reply is better, or by how much, cannot be read",
+    "no_columns": "other columns than a preference has",
     "template": "refused by the model's chat template",
     "too_long": "too long",
 }
-EXPECTED_ROW = "chosen and rejected (text or message lists), and optionally prompt and margin"
+EXPECTED_ROW = (
+    "chosen and rejected (text or messages), often with prompt;\n          "
+    "--columns prompt=NAME,chosen=NAME,rejected=NAME reads columns of other names"
+)
+UNKNOWN_ROWS = 10  # so many rows of unknown columns at the start, and the data is refused
 VOTES_FOR_NEITHER = ("tie", "both_bad")  # the column `vote`, which chat.py writes
 # Unusual, but kept.
 WARNINGS = {
     "merged": "turns of the same speaker in a row, merged into one",
     "prompts_differ": "the two sides answer different prompts",
+    "margin_is_text": "the margin is text, and was read as a number",
     "not_rendered": "the model's chat template leaves out a part of the dialogue: a tool call, tools or reasoning",
 }
 
@@ -48,6 +62,7 @@ class Pair:
     warnings: tuple[str, ...] = ()
     tools: Any = None  # what the assistant could call, for the chat template
     shape: str = field(default="", compare=False)  # what the row was read as, if not as chosen and rejected
+    unused: tuple[str, ...] = field(default=(), compare=False)  # columns like those of a dialogue that are in neither
 
 
 # A turn starts at the start of the text or after an empty line, nowhere else: "Human:" in a sentence is just a word.
@@ -57,52 +72,115 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can hold one ("\\ud83d")
 _ROLE = {"Human": "user", "Assistant": "assistant"}
 
 
-def read_pairs(source: Source) -> Iterator[tuple[int, Pair | str]]:
-    """Yield (row number, pair), or (row number, a key of `SKIP_REASONS`) for a row that holds no preference.
+class Parsed(NamedTuple):
+    """A pair of a row, or the reason for skipping it, and what decides whether the row is held out."""
 
-    A row of several ranked replies yields several pairs.
+    row: int  # line or row number in the source
+    pair: Pair | str
+    digests: tuple[int, int]  # see `sources.digests`
+
+
+class BadRow(UserError):
+    """One row cannot be read. `reason` is a `KEY: DETAIL` for counting it."""
+
+    def __init__(self, key: str, problem: str, place: str, expected: str):
+        super().__init__(f"a row of the data cannot be used: {problem}", where=place, next=f"expected: {expected}")
+        self.key, self.reason = key, f"{key}: {problem}"
+
+
+def read_pairs(source: Source) -> Iterator[Parsed]:
+    """Every row of a source, whatever part of it is wanted. A row of several ranked replies yields several pairs."""
+
+    def parse(row: Any, row_error: RowError) -> list[Pair | str]:
+        return parse_row(row, row_error, source.columns)
+
+    for number, row, pairs in parsed(source.rows(), source.place, EXPECTED_ROW, parse):
+        for pair in [pairs] if isinstance(pairs, str) else pairs:
+            prompt = None if isinstance(pair, str) else pair.chosen[:-1]
+            yield Parsed(number, pair, (0, 0) if source.part == "all" else digests(row, prompt))
+
+
+def parsed(
+    rows: Iterable[tuple[int, Any]], place: Callable[[int], str], expected: str,
+    parse: Callable[[Any, RowError], Any], unknown_rows: int = UNKNOWN_ROWS,
+) -> Iterator[tuple[int, Any, Any]]:  # fmt: skip
+    """Yield (number, row, what `parse` returns) of each row; for a bad row its reason in place of that.
+
+    UserError if none of the first rows has columns that are known.
     """
-    for number, row in read_rows(source):
-        row_error = row_errors(source.place, number, EXPECTED_ROW)
-        for pair in parse_row(row, row_error):
-            if source.includes(row, None if isinstance(pair, str) else pair.chosen[:-1]):
-                yield number, pair
+    waiting: list[tuple[int, Any, Any]] = []
+    first: BadRow | None = None
+    for number, row in rows:
+        try:
+            content = parse(row, row_errors(place, number, expected))
+        except BadRow as error:
+            content = error.reason
+            if waiting is not None and error.key == "no_columns":
+                first = first or error
+                waiting.append((number, row, content))
+                if len(waiting) >= unknown_rows:
+                    raise first from None
+                continue
+        yield from waiting or ()
+        waiting = None
+        yield number, row, content
+    if waiting and first:
+        raise first
 
 
 def row_errors(place: Callable[[int], str], number: int, expected: str) -> RowError:
-    """A function that makes the error about one row from a sentence that says what is wrong with it."""
-    return lambda problem: UserError(
-        f"a row of the data cannot be used: {problem}", where=place(number), next=f"expected: {expected}"
-    )
+    """A function that makes the error about one row from what is wrong with it, and a key of `SKIP_REASONS`."""
+    return lambda problem, key="wrong_type": BadRow(key, problem, place(number), expected)
 
 
-def parse_row(row: Any, row_error: RowError) -> list[Pair | str]:
-    """The pairs of a row of any of `shapes.SHAPES`."""
+def reason_in_words(reason: str) -> str:
+    """A reason for skipping, in words: its own where it has some."""
+    key, _, detail = reason.partition(": ")
+    return detail or SKIP_REASONS[key]
+
+
+def parse_row(row: Any, row_error: RowError, columns: Columns = ()) -> list[Pair | str]:
+    """The pairs of a row of any of `shapes.SHAPES`, its columns renamed. Raises a bad row's error."""
+    row = with_columns(row, columns, row_error)
     shape = recognised(row, row_error)
     try:
         pairs = [parse_pair(view, row_error) for view in shapes.views(row, shape)]
-        name = "" if shape is shapes.SHAPES[0] else shape.name
-        return [pair if isinstance(pair, str) else replace(pair, shape=name) for pair in pairs]
     except shapes.NoPreference:
         return ["no_preference"]
     except UserError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        raise row_error(f"read as {shape.name}, {first_line(error)}") from error
+        raise row_error(f"read as {shape.name}, {first_line(error)}", "no_choice") from error
+    name = "" if shape is shapes.SHAPES[0] else shape.name
+    dialogues = [[pair.chosen, pair.rejected] for pair in pairs if not isinstance(pair, str)]
+    unused = shapes.unused_columns(row, shape.columns, dialogues)
+    return [pair if isinstance(pair, str) else replace(pair, shape=name, unused=unused) for pair in pairs]
 
 
-def recognised(row: Any, row_error: RowError) -> shapes.Shape:
-    """The shape of a row; the error names the columns that it has, and the nearest to those that it should have."""
+def with_columns(row: Any, columns: Columns, row_error: RowError) -> dict[str, Any]:
+    """A row under the names that `--columns` gives its columns."""
     if not isinstance(row, dict):
-        raise row_error(f"it is of type {type(row).__name__}, not an object")
+        raise row_error(f"it is {messages.kind_of(row)}, not an object", "no_columns")
+    try:
+        return shapes.mapped(row, columns)
+    except KeyError as error:
+        (name,) = error.args
+        has = ", ".join(map(repr, row)) or "none"
+        raise row_error(f"no column {name!r} (--columns){nearest(name, row)}; it has {has}", "no_columns") from None
+
+
+def recognised(row: dict[str, Any], row_error: RowError) -> shapes.Shape:
+    """The shape of a row; the error names the columns that it has, and the nearest to those that it should have."""
     shape = shapes.shape_of(row)
     if shape is None:
         missing = "chosen" if "chosen" not in row else "rejected"
         guess = nearest(missing, [name for name in row if name not in ("chosen", "rejected", "prompt")])
-        raise row_error(f"no column {missing!r}{guess}; it has {', '.join(map(repr, row)) or 'none'}")
+        problem = f"no column {missing!r}{guess}; it has {', '.join(map(repr, row)) or 'none'}"
+        raise row_error(problem, "no_columns")
     for column in shape.columns:
         if row[column] is None:
-            raise row_error(f"{column!r} is null{nearest(column, [name for name in row if name not in shape.columns])}")
+            others = [name for name in row if name not in shape.columns]
+            raise row_error(f"{column!r} is null{nearest(column, others)}", "null")
     return shape
 
 
@@ -130,9 +208,10 @@ def parse_pair(row: dict[str, Any], row_error: RowError) -> Pair | str:
         return "identical"
     kind = str(row.get("kind") or "").encode("utf-8", "replace").decode()
     was_merged = [len(chosen), len(rejected)] != [len(side) for side in sides]
+    margin, is_margin_text = _label_margin(row.get("margin"), row_error)
     warnings = ("merged",) * was_merged + ("prompts_differ",) * (chosen[:-1] != rejected[:-1])
-    tools = messages.checked_tools(row.get("tools"), row_error)
-    return Pair(chosen, rejected, _label_margin(row.get("margin"), row_error), kind, warnings, tools)
+    warnings += ("margin_is_text",) * is_margin_text
+    return Pair(chosen, rejected, margin, kind, warnings, messages.checked_tools(row.get("tools"), row_error))
 
 
 def with_system(side: Messages, system: Any, row_error: RowError) -> Messages:
@@ -140,7 +219,7 @@ def with_system(side: Messages, system: Any, row_error: RowError) -> Messages:
     if system is None:
         return side
     if not isinstance(system, str):
-        raise row_error(f"'system' is a {type(system).__name__}, not text")
+        raise row_error(f"'system' is {messages.kind_of(system)}, not text")
     return messages.joined([{"role": "system", "content": system}], side) if system.strip() else side
 
 
@@ -181,7 +260,9 @@ def _read_back(text: str, column: str, row_error: RowError) -> Messages | None:
     """Text that a chat template has rendered already, as messages; None for other text."""
     found = messages.parse_chatml(text)
     if found is None and (marker := messages.template_marker(text)):
-        raise row_error(f"{column!r} is text that a chat template has rendered already: it begins with {marker}")
+        raise row_error(
+            f"{column!r} is text that a chat template has rendered already: it begins with {marker}", "rendered"
+        )
     return found
 
 
@@ -208,10 +289,15 @@ def parse_transcript(text: str) -> Messages | None:
     ]
 
 
-def _label_margin(value: Any, row_error: RowError) -> float:
+def _label_margin(value: Any, row_error: RowError) -> tuple[float, bool]:
+    """A margin, and whether it was text."""
     if value is None:
-        return 0.0
+        return 0.0, False
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
     # above 1e30 a margin would be infinite in fp32; nan compares False
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
-        raise row_error(f"'margin' is {value!r}, not a finite number")
-    return float(value)
+    if not abs(number) < 1e30:
+        raise row_error(f"'margin' is {value!r}, not a finite number", "no_choice")
+    return number, isinstance(value, str)

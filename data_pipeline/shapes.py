@@ -7,9 +7,13 @@ ranked replies has one view for each pair with the best.
 
 import math
 import operator
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from data_pipeline import messages
+from utils import nearest
 
 Row = dict[str, Any]
 
@@ -17,9 +21,16 @@ PROMPT_COLUMNS = (
     "prompt", "messages", "conversations", "conversation", "context", "history", "question", "query", "instruction",
 )  # fmt: skip
 SYSTEM_COLUMNS = ("system", "system_prompt")
-# of what a row says besides, these are part of its dialogue
-DIALOGUE_COLUMNS = (*PROMPT_COLUMNS, *SYSTEM_COLUMNS, "input", "tools")
-TIE = "tie"
+# columns of these names look like part of a dialogue
+DIALOGUE_COLUMNS = (
+    *PROMPT_COLUMNS, *SYSTEM_COLUMNS, "input", "tools", "functions", "documents", "turns", "dialogue", "dialog",
+    "reasoning", "reasoning_content", "thinking", "response", "reply", "completion", "output", "answer",
+)  # fmt: skip
+STRENGTH = "strength"  # by how much the chosen reply is better, in `--columns margin=strength`
+NAMES = ("prompt", "chosen", "rejected", "margin", "kind", "system", "tools", "messages", "reply", "replies", "subset")
+
+_TAKES_STRENGTH = object()
+_TURN = re.compile(r"(?:\A|\n\n)\s*(?:Human|Assistant):")
 
 
 class NoPreference(Exception):
@@ -140,6 +151,8 @@ SHAPES = (
     ),
 )  # fmt: skip
 
+KNOWN_NAMES = {*NAMES, *(column for shape in SHAPES for column in shape.columns)}  # that `--columns` may give
+
 
 def shape_of(row: Row) -> Shape | None:
     """The first shape whose columns a row has; None if it has none."""
@@ -152,13 +165,16 @@ def views(row: Row, shape: Shape) -> list[Row]:
     shared |= {"prompt": prompt_of(row), "system": system_of(row)}
     found = []
     for chosen, rejected, strength in shape.views(row):
-        found.append({**shared, "chosen": chosen, "rejected": rejected, "strength": strength})
+        if shared["margin"] is _TAKES_STRENGTH and strength is None:
+            raise ValueError("--columns margin=strength: this form has no strength")
+        margin = strength if shared["margin"] is _TAKES_STRENGTH else shared["margin"]
+        found.append({**shared, "margin": margin, "chosen": chosen, "rejected": rejected})
     return found
 
 
 def prompt_of(row: Row) -> Any:
     """The prompt of a row, by whatever name; "" if all that it has are empty, None if it has none."""
-    name = next((name for name in PROMPT_COLUMNS if row.get(name) not in (None, "", [], {})), None)
+    name = _filled(row, PROMPT_COLUMNS)
     if name is None:
         return "" if any(row.get(name) == "" for name in PROMPT_COLUMNS) else None
     prompt = row[name]
@@ -170,12 +186,58 @@ def prompt_of(row: Row) -> Any:
 
 def system_of(row: Row) -> Any:
     """What a row's own column says as the dialogue's system turn; None if nothing."""
-    return next((row[name] for name in SYSTEM_COLUMNS if row.get(name) not in (None, "")), None)
+    name = _filled(row, SYSTEM_COLUMNS)
+    return None if name is None else row[name]
+
+
+def _filled(row: Row, names: tuple[str, ...]) -> str | None:
+    """The first of some columns that has anything in it."""
+    return next((name for name in names if row.get(name) not in (None, "", [], {})), None)
+
+
+def unused_columns(row: Row, read: tuple[str, ...], dialogues: list[Any]) -> tuple[str, ...]:
+    """The columns of a row that look like part of its dialogue, and whose texts are not in each of some dialogues.
+
+    `read` are columns that were read, beside those of the prompt and of the system turn.
+    """
+    prompt = _filled(row, PROMPT_COLUMNS)
+    used = {*read, prompt, _filled(row, SYSTEM_COLUMNS), "tools", *(["input"] * (prompt == "instruction"))}
+    unused = [name for name in DIALOGUE_COLUMNS if name in row and name not in used and _texts(row[name])]
+    if not unused or not dialogues:
+        return ()
+    known = [" ".join(" ".join(_texts(dialogue)).split()) for dialogue in dialogues]
+    return tuple(
+        name for name in unused if any(text not in dialogue for text in _texts(row[name]) for dialogue in known)
+    )
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts in a value, without the names of speakers, spaces as they come from `split`."""
+    texts = messages.texts_of(messages.without_keys(value, (*messages.ROLE_KEYS, *messages.NOT_TEXT)))
+    parts = [" ".join(part.split()) for text in texts for part in _TURN.split(text)]
+    return [part for part in parts if part]
 
 
 def mapped(row: Row, columns: tuple[tuple[str, str], ...]) -> Row:
     """A row under the names that `--columns` gives its columns; raises KeyError with a column that it lacks."""
     if not columns:
         return row
-    renamed = {wanted: row[name] for wanted, name in columns}
-    return {key: value for key, value in row.items() if key not in dict(columns).values()} | renamed
+    renamed = {}
+    for wanted, name in columns:
+        takes_strength = (wanted, name) == ("margin", STRENGTH) and name not in row
+        renamed[wanted] = _TAKES_STRENGTH if takes_strength else row[name]
+    taken = {name for _, name in columns}
+    return {key: value for key, value in row.items() if key not in taken} | renamed
+
+
+def parse_columns(text: str | None) -> tuple[tuple[str, str], ...]:
+    """`prompt=question,chosen=good` as pairs of our name and the data's; ValueError says what is wrong."""
+    pairs = [tuple(part.strip() for part in item.split("=", 1)) for item in (text or "").split(",") if item.strip()]
+    for pair in pairs:
+        if len(pair) < 2 or not all(pair):
+            raise ValueError(f"{'='.join(pair)!r} is not NAME=COLUMN")
+        if pair[0] not in KNOWN_NAMES:
+            raise ValueError(f"{pair[0]!r} is not one of {', '.join(NAMES)}{nearest(pair[0], NAMES)}")
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("a name is given twice")
+    return tuple(pairs)

@@ -1,204 +1,409 @@
-"""Preference data: find its files or hub splits, and read their rows.
+"""Where preference data is: the files or hub splits that `--dataset` means, and which of their rows are held out.
 
-A broken file (invalid JSON, a truncated archive) is an error that names file, line and reason.
+`find_sources` looks in local files and folders as they lie, such as a copy of a hub repository, and on the hub. What it
+leaves aside (another split, another subset) it says.
 """
 
 import dataclasses
-import gzip
-import hashlib
-import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import hub
-from common.json_records import reject_repeated_keys
-from utils import UserError, sha256_of
+from data_pipeline import reading
+from utils import UserError, nearest, sha256_of
 
-SUFFIXES = hub.DATA_SUFFIXES
-TEST_NAMES = ("test", "validation", "eval")
-FIX = "fix this place in the file, then run the same command again"
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "validation", "valid", "val", "eval", "dev")
 HELD_OUT_IN = 20  # without a test split, one prompt in 20 is held out
+NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+DEEPEST = 4  # folders below --dataset
+SHOWN = 8  # names in a message
+Columns = tuple[tuple[str, str], ...]  # (name that we use, name in the data)
+
+_SHARD = re.compile(r"[-_.](\d+)-of-(\d+)(-[0-9a-f]+)?$|(?:^|[-_.])\d+$")
+_ROLE = re.compile(rf"(?:(.*)[-_. ])?({'|'.join(TRAIN_NAMES + TEST_NAMES)})(?:[-_. ](.*))?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Which data: the settings that train_rm.py, eval_rm.py and data.py share."""
+
+    dataset: str
+    subset: str | None = None
+    split: str | None = None
+    test_split: str | None = None
+    columns: Columns = ()
 
 
 @dataclass(frozen=True)
 class Source:
-    """One split of a dataset: a local file, or a split on the hub."""
+    """One split of a dataset: local files that follow one another, or a split on the hub."""
 
     name: str
-    path: Path | None = None
-    part: str = "all"  # "all", or "train" / "test" of a file that is split by the hash of its prompts
+    files: tuple[Path, ...] = ()
+    part: str = "all"  # "all", or "train" / "test" of rows that are split by hash
     hub_rows: Any = None  # a datasets.Dataset
+    columns: Columns = ()  # what `--columns` renames
+    holds_out_rows: bool = False  # the hash is of the row and not of its prompt; see sampler.shares_prompts
+    starts: list[int] = field(default_factory=list, compare=False, repr=False)  # of each file that was begun
 
     def fingerprint(self) -> str:
-        """Changes whenever the rows do: the key of the token cache."""
-        content = sha256_of(self.path) if self.path else self.hub_rows._fingerprint
-        return f"{content}/{self.part}"
+        """Changes whenever the rows of this part do."""
+        return f"{self.cache_key()}/{self.part}/{self.holds_out_rows}"
 
-    def includes(self, row: Any, prompt: list[dict[str, Any]] | None) -> bool:
-        """Whether a row of the file, with this prompt, belongs to this part of it."""
-        return self.part == "all" or (self.part == "test") == is_held_out(row, prompt)
+    def cache_key(self) -> str:
+        """Changes whenever the rows do; both parts of a source that is split have the same."""
+        content = [sha256_of(path) for path in self.files] if self.files else [self.hub_rows._fingerprint]
+        return "/".join([*content, str(self.columns), "all" if self.part == "all" else "split"])
+
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        """Yield (number from 1, row); where there are several files, the numbers go on. UserError: what is broken."""
+        if not self.files:
+            yield from enumerate(self.hub_rows, start=1)
+            return
+        number = 0
+        self.starts.clear()
+        for path in self.files:
+            self.starts.append(number)
+            for at, row in reading.rows_of(path):
+                number = self.starts[-1] + at
+                yield number, row
 
     def place(self, row: int) -> str:
         """`file:line`, or the row number where there are no lines."""
-        is_lines = self.path is not None and ".jsonl" in self.path.name
-        return f"{self.name}:{row}" if is_lines else f"{self.name}, row {row}"
+        if not self.files:
+            return f"{self.name}, row {row}"
+        at = max((at for at, start in enumerate(self.starts) if start < row), default=0)
+        path, number = self.files[at], row - self.starts[at] if self.starts else row
+        return f"{path}:{number}" if reading.has_lines(path) else f"{path}, row {number}"
+
+    def shares_files_with(self, other: "Source") -> bool:
+        """Whether two sources read a file, or a split on the hub, of the same content."""
+        if not (self.files and other.files):
+            return not self.files and not other.files and self.hub_rows._fingerprint == other.hub_rows._fingerprint
+        return any(_is_same_file(mine, yours) for mine in self.files for yours in other.files)
+
+    def includes(self, prompt_digest: int, row_digest: int) -> bool:
+        """Whether a row belongs to this part of the data."""
+        digest = row_digest if self.holds_out_rows else prompt_digest
+        return self.part == "all" or (self.part == "test") == (digest % HELD_OUT_IN == 0)
+
+
+class Found(NamedTuple):
+    """The sources of training and of testing, and what the user should know about how they were chosen."""
+
+    train: tuple[Source, ...]
+    test: tuple[Source, ...]
+    notes: tuple[str, ...] = ()
 
 
 # -- Finding -----------------------------------------------------------------------------------------------------------
 
 
-def find_sources(dataset: str) -> tuple[Source, Source]:
-    """The train and test split of a hub id, a file, or a folder with `train.*` and `test.*`."""
-    hub.check_path_exists(dataset, "--dataset")
-    path, test = Path(dataset).expanduser(), None
+def find_sources(spec: DataSpec) -> Found:
+    """The train and test data of files, folders or hub ids; UserError if there is no training data."""
+    parts = [_find(dataclasses.replace(spec, dataset=name)) for name in dataset_names(spec.dataset)]
+    train, test, notes = (tuple(itertools.chain.from_iterable(column)) for column in zip(*parts, strict=True))
+    if len(set(train)) < len(train):
+        raise UserError("--dataset names the same data twice", where=spec.dataset, next="name it once")
+    return Found(train, test, notes)
+
+
+def dataset_names(text: str) -> list[str]:
+    """The names in `a,b`; a path that holds a comma is one name."""
+    if Path(text).expanduser().exists():
+        return [text]
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise UserError("--dataset has an empty name", found=text, next="--dataset A,B, or --dataset A --dataset B")
+    return names
+
+
+def without_subset(spec: DataSpec) -> DataSpec:
+    """`NAME:SUBSET` as a name with a subset, where NAME alone is no file or folder of that spelling."""
+    name, colon, subset = spec.dataset.rpartition(":")
+    if not colon or not subset or Path(spec.dataset).expanduser().exists():
+        return spec
+    if hub.looks_like_a_path(name) and not Path(name).expanduser().exists():
+        return spec  # C:\folder, or a path that is not there
+    if spec.subset not in (None, subset):
+        raise UserError(f"--subset {spec.subset} and --dataset {spec.dataset} name two subsets", next="leave one out")
+    return dataclasses.replace(spec, dataset=name, subset=subset)
+
+
+def from_anywhere(dataset: str) -> str:
+    """The names of `--dataset` with absolute paths, so that they are found from any working folder."""
+    if Path(dataset).exists():
+        return str(Path(dataset).absolute())
+    names = []
+    for name in dataset.split(","):
+        path, subset = (spec := without_subset(DataSpec(name.strip()))).dataset, spec.subset
+        names.append((str(Path(path).absolute()) if Path(path).exists() else path) + f":{subset}" * bool(subset))
+    return ",".join(names)
+
+
+def _find(spec: DataSpec) -> Found:
+    spec = without_subset(spec)
+    hub.check_path_exists(spec.dataset, "--dataset")
+    path = Path(spec.dataset).expanduser()
     if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            wanted = f"expected: {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-            raise UserError("--dataset is not a supported file type", where=path, next=wanted)
-        train = Source(str(path), path)
-    elif path.is_dir():
-        train, test = (source_in(path, stems) for stems in (("train",), TEST_NAMES))
-        if train is None:
-            found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-            advice = "name its training file train.jsonl, or pass a single file"
-            raise UserError("--dataset is a folder without a train file", where=path, found=found, next=advice)
+        found = _in_file(path, spec)
     else:
-        splits = hub_splits(dataset)
-        train, test = (_source_on_hub(dataset, splits, stems) for stems in (("train",), TEST_NAMES))
-        if train is None:
-            raise UserError("--dataset has no train split", where=dataset, found=", ".join(splits))
-    if test is None:
-        return dataclasses.replace(train, part="train"), dataclasses.replace(train, part="test")
-    return train, test
+        subsets, aside = splits_of(spec)
+        parts = [train_and_test(name, splits, spec) for name, splits in subsets.items()]
+        train, test = (tuple(one[at] for one in parts) for at in (0, 1))
+        notes = [note for one in parts for note in one[2]]
+        if aside:
+            notes.append(f"left aside in {spec.dataset}: {_some(aside)} (--subset takes one)")
+        found = Found(train, test, tuple(notes))
+    return found._replace(**{
+        name: tuple(dataclasses.replace(source, columns=spec.columns) for source in getattr(found, name))
+        for name in ("train", "test")
+    })  # fmt: skip
 
 
-def _source_on_hub(dataset: str, splits: Any, stems: tuple[str, ...]) -> Source | None:
-    """The first split whose name starts with one of `stems`, earlier stems first."""
-    name = next((name for stem in stems for name in splits if name.startswith(stem)), None)
-    return None if name is None else Source(f"{dataset} {name}", hub_rows=splits[name])
-
-
-def source_in(folder: Path, stems: tuple[str, ...]) -> Source | None:
-    """The folder's data file for the first of `stems` that has one; UserError if a stem has two files."""
-    for stem in stems:
-        found = [folder / f"{stem}{suffix}" for suffix in SUFFIXES if (folder / f"{stem}{suffix}").is_file()]
-        if len(found) > 1:
+def _in_file(path: Path, spec: DataSpec) -> Found:
+    check_is_data(path, "--dataset")
+    for name in ("subset", "split", "test_split"):
+        if value := getattr(spec, name):
             raise UserError(
-                f"--dataset has more than one {stem} file", where=folder, found=", ".join(p.name for p in found),
-                next="keep one of them there, or name the file itself",
+                f"--{name} {value}: a single file has no {name.replace('_', ' ')}s", where=path,
+                next="leave it out, or name the folder",
             )  # fmt: skip
-        if found:
-            return Source(str(found[0]), found[0])
-    return None
+    whole = Source(str(path), (path,))
+    return Found(*((dataclasses.replace(whole, part=part),) for part in ("train", "test")))
 
 
-def hub_splits(dataset: str) -> Any:
-    """All splits of a dataset on the hub, or of its local copy: name -> datasets.Dataset."""
+def check_is_data(path: Path, flag: str) -> None:
+    if not path.name.endswith(reading.SUFFIXES):
+        wanted = f"expected: {', '.join(reading.SUFFIXES[:-1])} or {reading.SUFFIXES[-1]}"
+        raise UserError(f"{flag} is not a supported file type", where=path, next=wanted)
+
+
+def splits_of(spec: DataSpec, roles: tuple[str, ...] = ("train",)) -> tuple[dict[str, dict[str, Source]], list[str]]:
+    """The splits of each subset that a folder's or hub id's settings mean, by name, and the subsets left aside.
+
+    Those without a split for any of `roles` are left aside if others have one.
+    """
+    path = Path(spec.dataset).expanduser()
+    subsets = _splits_in(path) if path.is_dir() else {spec.subset or "": _splits_on_hub(spec)}
+    if spec.subset and path.is_dir():
+        inside = {name: splits for name, splits in subsets.items() if spec.subset in (name, name.split("/")[-1])}
+        if not inside:
+            raise UserError(
+                f"--subset {spec.subset}: no such folder{nearest(spec.subset, subsets)}", where=path,
+                found=_some(filter(None, subsets)) or "no folders with data",
+            )  # fmt: skip
+        return inside, []
+    usable = {name: splits for name, splits in subsets.items() if any(_role(split) in roles for split in splits)}
+    usable = usable or subsets
+    # preferences before anything else; what lies in the folder itself or is the default before what lies deeper
+    for is_wanted in (lambda name: "pref" in name.lower(), lambda name: name in ("", "default")):
+        if wanted := {name: splits for name, splits in usable.items() if is_wanted(name)}:
+            usable = wanted
+            break
+    return usable, sorted(name or "the files in the folder itself" for name in subsets.keys() - usable.keys())
+
+
+def train_and_test(subset: str, splits: dict[str, Source], spec: DataSpec) -> tuple[Source, Source, list[str]]:
+    """A subset's training and test data: those asked for, else those whose names say so, preferences first."""
+    where = spec.dataset + f", {subset}" * bool(subset)
+    for name in ("split", "test_split"):
+        wanted = getattr(spec, name)
+        if wanted and wanted not in splits:
+            raise UserError(
+                f"--{name} {wanted}: no such split{nearest(wanted, splits)}", where=where, found=_some(splits)
+            )
+    train = spec.split or best_split(splits, "train")
+    if train is None:
+        raise UserError(
+            "--dataset has no training data", where=where, found=_some(splits) or "no data files",
+            next=f"--split NAME takes one of these; data files end in {', '.join(reading.SUFFIXES)}",
+        )  # fmt: skip
+    test = spec.test_split or best_split(splits, "test", train)
+    if test == train:
+        raise UserError(f"--test_split {test} is the training data", where=where, found=_some(splits))
+    aside = sorted(name for name in splits if name not in (train, test))
+    notes = [f"left aside in {where}: {_some(aside)} (--split and --test_split take one)"] if aside else []
+    if test is None:
+        parts = (dataclasses.replace(splits[train], part=part) for part in ("train", "test"))
+        return (*parts, notes)
+    return splits[train], splits[test], notes
+
+
+def best_split(splits: Iterable[str], role: str, beside: str | None = None) -> str | None:
+    """The split that is most likely meant by "train" or "test", for a test split the one that belongs to `beside`."""
+    candidates = [name for name in splits if _role(name) == role]
+    if role == "test" and beside:
+        family = _family(beside)
+        candidates = [name for name in candidates if _family(name) in (family, ("", ""))]
+        candidates.sort(key=lambda name: _family(name) != family)
+    names = TRAIN_NAMES if role == "train" else TEST_NAMES
+
+    def rank(name: str) -> tuple:
+        keyword, (_, suffix) = _keyword(name), _family(name)
+        is_of_other_kind = suffix in ("sft", "gen")
+        family = 0 if beside is None else _family(name) != _family(beside)
+        return (family, "pref" not in name.lower(), is_of_other_kind, name.lower() not in names, names.index(keyword))
+
+    return min(candidates, key=rank, default=None)
+
+
+def _keyword(split: str) -> str:
+    match = _ROLE.fullmatch(split)
+    return match.group(2).lower() if match else ""
+
+
+def _role(split: str) -> str:
+    """What a split's name says that it is for: "train", "test" or "" for neither. A split without a name trains."""
+    keyword = _keyword(split)
+    return "train" if keyword in TRAIN_NAMES or not split else "test" if keyword else ""
+
+
+def _family(split: str) -> tuple[str, str]:
+    """What stands before and after "train" or "test" in a split's name."""
+    match = _ROLE.fullmatch(split)
+    return ((match.group(1) or "").lower(), (match.group(3) or "").lower()) if match else ("", "")
+
+
+# -- In a folder -------------------------------------------------------------------------------------------------------
+
+
+def _splits_in(folder: Path) -> dict[str, dict[str, Source]]:
+    """The splits of a folder, by the subset (an inner folder, or "") and by name."""
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return {"": _saved_splits(folder)}
+    groups: dict[tuple[str, str], list[Path]] = {}
+    files = sorted(_data_files(folder))
+    for path in files:
+        groups.setdefault(_subset_and_split(path.relative_to(folder)), []).append(path)
+    subsets: dict[str, dict[str, Source]] = {}
+    for (subset, split), paths in groups.items():
+        _check_shards(paths, split or "data")
+        subsets.setdefault(subset, {})[split] = Source(_common_name(paths), tuple(paths))
+    if not subsets:
+        inside = sorted(path.name for path in folder.iterdir())
+        raise UserError(
+            "--dataset is a folder without data files", where=folder, found=_some(inside) or "nothing",
+            next=f"data files end in {', '.join(reading.SUFFIXES)}",
+        )  # fmt: skip
+    if any(name and _role(name) == "train" for splits in subsets.values() for name in splits):
+        # beside files that say what they are for, others are something else
+        subsets = {
+            subset: {name or _stem(source.files[0]): source for name, source in splits.items()}
+            for subset, splits in subsets.items()
+        }
+    return subsets
+
+
+def _data_files(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        inside = path.relative_to(folder).parts
+        is_left_out = any(part.startswith(".") for part in inside) or path.name in NOT_DATA or len(inside) > DEEPEST
+        if path.name.endswith(reading.SUFFIXES) and not is_left_out and path.is_file():
+            yield path
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(next(suffix for suffix in reading.SUFFIXES if path.name.endswith(suffix)))
+
+
+def _subset_and_split(path: Path) -> tuple[str, str]:
+    """`data/train_prefs-00000-of-00002.parquet` -> ("", "train_prefs"); `harmless-base/test.jsonl` -> ("harmless-base",
+    "test"); `default/train/0.parquet` -> ("default", "train"); `pairs.jsonl` -> ("", "")."""
+    folders = list(path.parts[:-1])
+    split = _SHARD.sub("", _stem(path))
+    if not _role(split) or not split:
+        at = next((at for at in reversed(range(len(folders))) if folders[at] and _role(folders[at])), None)
+        split = folders.pop(at) if at is not None else ""
+    return "/".join(name for name in folders if name != "data"), split
+
+
+def _check_shards(paths: list[Path], split: str) -> None:
+    """UserError if shards are missing, or if files of one name are not shards of one whole."""
+    stems = [_stem(path) for path in paths]
+    marks = [_SHARD.search(stem) for stem in stems]
+    if split != "data" and len(paths) > 1 and (len(set(stems)) < len(stems) or _has_whole(paths, marks, split)):
+        raise UserError(
+            f"--dataset has more than one {split} file", where=paths[0].parent, found=_some(p.name for p in paths),
+            next="keep one of them there, or name the file itself",
+        )  # fmt: skip
+    counted = [mark for mark in marks if mark and mark.group(2)]
+    totals = {int(mark.group(2)) for mark in counted}
+    here = {int(mark.group(1)) for mark in counted}
+    for total in totals:
+        if missing := sorted(set(range(total)) - here):
+            raise UserError(
+                f"--dataset lacks {len(missing)} of the {total} files of {split}", where=paths[0].parent,
+                found=f"missing: {split}-{missing[0]:05}-of-{total:05}", next="download the whole set again",
+            )  # fmt: skip
+
+
+def _has_whole(paths: list[Path], marks: list[Any], split: str) -> bool:
+    """Whether a file is the split itself and not one of its shards."""
+    return any(mark is None and _stem(path) == split for path, mark in zip(paths, marks, strict=True))
+
+
+def _common_name(paths: list[Path]) -> str:
+    return str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+
+
+def _saved_splits(folder: Path) -> dict[str, Source]:
+    """What `datasets.save_to_disk` wrote."""
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:  # its errors have no common base class
+        raise UserError(
+            "--dataset cannot be opened", where=folder, found=f"{type(error).__name__}: {error}", next=reading.AGAIN
+        ) from error
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {"": saved}
+    return {name: Source(f"{folder} {name}".strip(), hub_rows=rows) for name, rows in splits.items()}
+
+
+# -- On the hub --------------------------------------------------------------------------------------------------------
+
+
+def _splits_on_hub(spec: DataSpec) -> dict[str, Source]:
+    name = spec.dataset + f":{spec.subset}" * bool(spec.subset)
+    return {split: Source(f"{name} {split}", hub_rows=rows) for split, rows in hub_splits(spec).items()}
+
+
+def hub_splits(spec: DataSpec) -> Any:
+    """All splits of a dataset on the hub, or of its local copy: name -> datasets.Dataset.
+
+    A subset is one of the dataset's configurations, or else one of its folders.
+    """
     instead = "python train_rm.py --demo   (offline), or --dataset FILE.jsonl"
-    local_only = hub.only_local_copy(dataset, "dataset", "--dataset", instead)
+    local_only = hub.only_local_copy(spec.dataset, "dataset", "--dataset", instead)
     import datasets
 
     if local_only:
         datasets.config.HF_HUB_OFFLINE = True  # or it retries for half a minute before looking in its cache
     try:
-        return datasets.load_dataset(dataset)
+        options: dict[str, Any] = {}
+        if spec.subset:
+            names = datasets.get_dataset_config_names(spec.dataset)
+            options = {"name": spec.subset} if spec.subset in names else {"data_dir": spec.subset}
+        return datasets.load_dataset(spec.dataset, **options)
     except Exception as error:  # its errors have no common base class
         raise UserError(
-            "--dataset cannot be opened", where=dataset, found=f"{type(error).__name__}: {error}"
-        ) from error
-
-
-def is_held_out(row: Any, prompt: list[dict[str, Any]] | None) -> bool:
-    """Decided by the prompt's hash: rows of one prompt stay together, and a file that grows keeps its split.
-
-    Of the prompt as it was parsed, so that it is the same question in whatever form; if it says nothing, of the row.
-    """
-    content: Any = row
-    if any(message["content"].strip() for message in prompt or []):
-        content = [[message["role"], " ".join(message["content"].split())] for message in prompt]
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()
-    return int.from_bytes(digest[:8], "big") % HELD_OUT_IN == 0
-
-
-# -- Reading -----------------------------------------------------------------------------------------------------------
-
-
-def read_rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line or row number from 1, row) of a source's file or hub split. UserError names what is broken."""
-    if source.path is None:
-        yield from enumerate(source.hub_rows, start=1)
-    elif source.path.name.endswith((".jsonl", ".jsonl.gz")):
-        yield from _json_lines(source, source.path)
-    elif source.path.suffix == ".json":
-        yield from _json_list(source.path)
-    else:
-        yield from _parquet(source.path)
-
-
-def _json_lines(source: Source, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    open_file = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with open_file(path, "rb") as file:
-            for number, row in parse_json_lines(file, source.place):
-                yield number, row
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(
-            "the data file is damaged or cut off", where=f"{source.name}, after line {number}", found=error,
-            next="download or write the file again",
+            "--dataset cannot be opened", where=spec.dataset, found=f"{type(error).__name__}: {error}",
+            next="if it has several configurations, --subset NAME takes one",
         ) from error  # fmt: skip
 
 
-def parse_json_lines(lines: Iterable[bytes], place: Callable[[int], str]) -> Iterator[tuple[int, Any]]:
-    """Yield (line number from 1, content) of JSONL; empty lines are skipped. `place` names a line in errors."""
-    for number, line in enumerate(lines, start=1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark is not part of the row
-        if line.strip():
-            yield number, _parse_json(place(number), line)
+def _is_same_file(first: Path, second: Path) -> bool:
+    if first.stat().st_size != second.stat().st_size:
+        return False
+    return first.samefile(second) or sha256_of(first) == sha256_of(second)
 
 
-def _parse_json(place: str, text: bytes) -> Any:
-    """The content of a line, or of a whole file: then the error itself names the line."""
-    try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=reject_repeated_keys)
-    except UnicodeDecodeError as error:
-        line = text.count(b"\n", 0, error.start) + 1
-        found = f"byte {text[error.start]:#04x}" + (f" in line {line}" if line > 1 else "")
-        raise UserError("the data is not UTF-8 text", where=place, found=found, next=FIX) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError("the data is not JSON", where=place, found=error, next=FIX) from error
-
-
-def _json_list(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if text.lstrip()[:1] == b"{" and b"\n" in text.strip():  # lines of JSON under another name
-        yield from parse_json_lines(text.splitlines(), f"{path}:{{}}".format)
-        return
-    content = _parse_json(str(path), text)
-    if not isinstance(content, list):
-        raise UserError(
-            "a .json file must hold one list of rows", where=path, found=type(content).__name__,
-            next="for one row per line, name the file .jsonl",
-        )  # fmt: skip
-    yield from enumerate(content, start=1)
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            "the data file is damaged, or not a parquet file", where=f"{path}, after row {number}", found=error,
-            next="download or write the file again",
-        ) from error  # fmt: skip
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:SHOWN]) + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)

@@ -11,7 +11,7 @@ import numpy as np
 from common.prefetch import prefetched
 from data_pipeline import messages
 from data_pipeline.messages import Messages
-from data_pipeline.parsing import Pair, read_pairs
+from data_pipeline.parsing import Pair, Parsed, read_pairs
 from data_pipeline.sources import Source
 
 ROWS_AT_A_TIME = 500  # rows of a chunk; two or three chunks are in memory at once
@@ -22,9 +22,9 @@ INDEPENDENT_PRE_TOKENIZERS = ("Split", "ByteLevel", "Digits", "Punctuation", "Wh
 class Chunk:
     """Some rows of a source: the pairs among them, their dialogues rendered by the chat template."""
 
-    row_count: int
-    skipped: list[tuple[str, int]] = field(default_factory=list)  # (key of SKIP_REASONS, row)
-    pairs: list[tuple[int, Pair]] = field(default_factory=list)  # (row, pair)
+    rows: list[Parsed]  # all of them; what is no pair is a reason for skipping
+    skipped: list[tuple[int, str]] = field(default_factory=list)  # (index in rows, reason)
+    pairs: list[tuple[int, Pair]] = field(default_factory=list)  # (index in rows, pair)
     texts: list[list[str]] = field(default_factory=list)  # of each pair: chosen, rejected
 
 
@@ -38,24 +38,22 @@ def tokenized_chunks(source: Source, tokenizer: Any) -> Iterator[tuple[Chunk, li
 
 def _rendered(source: Source, tokenizer: Any) -> Iterator[Chunk]:
     """Read a source's rows and put them through the chat template, a chunk at a time."""
-    pairs, last_row = read_pairs(source), 0
-    while some := list(itertools.islice(pairs, ROWS_AT_A_TIME)):
-        numbers = [row for row, _ in some]
-        chunk = Chunk(len({*numbers} - {last_row}))  # a row of ranked replies is several pairs
-        last_row = numbers[-1]
-        for row, pair in some:
+    rows = read_pairs(source)
+    while some := list(itertools.islice(rows, ROWS_AT_A_TIME)):
+        chunk = Chunk(some)
+        for at, (_, pair, _) in enumerate(some):
             if isinstance(pair, str):
-                chunk.skipped.append((pair, row))
+                chunk.skipped.append((at, pair))
                 continue
             # one call per pair: a call for many is no faster, and one refused dialogue would take the others along
             texts = render([pair.chosen, pair.rejected], tokenizer, pair.tools)
             if texts is None:
-                chunk.skipped.append(("template", row))
+                chunk.skipped.append((at, "template"))
                 continue
             if not messages.is_rendered([pair.chosen, pair.rejected], pair.tools, texts):
                 pair = replace(pair, warnings=(*pair.warnings, "not_rendered"))
             chunk.texts.append(texts)
-            chunk.pairs.append((row, pair))
+            chunk.pairs.append((at, pair))
         yield chunk
 
 

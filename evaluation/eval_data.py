@@ -4,21 +4,26 @@ Rows are read as in training (data_pipeline/). In addition, a row of RewardBench
 rejected replies, and a folder may hold many files, by which the accuracy is then broken down.
 """
 
+import contextlib
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common import hub
-from data_pipeline import parsing, sampler, shapes, sources
+from data_pipeline import parsing, sampler, sources
 from data_pipeline.messages import Messages, RowError
-from data_pipeline.sources import Source
+from data_pipeline.sources import DataSpec, Source
 from evaluation import reward_bench
 from utils import UserError, nearest
 
-SPLITS = {"train": ("train",), "test": sources.TEST_NAMES}
-EXPECTED_ROW = "chosen and rejected, a text, a list of messages or for several replies a list of those"
+SPLITS = ("train", "test")
+EXPECTED_ROW = (
+    "chosen and rejected, a text, a list of messages or for several replies a list of those;\n          "
+    "--columns prompt=NAME,chosen=NAME,rejected=NAME reads columns of other names"
+)
 SUBSET_COLUMNS = ("subset", "kind")  # the first that a row has
 
 
@@ -39,6 +44,7 @@ class Comparison:
     subset: str
     key: str | None  # the `id` of a row with lists of replies, as RewardBench 2's are; else None
     tools: Any = None  # what the assistant could call
+    unused: tuple[str, ...] = ()  # columns like those of a dialogue that are not in it
 
     @property
     def is_pair(self) -> bool:
@@ -52,7 +58,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the data: what it compares, or the key of `parsing.SKIP_REASONS` that says why it is skipped."""
+    """One row of the data: what it compares, or the reason (see parsing.py) why it is skipped."""
 
     position: int  # counted from 0 over all rows that are read
     part: int
@@ -83,28 +89,53 @@ class Data:
 
     def read(self) -> Iterator[Row]:
         """The rows in order. UserError says what is broken and where."""
-        position = 0
-        for part_number, part in enumerate(self.parts):
-            for number, row in sources.read_rows(part.source):
-                if self.chosen_rows is not None and (part_number, number) not in self.chosen_rows:
-                    continue
-                content = self._parse(part, number, row)
-                if part.source.includes(row, prompt_of(content)):
-                    yield Row(position, part_number, number, content)
-                    position += 1
+        for position, (part_number, number, _, content) in enumerate(self._rows()):
+            yield Row(position, part_number, number, content)
 
-    def _parse(self, part: Part, number: int, row: Any) -> Comparison | str:
-        row_error = parsing.row_errors(part.source.place, number, EXPECTED_ROW)
-        shape = parsing.recognised(row, row_error)
-        subset = self._subset(part, row, row_error)
+    def places(self) -> list[tuple[int, int]]:
+        """(part, row number) of all rows that `read` yields."""
+        return [(part_number, number) for part_number, number, _, _ in self._rows()]
+
+    def _rows(self) -> Iterator[tuple[int, int, Any, Comparison | str]]:
+        for part_number, part in enumerate(self.parts):
+            for number, row, content in self._parsed(part):
+                if self.chosen_rows is not None:
+                    is_wanted = (part_number, number) in self.chosen_rows
+                else:
+                    is_whole = part.source.part == "all"
+                    is_wanted = is_whole or part.source.includes(*sampler.digests(row, prompt_of(content)))
+                if is_wanted:
+                    yield part_number, number, row, content
+
+    def _parsed(self, part: Part) -> Iterator[tuple[int, Any, Comparison | str]]:
+        parse = functools.partial(self._parse, part)
+        return parsing.parsed(part.source.rows(), part.source.place, EXPECTED_ROW, parse)
+
+    def with_held_out(self) -> "Data":
+        """The same, knowing for each part that is split by hash whether rows or prompts are drawn."""
+        parts = []
+        for part in self.parts:
+            if part.source.part != "all":
+                kept = ((n, row, found) for n, row, found in self._parsed(part) if not isinstance(found, str))
+                shares = sources.shares_prompts(
+                    (n, sampler.digests(row, prompt_of(found))[0]) for n, row, found in kept
+                )
+                part = replace(part, source=replace(part.source, holds_out_rows=shares))
+            parts.append(part)
+        return replace(self, parts=tuple(parts))
+
+    def _parse(self, part: Part, row: Any, row_error: RowError) -> Comparison | str:
+        columns = part.source.columns
+        view = parsing.with_columns(row, columns, row_error)
+        shape = parsing.recognised(view, row_error)
+        subset = self._subset(part, view, row_error)
         if shape.columns != ("chosen", "rejected"):
-            return _comparison(parsing.parse_row(row, row_error), 1, subset)
-        (view,) = shapes.views(row, shape)
-        chosen, rejected = (_replies(row[column], column, row_error) for column in ("chosen", "rejected"))
+            return _comparison(parsing.parse_row(row, row_error, columns), 1, subset)
+        chosen, rejected = (_replies(view[column], column, row_error) for column in shape.columns)
         # each chosen reply beside the first rejected one, then each other rejected one beside the first chosen one
         beside = [(reply, rejected[0]) for reply in chosen] + [(chosen[0], reply) for reply in rejected[1:]]
-        pairs = [parsing.parse_pair({**view, "chosen": a, "rejected": b}, row_error) for a, b in beside]
-        is_listed = chosen[0] is not row["chosen"] or rejected[0] is not row["rejected"]
+        pairs = [pair for a, b in beside for pair in parsing.parse_row({**view, "chosen": a, "rejected": b}, row_error)]
+        is_listed = chosen[0] is not view["chosen"] or rejected[0] is not view["rejected"]
         return _comparison(pairs, len(chosen), subset, str(row.get("id") or "") if is_listed else None)
 
     def _subset(self, part: Part, row: dict[str, Any], row_error: RowError) -> str:
@@ -130,6 +161,7 @@ def _comparison(
         subset=subset,
         key=key,
         tools=pairs[0].tools,
+        unused=pairs[0].unused,
     )
 
 
@@ -158,89 +190,122 @@ def is_of_benchmark(row: Any) -> bool:
 # -- Finding -----------------------------------------------------------------------------------------------------------
 
 
-def find(dataset: str, split: str, subset_column: str | None) -> Data:
+def find(spec: DataSpec, split: str, subset_column: str | None, trained: Iterable[DataSpec] = ()) -> Data:
     """The files or hub splits that `--dataset` and `--split` name; "all" means every row.
 
-    For a single file, and for a folder with train.* but no test.*, `test` is what training holds out. Of a folder with
-    neither, all files are read, or those of the split in each folder inside it, as in HH-RLHF's repository.
+    `trained` says what the models were trained on: rows of that are never scored as "test", and a file that no model
+    was trained on is scored whole. Of a folder without training data all files are read.
     """
-    hub.check_path_exists(dataset, "--dataset")
-    path = Path(dataset).expanduser()
+    trained = tuple(trained)
+    parts: list[Part] = []
     notes: list[str] = []
-    if path.is_file():
-        parts = [Part("", _in_file(path, split))]
-    elif path.is_dir():
-        parts, notes = _in_folder(path, split)
-    else:
-        parts = [Part("", source) for source in _on_hub(dataset, split)]
-    for source in (part.source for part in parts if part.source.part != "all"):
-        held_out = f"by prompt, 1 in {sources.HELD_OUT_IN} is held out, as in train_rm.py"
-        notes.append(f"the {split} split of {source.name}: {held_out}; --split all takes every row")
-    return Data(dataset, split, tuple(parts), subset_column, notes=tuple(notes))
+    for name in sources.dataset_names(spec.dataset):
+        one = sources.without_subset(replace(spec, dataset=name))
+        hub.check_path_exists(one.dataset, "--dataset")
+        path = Path(one.dataset).expanduser()
+        found = _in_file(path, one, split) if path.is_file() else _in_folder(one, split, notes)
+        known = [source for other in trained for source in _training_sources(other, one)]
+        for part in found:
+            source = _unless_trained_on(replace(part.source, columns=spec.columns), split, known, notes)
+            parts.append(replace(part, source=source))
+    if len(parts) == 1:
+        parts = [replace(parts[0], name="")]
+    return Data(spec.dataset, split, tuple(parts), subset_column, notes=tuple(notes)).with_held_out()
 
 
-def _in_file(path: Path, split: str) -> Source:
-    train, test = sources.find_sources(str(path))
-    whole = replace(test, part="all")
+def of_training(spec: DataSpec, places: Iterable[tuple[int, int]]) -> Data:
+    """Some rows of a training's test split: (index of the test source, row number)."""
+    test = sources.find_sources(spec).test
+    parts = tuple(Part(source.name if len(test) > 1 else "", source) for source in test)
+    chosen = frozenset(places)
+    return Data(spec.dataset, "test", parts, None, chosen_rows=chosen, num_rows=len(chosen))
+
+
+def _in_file(path: Path, spec: DataSpec, split: str) -> list[Part]:
+    train, test = (found[0] for found in sources.find_sources(replace(spec, split=None, test_split=None))[:2])
     if split not in (*SPLITS, "all"):
         raise UserError(f"--split {split}: a single file has train, test and all", where=path)
-    first = next((row for _, row in itertools.islice(sources.read_rows(whole), 1)), None)
+    first = next((row for _, row in itertools.islice(test.rows(), 1)), None)
     if split == "all" or is_of_benchmark(first):  # training never holds out a part of a benchmark
-        return whole
-    return train if split == "train" else test
+        return [Part(stem(path), replace(test, part="all"))]
+    return [Part(stem(path), train if split == "train" else test)]
 
 
-def _in_folder(folder: Path, split: str) -> tuple[list[Part], list[str]]:
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name.endswith(hub.DATA_SUFFIXES))
-    names = SPLITS.get(split, (split,))
-    if split in SPLITS and sources.source_in(folder, ("train",)):
-        return [Part("", sources.find_sources(str(folder))[split == "test"])], []
-    if split != "all" and (found := sources.source_in(folder, names)):
-        return [Part("", found)], []
-    if files and split not in (*SPLITS, "all"):
-        raise UserError(
-            f"--split {split}: no such file", where=folder, found=", ".join(p.name for p in files[:8]),
-            next="--split takes train, test, all or a file's name without its ending",
-        )  # fmt: skip
-    if files:
-        return [Part(_stem(path), Source(str(path), path)) for path in files], []
-    wanted = [(name,) for names in SPLITS.values() for name in names] if split == "all" else [names]
-    parts, without = [], []
-    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        inside = [Part(inner.name, source) for names in wanted if (source := sources.source_in(inner, names))]
-        parts += inside
-        if not inside:
-            without.append(inner.name)
-    if not parts:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise UserError(f"--dataset is a folder without a {split} file", where=folder, found=found)
-    return parts, [f"skipped: {name}, a folder without a {split} file" for name in without]
+def _in_folder(spec: DataSpec, split: str, notes: list[str]) -> list[Part]:
+    """The parts of a folder, or of a dataset on the hub."""
+    path = Path(spec.dataset).expanduser()
+    subsets, aside = sources.splits_of(spec, roles=SPLITS)
+    if aside:
+        notes.append(f"left aside: {', '.join(aside)} (--subset takes one)")
+    parts = []
+    for subset, splits in subsets.items():
+        name, wanted = subset or Path(spec.dataset).name, spec.test_split if split == "test" else spec.split
+        named = sources.best_split([name for name in splits if name], split) if split in SPLITS else None
+        trains = sources.best_split(splits, "train") is not None
+        if split == "all":
+            parts += [Part(" ".join(filter(None, (subset, each))), splits[each]) for each in splits]
+        elif split not in SPLITS:
+            if split not in splits:
+                found = ", ".join(filter(None, splits)) or "files without a split's name"
+                raise UserError(f"--split {split}: no such split{nearest(split, splits)}", where=path, found=found)
+            parts.append(Part(name, splits[split]))
+        elif "" in splits and not named and not wanted:  # files whose purpose no name tells, as a benchmark has
+            parts.append(Part(name, splits[""]))
+        elif trains or wanted:
+            train, test, more = sources.train_and_test(subset, splits, spec)
+            notes += more
+            parts.append(Part(name, test if split == "test" else train))
+        elif named:
+            parts.append(Part(name, splits[named]))
+        else:
+            raise UserError(
+                f"--dataset has no {split} data", where=path, found=", ".join(splits), next="--split NAME takes one"
+            )
+    if len(parts) == 1 and len(files := parts[0].source.files) > 1 and "" in next(iter(subsets.values())):
+        return [Part(stem(file), replace(parts[0].source, name=str(file), files=(file,))) for file in files]
+    return parts
 
 
-def _stem(path: Path) -> str:
+def _training_sources(trained: DataSpec, evaluated: DataSpec) -> tuple[Source, ...]:
+    """What a model was trained on, as far as it is still here; the hub is only asked about a set that is evaluated."""
+    found: list[Source] = []
+    for name in sources.dataset_names(trained.dataset):
+        one = sources.without_subset(replace(trained, dataset=name))
+        if hub.looks_like_a_path(one.dataset) or one.dataset == evaluated.dataset:
+            with contextlib.suppress(UserError, OSError):  # it may have moved, or changed
+                found += sources.find_sources(one).train
+    return tuple(found)
+
+
+def _unless_trained_on(source: Source, split: str, trained: list[Source], notes: list[str]) -> Source:
+    """A source, or the part of it that no model was trained on."""
+    known = next((other for other in trained if other.shares_files_with(source)), None)
+    if known is None and source.part != "all" and split == "test":
+        notes.append(f"{source.name}: scored whole, because no training on it is known")
+        return replace(source, part="all")
+    if known is None or split == "all":
+        return source
+    if known.part == "all":  # the training had a test split elsewhere
+        if split == "test":
+            raise UserError(
+                "these rows are what the model was trained on, so they cannot test it", where=source.name,
+                safe="nothing was scored", next="--dataset with its test split, or --split train to score them as such",
+            )  # fmt: skip
+        return replace(source, part="all")
+    part = "test" if split == "test" else "train" if split == "train" else source.part
+    if part != "all":
+        held_out = f"1 in {sources.HELD_OUT_IN} is held out, as in train_rm.py"
+        notes.append(f"the {split} split of {source.name}: {held_out}; --split all takes every row")
+    return replace(source, part=part)
+
+
+def stem(path: Path) -> str:
     return path.name.removesuffix(next(suffix for suffix in hub.DATA_SUFFIXES if path.name.endswith(suffix)))
-
-
-def _on_hub(dataset: str, split: str) -> list[Source]:
-    if split in SPLITS:
-        return [sources.find_sources(dataset)[split == "test"]]
-    splits = sources.hub_splits(dataset)
-    names = list(splits) if split == "all" else [split]
-    if split not in (*splits, "all"):
-        raise UserError(
-            f"--split {split}: {dataset} has no such split{nearest(split, splits)}", found=", ".join(splits)
-        )
-    return [Source(f"{dataset} {name}", hub_rows=splits[name]) for name in names]
 
 
 def sample(data: Data, size: int) -> Data:
     """`size` rows spread over all of them, the same every time; all of them if there are no more or size is 0."""
-    places = [
-        (part_number, number)
-        for part_number, part in enumerate(data.parts)
-        for number, row in sources.read_rows(part.source)
-        if part.source.part == "all" or part.source.includes(row, prompt_of(data._parse(part, number, row)))
-    ]
+    places = data.places()
     if not size or size >= len(places):
         return replace(data, num_rows=len(places))
     chosen = sampler.fixed_sample(len(places), size, seed=0)

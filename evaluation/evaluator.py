@@ -15,6 +15,7 @@ import utils
 from checkpointing.resolve import training_settings
 from checkpointing.run_folder import best_step, step_folders, step_of
 from common import hub
+from data_pipeline.sources import DataSpec
 from evaluation import analysis, eval_data, html_report, metrics, plots, report
 from evaluation.scores import ScoreTable, score_dataset
 from modeling import devices
@@ -178,7 +179,7 @@ def find_scores_file(name: str, data: eval_data.Data, report_dir: Path) -> Path:
     path = Path(name).expanduser().resolve()
     if path.exists() and not path.is_file():
         raise UserError("--scores_out is not a regular file", where=name, next="name a file; it is written at the end")
-    inputs = [part.source.path.resolve() for part in data.parts if part.source.path]
+    inputs = [path.resolve() for part in data.parts for path in part.source.files]
     reports = [(report_dir / file).resolve() for file in (report.JSON, html_report.PAGE)]
     if path in (*inputs, *reports):
         what = "the data that is scored" if path in inputs else "the report itself"
@@ -190,16 +191,14 @@ def find_scores_file(name: str, data: eval_data.Data, report_dir: Path) -> Path:
 # -- At the end of a training ------------------------------------------------------------------------------------------
 
 
-def report_run(run_folder: Path, dataset: str, rows: Iterable[int]) -> None:
-    """Report on a run's newest and best checkpoints, on `rows` of the test split: those that training evaluates on.
+def report_run(run_folder: Path, spec: DataSpec, places: Iterable[tuple[int, int]]) -> None:
+    """Report on a run's newest and best checkpoints, on those `places` of the test data that training evaluates on.
 
     The training is over and saved, so whatever goes wrong here is printed and does not fail the run.
     """
     folders = dict.fromkeys(filter(None, [*step_folders(run_folder)[-1:], best_step(run_folder)]))
     try:
-        data = eval_data.find(dataset, "test", None)
-        chosen = frozenset((0, int(row)) for row in rows)
-        data = dataclasses.replace(data, chosen_rows=chosen, num_rows=len(chosen), notes=())
+        data = eval_data.of_training(spec, places)
         for folder in folders:
             settings = training_settings(folder)
             own = {name: settings[name] for name in ("max_length", "batch_size") if name in settings}

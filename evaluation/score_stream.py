@@ -8,20 +8,23 @@ A line that cannot be scored keeps its place: its reward is null, and "left_out"
 """
 
 import contextlib
+import functools
 import itertools
 import json
+import math
 import os
 import queue
 import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_pipeline import messages, parsing, shapes, sources
+from data_pipeline import messages, parsing, reading, shapes, sources
 from data_pipeline.messages import Messages, RowError
+from data_pipeline.sources import Columns
 from data_pipeline.tokenization import TokenizedGroup, tokenize_groups
 from modeling.scorer import Scorer
 from utils import UserError, nearest
@@ -29,32 +32,36 @@ from utils import UserError, nearest
 REPLY_COLUMNS = ("reply", "response", "completion")
 COLUMNS = (*REPLY_COLUMNS, "replies", "messages", "prompt")
 ROWS_AT_A_TIME = 1024
-EXPECTED_ROW = "messages, or a prompt with reply or replies"
+EXPECTED_ROW = "messages, or a prompt with reply or replies; --columns prompt=NAME,reply=NAME reads other names"
 WANTS_FILE = "expected: .jsonl, or - for standard input"
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row as it came, and its dialogues to score, or the key of SKIP_REASONS that says why there are none."""
+    """A row as it came, and its dialogues to score, or the reason (see parsing.py) why there are none."""
 
-    row: dict[str, Any]
+    row: Any
     dialogues: list[Messages] | str
-    has_replies: bool
+    has_replies: bool = False
     tools: Any = None  # what the assistant could call
+    unused: tuple[str, ...] = ()  # columns like those of a dialogue that are not in it
 
 
-def read(name: str) -> Iterator[Line]:
-    """The lines of a file, or of standard input for "-". UserError for a file or, later, a line that cannot be read."""
+def read(name: str, columns: Columns = ()) -> Iterator[Line]:
+    """The lines of a file, or of standard input for "-". UserError for a file or, later, a line that is not JSON."""
     if name == "-":
         if sys.stdin is None:
             raise UserError("--score -: standard input is closed", next="... | python eval_rm.py --score -, or a file")
         place = "standard input:{}".format
         # a file object of its own: at exit Python needs the lock of sys.stdin, which the reading thread would hold
-        rows = sources.parse_json_lines(os.fdopen(os.dup(sys.stdin.fileno()), "rb"), place)
+        rows = reading.parse_json_lines(os.fdopen(os.dup(sys.stdin.fileno()), "rb"), place)
     else:
         source = _source(Path(name).expanduser())
-        rows, place = sources.read_rows(source), source.place
-    return (parse(row, parsing.row_errors(place, number, EXPECTED_ROW)) for number, row in rows)
+        rows, place = source.rows(), source.place
+    parse_line = functools.partial(parse, columns=columns)
+    # the answer to a line must not wait for the next one, so the first one already says whether the columns are known
+    lines = parsing.parsed(rows, place, EXPECTED_ROW, parse_line, unknown_rows=1)
+    return (line if isinstance(line, Line) else Line(row, line) for _, row, line in lines)
 
 
 def _source(path: Path) -> sources.Source:
@@ -64,30 +71,28 @@ def _source(path: Path) -> sources.Source:
     if not path.is_file():
         found = "a folder" if path.is_dir() else "not a regular file"
         raise UserError(f"--score is {found}", where=path.absolute(), next=WANTS_FILE)
-    if not path.name.endswith(sources.SUFFIXES):
-        raise UserError("--score is not a supported file type", where=path, next=WANTS_FILE)
-    return sources.Source(str(path), path)
+    sources.check_is_data(path, "--score")
+    return sources.Source(str(path), (path,))
 
 
-def parse(row: Any, row_error: RowError) -> Line:
-    """One row; UserError if it has none of the forms above."""
-    if not isinstance(row, dict):
-        raise row_error(f"it is of type {type(row).__name__}, not an object")
+def parse(row: Any, row_error: RowError, columns: Columns = ()) -> Line:
+    """One row; a bad row's error if it has none of the forms above."""
+    view = parsing.with_columns(row, columns, row_error)
     try:
         json.dumps(row, allow_nan=False, default=str)
     except ValueError:
         raise row_error("it holds a number that is not finite, which JSON does not allow") from None
-    column = next((name for name in (*REPLY_COLUMNS, "replies") if row.get(name) is not None), None)
-    if column is None and row.get("messages") is not None:
-        dialogues, has_replies = [messages.normalized(row["messages"], "messages", row_error)], False
+    column = next((name for name in (*REPLY_COLUMNS, "replies") if view.get(name) is not None), None)
+    if column is None and view.get("messages") is not None:
+        dialogues, has_replies = [messages.normalized(view["messages"], "messages", row_error)], False
     else:
-        dialogues, has_replies = _prompt_with_replies(row, column, row_error), column == "replies"
-    dialogues = [parsing.with_system(dialogue, shapes.system_of(row), row_error) for dialogue in dialogues]
+        dialogues, has_replies = _prompt_with_replies(view, column, row_error), column == "replies"
+    dialogues = [parsing.with_system(dialogue, shapes.system_of(view), row_error) for dialogue in dialogues]
     dialogues = [messages.merge_same_speaker(dialogue) for dialogue in dialogues]
     faults = [fault for dialogue in dialogues if (fault := parsing.skip_reason(dialogue))]
-    return Line(
-        row, faults[0] if faults else dialogues, has_replies, messages.checked_tools(row.get("tools"), row_error)
-    )
+    tools = messages.checked_tools(view.get("tools"), row_error)
+    unused = shapes.unused_columns(view, (column or "messages",), dialogues)
+    return Line(row, faults[0] if faults else dialogues, has_replies, tools, unused)
 
 
 def _prompt_with_replies(row: dict[str, Any], column: str | None, row_error: RowError) -> list[Messages]:
@@ -95,12 +100,15 @@ def _prompt_with_replies(row: dict[str, Any], column: str | None, row_error: Row
     prompt = shapes.prompt_of(row)
     if prompt is None or column is None:
         guess = "".join(nearest(name, COLUMNS) for name in row if name not in COLUMNS)
-        raise row_error(f"it has {', '.join(map(repr, row)) or 'nothing'}{guess}")
+        nulls = [name for name in row if name in COLUMNS and row[name] is None]
+        if nulls:
+            raise row_error(f"{nulls[0]!r} is null", "null")
+        raise row_error(f"it has {', '.join(map(repr, row)) or 'nothing'}{guess}", "no_columns")
     replies = row[column] if column == "replies" else [row[column]]
     if not isinstance(replies, list) or not replies:
         raise row_error("'replies' must be a list with at least one reply")
     if wrong := [reply for reply in replies if not isinstance(reply, str | dict | list)]:
-        raise row_error(f"{column!r} holds a {type(wrong[0]).__name__}, not text or messages")
+        raise row_error(f"{column!r} holds {messages.kind_of(wrong[0])}, not text or messages")
     before = parsing.prompt_messages(prompt, row_error)
     return [
         [*before, {"role": "assistant", "content": reply}]
@@ -110,29 +118,43 @@ def _prompt_with_replies(row: dict[str, Any], column: str | None, row_error: Row
     ]
 
 
-def score(scorer: Scorer, lines: Iterator[Line], best_of: bool, waits: bool, out: BinaryIO) -> Counter:
-    """Write each line with its rewards; returns how many were scored ("scored") and how many skipped, by reason.
+@dataclass
+class ScoreCounts:
+    """What became of the lines."""
+
+    scored: int = 0
+    skipped: Counter = field(default_factory=Counter)  # by key of SKIP_REASONS
+    unused: Counter = field(default_factory=Counter)  # by column that looks like part of a dialogue
+
+
+def score(scorer: Scorer, lines: Iterator[Line], best_of: bool, waits: bool, out: BinaryIO) -> ScoreCounts:
+    """Write each line with its rewards; returns what became of them.
 
     With `waits`, lines are scored a thousand at a time. Without, whatever has arrived is scored immediately, so that a
     process can write one line and wait for its reward.
     """
-    counts: Counter = Counter()
+    counts = ScoreCounts()
     for chunk in _chunks(lines, waits):
         tools = [line.tools for line in chunk]
         found = tokenize_groups([line.dialogues for line in chunk], scorer.model.tokenizer, scorer.max_length, tools)
         rewards = dict(itertools.chain.from_iterable(scorer.rewards(found)))
         for at, line in enumerate(chunk):
-            counts["scored" if at in rewards else found[at]] += 1
-            answer = json.dumps(_answer(line, rewards.get(at), found[at], best_of), ensure_ascii=False, default=str)
+            if at in rewards:
+                counts.scored += 1
+            else:
+                counts.skipped[found[at].partition(": ")[0]] += 1
+            counts.unused.update(line.unused)
+            answer = _finite(_answer(line, rewards.get(at), found[at], best_of))
+            text = json.dumps(answer, ensure_ascii=False, allow_nan=False, default=str)
             # half a character (a lone surrogate) can only be written as its JSON escape, \ud800
-            out.write(answer.encode(errors="backslashreplace") + b"\n")
+            out.write(text.encode(errors="backslashreplace") + b"\n")
         out.flush()
     return counts
 
 
 def _answer(line: Line, rewards: list[float] | None, found: TokenizedGroup | str, best_of: bool) -> dict[str, Any]:
     """The row with its rewards, or without any and with the reason, which `found` is then."""
-    answer = dict(line.row)
+    answer = dict(line.row) if isinstance(line.row, dict) else {"row": line.row}
     answer.pop("left_out", None)  # of an earlier pass
     best = rewards and rewards.index(max(rewards))  # the first of equals
     if line.has_replies:
@@ -141,7 +163,16 @@ def _answer(line: Line, rewards: list[float] | None, found: TokenizedGroup | str
         answer |= {"best": best, "reply": None if best is None else line.row["replies"][best]}
     if best_of or not line.has_replies:
         answer["reward"] = rewards and rewards[best]
-    return answer if rewards else answer | {"left_out": parsing.SKIP_REASONS[found]}
+    return answer if rewards else answer | {"left_out": parsing.reason_in_words(found)}
+
+
+def _finite(value: Any) -> Any:
+    """A value as JSON can hold it: what is no finite number as text."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _chunks(lines: Iterator[Line], waits: bool) -> Iterator[list[Line]]:

@@ -12,6 +12,7 @@ import math
 import sqlite3
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ SILENT_SECONDS = 10  # before progress is shown
 
 # -- On disk -----------------------------------------------------------------------------------------------------------
 
-# rewards and reply lengths in tokens, the chosen replies first; or why the row is skipped, a key of SKIP_REASONS
+# rewards and reply lengths in tokens, the chosen replies first; or why the row is skipped (see parsing.py)
 Scores = tuple[list[float], list[int]] | str
 SCHEMA = """
 CREATE TABLE evaluation (key TEXT);
@@ -73,7 +74,7 @@ class ScoreLog:
         (state,) = self._database.execute("PRAGMA quick_check(1)").fetchone()
         keys = self._database.execute("SELECT key FROM evaluation").fetchall()
         skipped = self._database.execute("SELECT DISTINCT content FROM scores WHERE content LIKE '\"%'")
-        reasons = {json.loads(content) for (content,) in skipped}
+        reasons = {json.loads(content).partition(": ")[0] for (content,) in skipped}
         if state != "ok" or keys != [(key,)] or not reasons <= SKIP_REASONS.keys():
             raise ValueError(state)
 
@@ -150,12 +151,14 @@ class RowColumns:
     numbers: array = field(default_factory=lambda: array("q"))  # four a row: its number, subset, turns, chosen
     subsets: dict[str, int] = field(default_factory=dict)  # name -> number
     keys: dict[int, str] = field(default_factory=dict)  # by position, of rows with lists of replies only
+    unused: Counter = field(default_factory=Counter)  # rows by column, of columns like those of a dialogue
 
     def add(self, row: Row) -> None:
         content = None if isinstance(row.content, str) else row.content
         subset, turns, chosen = (content.subset, content.turns, len(content.chosen)) if content else ("", 0, 0)
         subset = self.subsets.setdefault(subset, len(self.subsets))
         self.numbers.extend((row.number, subset, turns, chosen))
+        self.unused.update(content.unused if content else ())
         if content and content.key is not None:
             self.keys[row.position] = content.key
 
@@ -163,7 +166,7 @@ class RowColumns:
 def build_table(log: ScoreLog, columns: RowColumns, fingerprint: str) -> ScoreTable:
     """The log's rewards and lengths beside what was noted of its rows."""
     rows, names = np.array(columns.numbers, dtype=np.int64).reshape(-1, 4), list(columns.subsets)
-    counts, groups, guessing = Counts(len(rows)), [], 0.0
+    counts, groups, guessing = Counts(len(rows), unused=columns.unused), [], 0.0
     scored, margins, longest, longer_by = array("q"), array("d"), array("i"), array("i")
     rewards, lengths = array("f"), array("i")
     for position, found in log.items():

@@ -150,7 +150,7 @@ def dataset_of(folder, pairs, margins=None):
     """A PairDataset of given token ids, through files like the cache's."""
     import data
     import utils
-    from data_pipeline import parsing, tokenization
+    from data_pipeline import parsing, shapes, sources, tokenization
 
     folder.mkdir()
     prefixes = [tokenization.shared_prefix(np.array(c), np.array(r)) for c, r in pairs]
@@ -161,10 +161,14 @@ def dataset_of(folder, pairs, margins=None):
     np.save(folder / "rows.npy", np.arange(1, len(pairs) + 1))
     np.save(folder / "margins.npy", np.array(margins or np.arange(len(pairs)), np.float32))
     np.save(folder / "notes.npy", np.zeros((len(pairs), len(parsing.WARNINGS)), dtype=bool))
+    np.save(folder / "unused.npy", np.zeros((len(pairs), len(shapes.DIALOGUE_COLUMNS)), dtype=bool))
     np.save(folder / "kinds.npy", np.zeros(len(pairs), np.int32))
-    report = {"rows": len(pairs), "count": {}, "first_rows": {}, "kinds": [""], "tokens_sha256": "x", "source": "x"}
+    np.save(folder / "held_out.npy", np.zeros(len(pairs), dtype=bool))
+    for name in ("skipped_rows", "skipped_keys", "skipped_held_out"):
+        np.save(folder / f"{name}.npy", np.zeros(0, bool if name == "skipped_held_out" else np.int64))
+    report = {"shape": "", "holds_out_rows": False, "details": {}, "kinds": [""], "tokens_sha256": {"all": "x"}}
     utils.write_json(folder / "report.json", report)
-    return data.PairDataset(folder, "made up")
+    return data.PairDataset([data.SourcePairs(folder, sources.Source("made up"), None)])
 
 
 class Completions:

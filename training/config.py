@@ -21,6 +21,7 @@ from checkpointing import manifest, resolve
 from checkpointing.run_folder import run_name_problem
 from common import flags
 from common.flags import flag
+from data_pipeline import shapes, sources
 from utils import UserError
 
 AUTO = "auto"
@@ -37,7 +38,11 @@ class TrainingConfig:
 
     # fmt: off
     model: str = flag("Qwen/Qwen3-0.6B", "base model: hub id or local folder", group="model and data", on_resume="fixed")
-    dataset: str = flag("Anthropic/hh-rlhf", "hub id, local .jsonl/.jsonl.gz/.json/.parquet file, or a folder with train.* and test.*", group="model and data")
+    dataset: str = flag("Anthropic/hh-rlhf", "hub id, data file (JSON lines, JSON, parquet, CSV) or folder, such as a copy of a hub repository; several as A,B or repeated; NAME:SUBSET for --subset", is_list=True, group="model and data")
+    subset: str | None = flag(None, "a configuration or folder of the dataset, such as harmless-base (default: that of preferences, else all)", group="model and data")
+    split: str | None = flag(None, "split to train on (default: the one named train, of preferences first)", group="model and data")
+    test_split: str | None = flag(None, "split to evaluate on (default: test, validation, …; without one, 1 prompt in 20 is held out)", group="model and data")
+    columns: str | None = flag(None, "names of the data's columns, as prompt=NAME,chosen=NAME,rejected=NAME,margin=NAME", group="model and data", on_resume="exact")
     max_length: int = flag(2048, "longest sequence in tokens; rows with a longer one are skipped and counted, in training and evaluation alike", minimum=8, below=2**31, group="model and data", on_resume="exact")
     bad_rows: str = flag("stop", "what to do if more than 10 % of the rows would be skipped", choices=("stop", "skip"), group="model and data", on_resume="exact")
 
@@ -90,6 +95,10 @@ class TrainingConfig:
         for name in ("output_dir", "log_dir"):
             if Path(getattr(self, name)).is_file():
                 found.append(f"--{name}: {getattr(self, name)} is a file, expected a folder")
+        try:
+            shapes.parse_columns(self.columns)
+        except ValueError as error:
+            found.append(f"--columns: {error}")
         if not all(name.strip() for name in self.lora_target_modules.split(",")):
             found.append(f"--lora_target_modules: got {self.lora_target_modules!r}, expected names separated by commas")
         if self.demo and self.resume_from:
@@ -99,6 +108,12 @@ class TrainingConfig:
     @property
     def examples_per_step(self) -> int:
         return self.batch_size * self.grad_accum
+
+    @property
+    def data_settings(self) -> dict[str, Any]:
+        """Which data, beside the dataset: what `data.load_pairs` takes."""
+        settings = {name: getattr(self, name) for name in ("subset", "split", "test_split")}
+        return settings | {"columns": shapes.parse_columns(self.columns)}
 
     def learning_rate(self, step: int, total_steps: int) -> float:
         """The rate of one step (from 1): a linear warm-up, then constant, linear or cosine decay towards 0."""
@@ -112,9 +127,9 @@ class TrainingConfig:
         """The settings as a checkpoint and run.json keep them: valid from any folder, and after the tree was moved."""
         fields = [field.name for field in dataclasses.fields(self) if field.metadata.get("on_resume") != "not stored"]
         stored = {name: getattr(self, name) for name in fields}
-        for name in ("model", "dataset"):
-            if Path(stored[name]).exists():
-                stored[name] = str(Path(stored[name]).absolute())
+        if Path(stored["model"]).exists():
+            stored["model"] = str(Path(stored["model"]).absolute())
+        stored["dataset"] = sources.from_anywhere(stored["dataset"])
         stored["log_dir"] = utils.relative_path(stored["log_dir"], stored["output_dir"])
         return stored
 

@@ -128,14 +128,18 @@ def check_data(config: TrainingConfig, world: World, train_data: Any, eval_data:
     settings = {name: getattr(config, name) for name in config.stored()}
     prints = {"the training data": train_data.fingerprint, "the test data": eval_data.fingerprint}
     world.check_same_everywhere(settings | prints | {"the version of torch": torch.__version__})
+    print("\n".join(train_data.notes), end="\n" if train_data.notes else "")
     for split, dataset in (("train", train_data), ("test", eval_data)):
         if config.bad_rows == "stop":
             dataset.check_skipped()
-        rows = len(np.unique(dataset.rows))
-        kept = f"{split}: kept {rows:,} of {dataset.counts.rows:,} rows of {dataset.name}"
-        as_pairs = [f"  as {len(dataset):,} {config.unit}"] * (rows != len(dataset))
-        shape = [f"  rows read as {dataset.shape}"] * bool(dataset.shape)
-        print("\n".join([kept, *shape, *as_pairs, *dataset.counts.lines()]))
+        for part in dataset.parts:
+            rows = len(np.unique(part.rows))
+            kept = f"{split}: kept {rows:,} of {part.counts.rows:,} rows of {part.name}"
+            as_pairs = [f"  as {len(part):,} {config.unit}"] * (rows != len(part))
+            shape = [f"  rows read as {part.shape}"] * bool(part.shape)
+            held_out = ["  held out by row, because the rows share few prompts"]
+            drawn = held_out * (split == "test" and part.part != "all" and part.holds_out_rows)
+            print("\n".join([kept, *shape, *as_pairs, *drawn, *part.counts.lines()]))
     if len(eval_data) == 0:
         print("nothing is held out: this run cannot say how good the model is", flush=True)
     if len(train_data) == 0:

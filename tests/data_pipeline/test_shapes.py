@@ -15,9 +15,11 @@ BRIEF = {"role": "system", "content": "Be brief."}
 CALL = {"type": "function", "function": {"name": "oven", "arguments": {"unit": "C"}}}
 TOOLS = [{"type": "function", "function": {"name": "oven", "parameters": {"type": "object", "properties": {}}}}]
 
+ROW_ERROR = parsing.row_errors("row {}".format, 1, "pairs")
+
 
 def parsed(**row):
-    return parsing.parse_row(row, UserError)
+    return parsing.parse_row(row, ROW_ERROR)
 
 
 SAME = {
@@ -160,7 +162,7 @@ def test_the_best_of_ranked_replies_is_chosen_over_each_worse_one(write_rows):
         ({"prompt": ASKED, "chosen": GOOD, "rejected": POOR, "tools": "oven"}, "'tools' is text that is not JSON"),
         (
             {"prompt": ASKED, "chosen": [{"role": "assistant", "content": "", "tool_calls": "x"}], "rejected": POOR},
-            "tool_calls that are a str",
+            "tool_calls that are text",
         ),
         ({"prompt": "[INST] Hello [/INST]", "chosen": GOOD, "rejected": POOR}, r"rendered already.*\[INST\]"),
         ({"prompt": ASKED, "completion": GOOD, "label": True}, "no column 'chosen'; it has 'prompt', 'completion'"),
@@ -202,7 +204,11 @@ def test_replies_that_differ_in_a_tool_call_alone_are_two():
 
 def test_arguments_as_json_text_become_an_object_and_nulls_of_tables_go():
     call = {"type": "function", "id": None, "function": {"name": "oven", "arguments": json.dumps({"unit": "C"})}}
-    (message,) = messages.normalized([{"role": "assistant", "content": None, "tool_calls": [call]}], "x", UserError)
+    (message,) = messages.normalized(
+        [{"role": "assistant", "content": None, "tool_calls": [call]}],
+        "x",
+        parsing.row_errors("row {}".format, 1, "pairs"),
+    )
     assert message["tool_calls"] == [CALL]
 
 

@@ -1,0 +1,164 @@
+"""The rows of data files, whatever their format: JSON lines, JSON, parquet or CSV, compressed or not.
+
+A broken file (invalid JSON, a truncated archive, a pointer of Git LFS in its place) is an error that names file, line
+and reason.
+"""
+
+import ast
+import contextlib
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from common import hub
+from common.json_records import reject_repeated_keys
+from utils import UserError
+
+SUFFIXES = hub.DATA_SUFFIXES
+FIX = "fix this place in the file, then run the same command again"
+AGAIN = "download or write the file again"
+LFS_POINTER = b"version https://git-lfs"
+LONGEST_CELL = 2**31 - 1  # characters in a cell of a CSV file
+
+Rows = Iterator[tuple[int, Any]]
+
+
+def rows_of(path: Path) -> Rows:
+    """Yield (line or row number from 1, row) of a file. UserError names what is broken."""
+    name = path.name.removesuffix(".gz")
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+        if is_pointer:
+            raise UserError(
+                "the data file is only a pointer to it, as Git keeps large files", where=path,
+                next=f"git lfs pull   in {path.parent}, or download the file",
+            )  # fmt: skip
+        if name.endswith(".jsonl"):
+            yield from _json_lines(path)
+        elif name.endswith(".json"):
+            yield from _json_list(path)
+        elif name.endswith(".csv"):
+            yield from _csv(path)
+        else:
+            yield from _parquet(path)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError("the data file is damaged or cut off", where=path, found=error, next=AGAIN) from error
+
+
+def has_lines(path: Path) -> bool:
+    """Whether the numbers of a file's rows are those of its lines."""
+    return path.name.endswith((".jsonl", ".jsonl.gz"))
+
+
+def _open(path: Path) -> Any:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+
+
+def _json_lines(path: Path) -> Rows:
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, row in parse_json_lines(file, f"{path}:{{}}".format):
+                yield number, row
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        where = f"{path}, after line {number}"
+        raise UserError("the data file is damaged or cut off", where=where, found=error, next=AGAIN) from error
+
+
+def parse_json_lines(lines: Iterable[bytes], place: Callable[[int], str]) -> Iterator[tuple[int, Any]]:
+    """Yield (line number from 1, content) of JSONL; empty lines are skipped. `place` names a line in errors."""
+    for number, line in enumerate(lines, start=1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark is not part of the row
+        if line.strip():
+            yield number, _parse_json(place(number), line)
+
+
+def _parse_json(place: str, text: bytes) -> Any:
+    """The content of a line, or of a whole file: then the error itself names the line."""
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=reject_repeated_keys)
+    except UnicodeDecodeError as error:
+        line = text.count(b"\n", 0, error.start) + 1
+        found = f"byte {text[error.start]:#04x}" + (f" in line {line}" if line > 1 else "")
+        raise UserError("the data is not UTF-8 text", where=place, found=found, next=FIX) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError("the data is not JSON", where=place, found=error, next=FIX) from error
+
+
+def _json_list(path: Path) -> Rows:
+    with _open(path) as file:
+        text = file.read().removeprefix(b"\xef\xbb\xbf")
+    if text.lstrip()[:1] == b"{" and b"\n" in text.strip():  # lines of JSON under another name
+        yield from parse_json_lines(text.splitlines(), f"{path}:{{}}".format)
+        return
+    content = _parse_json(str(path), text)
+    if not isinstance(content, list):
+        raise UserError(
+            "a .json file must hold one list of rows", where=path, found=type(content).__name__,
+            next="for one row per line, name the file .jsonl",
+        )  # fmt: skip
+    yield from enumerate(content, start=1)
+
+
+def _csv(path: Path) -> Rows:
+    """Cells are text, but those that hold messages, as JSON or as pandas writes lists, are read."""
+    csv.field_size_limit(LONGEST_CELL)
+    number = 0
+    try:
+        with _open(path) as file:
+            lines = (line.decode("utf-8-sig" if at == 0 else "utf-8") for at, line in enumerate(file))
+            reader = csv.reader(lines, strict=True)
+            columns = next(reader, [])
+            if len(set(columns)) < len(columns):
+                raise UserError("the data file has two columns of one name", where=path, found=", ".join(columns))
+            for number, cells in enumerate(filter(None, reader), start=1):
+                if len(cells) != len(columns):
+                    found = f"{len(cells)} cells, where the first line has {len(columns)}"
+                    raise UserError(
+                        "a row of the data is not whole", where=f"{path}, row {number}", found=found, next=FIX
+                    )
+                row = dict(zip(columns, map(_cell, cells), strict=True))
+                if row.get("margin"):
+                    with contextlib.suppress(ValueError):  # which is for the row to answer for
+                        row["margin"] = float(row["margin"])
+                yield number, row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(
+            "the data is not CSV in UTF-8", where=f"{path}, after row {number}", found=error, next=FIX
+        ) from error
+
+
+def _cell(text: str) -> Any:
+    """Messages where a cell holds them, else its text; None for an empty one."""
+    if text[:1] in ("[", "{") and ("role" in text or "from" in text):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                value = read(text)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+            if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
+                return value
+    return text or None
+
+
+def _parquet(path: Path) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            "the data file is damaged, or not a parquet file", where=f"{path}, after row {number}", found=error,
+            next="download or write the file again",
+        ) from error  # fmt: skip
