@@ -1,5 +1,10 @@
 """The front door to preference data: load_pairs, the tokenized pairs it returns, and their cache on disk.
 
+Run as a script, it looks at data without training on it: what would be read, and what the model would see.
+
+    python data.py --dataset Anthropic/hh-rlhf:harmless-base
+    python data.py --dataset pairs.jsonl --model Qwen/Qwen3-0.6B
+
 Letters: N pairs.
 """
 
@@ -11,18 +16,19 @@ import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import utils
-from common import atomic_files
+from common import atomic_files, flags
+from common.flags import flag
 from common.progress import ProgressBar
-from data_pipeline import sampler
-from data_pipeline.parsing import SKIP_REASONS, WARNINGS, Pair, Parsed
-from data_pipeline.shapes import DIALOGUE_COLUMNS
+from data_pipeline import inspection, sampler
+from data_pipeline.parsing import SKIP_REASONS, WARNINGS, Counts, Pair, Parsed
+from data_pipeline.shapes import DIALOGUE_COLUMNS, parse_columns
 from data_pipeline.sources import HELD_OUT_IN, DataSpec, Source, find_sources
 from data_pipeline.tokenization import longest_sequences, shared_prefix, split_sequences, tokenized_chunks
 
@@ -30,47 +36,6 @@ CACHE_VERSION = 5  # increase it when parsing, tokenizing or the files change
 MAX_SKIPPED = 0.10  # of a dataset's rows
 DEAD_AFTER_SECONDS = 24 * 3600
 DETAILS_KEPT = 100  # rows of a reason whose own words are kept
-
-
-@dataclass
-class Counts:
-    """How many rows of a source were read and skipped, with the numbers of the first few per reason."""
-
-    rows: int = 0
-    count: Counter = field(default_factory=Counter)  # by keys of SKIP_REASONS and WARNINGS
-    first_rows: dict[str, list[int]] = field(default_factory=dict)
-    details: dict[str, str] = field(default_factory=dict)  # what is wrong with the first row of a reason
-    unused: Counter = field(default_factory=Counter)  # rows by column, of columns like those of a dialogue
-
-    def add(self, reason: str, *rows: int) -> None:
-        """Count rows under a reason, a key or `KEY: DETAIL`."""
-        key, _, detail = reason.partition(": ")
-        if rows:
-            self.count[key] += len(rows)
-            first = self.first_rows.setdefault(key, [])
-            first += rows[: 5 - len(first)]
-            if detail:
-                self.details.setdefault(key, detail)
-
-    @property
-    def skipped(self) -> int:
-        return sum(self.count[key] for key in SKIP_REASONS)
-
-    def lines(self) -> list[str]:
-        """One line for each reason and warning that occurred."""
-        lines = []
-        for texts, verb in ((SKIP_REASONS, "skipped"), (WARNINGS, "kept")):
-            for key, text in texts.items():
-                if self.count[key]:
-                    rows = ", ".join(str(row) for row in self.first_rows[key])
-                    more = ", …" if self.count[key] > len(self.first_rows[key]) else ""
-                    plural = "row" if self.count[key] == 1 else "rows"
-                    detail = f"; the first: {self.details[key]}" if key in self.details else ""
-                    lines.append(f"  {verb} {self.count[key]:,}: {text} ({plural} {rows}{more}{detail})")
-        for column, count in sorted(self.unused.items()):
-            what = f"column {column!r} of {utils.counted(count, 'row')} looks like part of the dialogue"
-            lines.append(f"  not used: {what} (--columns says what columns are)")
-        return lines
 
 
 class SourcePairs:
@@ -142,6 +107,19 @@ class PairDataset:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def lines(self, split: str, unit: str) -> list[str]:
+        """What was kept of each source, how it was read, and what was skipped."""
+        lines = []
+        for part in self.parts:
+            rows = len(np.unique(part.rows))
+            lines.append(f"{split}: kept {rows:,} of {part.counts.rows:,} rows of {part.name}")
+            lines += [f"  rows read as {part.shape}"] * bool(part.shape)
+            lines += [f"  as {len(part):,} {unit}"] * (rows != len(part))
+            if split == "test" and part.part != "all" and part.holds_out_rows:
+                lines.append("  held out by row and not by prompt, because the rows share few prompts")
+            lines += part.counts.lines()
+        return lines
 
     @property
     def counts(self) -> Counts:
@@ -346,3 +324,58 @@ def _token_hashes(path: Path, lengths: np.ndarray, held_out: np.ndarray) -> dict
             hashes["all"].update(ids)
             hashes["test" if is_held_out else "train"].update(ids)
     return {name: digest.hexdigest() for name, digest in hashes.items()}
+
+
+# -- Looking at data ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LookConfig:
+    """What to look at."""
+
+    # fmt: off
+    dataset: str = flag("Anthropic/hh-rlhf", "hub id, file or folder, or several, as for train_rm.py", is_list=True, group="data")
+    subset: str | None = flag(None, "a configuration or folder of the dataset", group="data")
+    split: str | None = flag(None, "the split that would be trained on", group="data")
+    test_split: str | None = flag(None, "the split that would be evaluated on", group="data")
+    columns: str | None = flag(None, "names of the data's columns, as prompt=NAME,chosen=NAME,rejected=NAME,margin=NAME", group="data")
+    model: str = flag("Qwen/Qwen3-0.6B", "whose chat template and tokenizer: hub id or local folder", group="data")
+    max_length: int = flag(2048, "longest sequence in tokens", minimum=8, below=2**31, group="data")
+    show: int = flag(3, "how many dialogues to show", minimum=0, below=1000, group="data")
+
+    debug: bool = flag(False, "show the traceback of an error", group="other")
+    # fmt: on
+
+    def problems(self) -> list[str]:
+        """Settings that cannot be read."""
+        try:
+            parse_columns(self.columns)
+        except ValueError as error:
+            return [f"--columns: {error}"]
+        return []
+
+
+def main(argv: list[str]) -> None:
+    given, problems = flags.read_flags(LookConfig, argv, __doc__.split("\n\n")[1])
+    config = flags.build_config(LookConfig, given, problems)
+    from modeling.pretrained import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model)
+    settings = {name: getattr(config, name) for name in ("subset", "split", "test_split")}
+    settings["columns"] = parse_columns(config.columns)
+    train, test = load_pairs(config.dataset, tokenizer, config.max_length, **settings)
+    print("\n".join([*train.notes, *train.lines("train", "pairs"), *test.lines("test", "pairs")]))
+    found = find_sources(DataSpec(config.dataset, **settings))
+    texts = [inspection.texts_of(chosen, pairs) for chosen, pairs in ((found.train, train), (found.test, test))]
+    print("\n".join([*inspection.repetitions(*texts), "", *inspection.lengths(train, config.max_length)]))
+    for lines in inspection.dialogues(found.train, train, tokenizer, config.show, sys.stdout.isatty()):
+        print("\n".join(["", *lines]))
+    for name, pairs in (("train", train), ("test", test)):
+        try:
+            pairs.check_skipped()
+        except utils.UserError as error:
+            print(f"\n{name}: {error.what}: train_rm.py stops, unless --bad_rows skip is given")
+
+
+if __name__ == "__main__":
+    sys.exit(utils.run_script(main))

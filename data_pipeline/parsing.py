@@ -8,6 +8,7 @@ hold what is in shapes.py, which forms messages have in messages.py.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from data_pipeline import messages, shapes
 from data_pipeline.messages import Messages, RowError, merge_same_speaker
 from data_pipeline.sampler import digests
 from data_pipeline.sources import Columns, Source
-from utils import UserError, first_line, nearest
+from utils import UserError, counted, first_line, nearest
 
 # Every row is either kept or counted under exactly one of these.
 SKIP_REASONS = {
@@ -63,6 +64,47 @@ class Pair:
     tools: Any = None  # what the assistant could call, for the chat template
     shape: str = field(default="", compare=False)  # what the row was read as, if not as chosen and rejected
     unused: tuple[str, ...] = field(default=(), compare=False)  # columns like those of a dialogue that are in neither
+
+
+@dataclass
+class Counts:
+    """How many rows of a source were read and skipped, with the numbers of the first few per reason."""
+
+    rows: int = 0
+    count: Counter = field(default_factory=Counter)  # by keys of SKIP_REASONS and WARNINGS
+    first_rows: dict[str, list[int]] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)  # what is wrong with the first row of a reason
+    unused: Counter = field(default_factory=Counter)  # rows by column, of columns like those of a dialogue
+
+    def add(self, reason: str, *rows: int) -> None:
+        """Count rows under a reason, a key or `KEY: DETAIL`."""
+        key, _, detail = reason.partition(": ")
+        if rows:
+            self.count[key] += len(rows)
+            first = self.first_rows.setdefault(key, [])
+            first += rows[: 5 - len(first)]
+            if detail:
+                self.details.setdefault(key, detail)
+
+    @property
+    def skipped(self) -> int:
+        return sum(self.count[key] for key in SKIP_REASONS)
+
+    def lines(self) -> list[str]:
+        """One line for each reason and warning that occurred."""
+        lines = []
+        for texts, verb in ((SKIP_REASONS, "skipped"), (WARNINGS, "kept")):
+            for key, text in texts.items():
+                if self.count[key]:
+                    rows = ", ".join(str(row) for row in self.first_rows[key])
+                    more = ", …" if self.count[key] > len(self.first_rows[key]) else ""
+                    plural = "row" if self.count[key] == 1 else "rows"
+                    detail = f"; the first: {self.details[key]}" if key in self.details else ""
+                    lines.append(f"  {verb} {self.count[key]:,}: {text} ({plural} {rows}{more}{detail})")
+        for column, count in sorted(self.unused.items()):
+            what = f"column {column!r} of {counted(count, 'row')} looks like part of the dialogue"
+            lines.append(f"  not used: {what} (--columns says what columns are)")
+        return lines
 
 
 # A turn starts at the start of the text or after an empty line, nowhere else: "Human:" in a sentence is just a word.

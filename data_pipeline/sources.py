@@ -248,7 +248,8 @@ def best_split(splits: Iterable[str], role: str, beside: str | None = None) -> s
         keyword, (_, suffix) = _keyword(name), _family(name)
         is_of_other_kind = suffix in ("sft", "gen")
         family = 0 if beside is None else _family(name) != _family(beside)
-        return (family, "pref" not in name.lower(), is_of_other_kind, name.lower() not in names, names.index(keyword))
+        place = names.index(keyword) if keyword else len(names)
+        return (family, "pref" not in name.lower(), is_of_other_kind, name.lower() not in names, place)
 
     return min(candidates, key=rank, default=None)
 

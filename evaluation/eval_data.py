@@ -144,7 +144,8 @@ class Data:
         columns = (self.subset_column,) if self.subset_column else SUBSET_COLUMNS
         column = next((name for name in columns if name in row), None)
         if column is None and self.subset_column:
-            raise row_error(f"no column {self.subset_column!r} (--subset_column){nearest(self.subset_column, row)}")
+            guess = nearest(self.subset_column, row)
+            raise row_error(f"no column {self.subset_column!r} (--subset_column){guess}", "no_columns")
         value = row.get(column)
         return "" if value is None else str(value).encode("utf-8", "replace").decode()
 

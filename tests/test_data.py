@@ -129,7 +129,8 @@ def assert_tokens_are_the_templates(pairs, source, tokenizer):
 def test_the_demos_tokens_are_exactly_the_chat_templates(small_dataset, tokenizer):
     both = data.load_pairs(small_dataset, tokenizer)
     assert [len(pairs) for pairs in both] == [64, 16]
-    for pairs, source in zip(both, sources.find_sources(small_dataset), strict=True):
+    found = sources.find_sources(sources.DataSpec(str(small_dataset)))
+    for pairs, (source,) in zip(both, (found.train, found.test), strict=True):
         assert_tokens_are_the_templates(pairs, source, tokenizer)
 
 
@@ -206,11 +207,10 @@ def test_rows_beyond_the_first_chunk_keep_numbers_and_tokens(load, tokenizer, mo
 
 def plain_files(source, tokenizer, folder):
     """What the cache holds of a source, the plain way: row by row, each side encoded alone."""
-    kept, counts = [], data.Counts()
-    for row, pair in parsing.read_pairs(source):
-        counts.rows += 1
+    kept, skipped = [], []
+    for row, pair, _ in parsing.read_pairs(source):
         if isinstance(pair, str):
-            counts.add(pair, row)
+            skipped.append((row, list(parsing.SKIP_REASONS).index(pair.partition(": ")[0])))
             continue
         chosen, rejected = (np.array(ids_of(tokenizer, side), np.int32) for side in (pair.chosen, pair.rejected))
         prefix = tokenization.shared_prefix(chosen, rejected)
@@ -223,28 +223,28 @@ def plain_files(source, tokenizer, folder):
     np.save(folder / "margins.npy", np.array([pair.label_margin for _, pair, *_ in kept], np.float32))
     warnings = [[name in pair.warnings for name in parsing.WARNINGS] for _, pair, *_ in kept]
     np.save(folder / "notes.npy", np.array(warnings))
-    return counts
+    np.save(folder / "skipped_rows.npy", np.array([row for row, _ in skipped], np.int64))
+    np.save(folder / "skipped_keys.npy", np.array([key for _, key in skipped], np.int32))
 
 
 def assert_files_are_the_plain_ones(source, tokenizer, tmp_path):
     made, plain = tmp_path / "made", tmp_path / "plain"
     made.mkdir()
     data._tokenize(source, tokenizer, made)
-    counts = plain_files(source, tokenizer, plain)
+    plain_files(source, tokenizer, plain)
     names = sorted(path.name for path in plain.iterdir())
-    assert [(made / name).read_bytes() == (plain / name).read_bytes() for name in names] == [True] * 5, names
-    report = json.loads((made / "report.json").read_text())
-    assert (report["rows"], report["count"], report["first_rows"]) == (counts.rows, counts.count, counts.first_rows)
+    assert [(made / name).read_bytes() == (plain / name).read_bytes() for name in names] == [True] * 7, names
 
 
 def test_the_cache_holds_what_row_by_row_gives_byte_for_byte(tmp_path, tokenizer, write_rows, monkeypatch):
     monkeypatch.setattr(tokenization, "ROWS_AT_A_TIME", 3)
-    source = sources.Source("made up", write_rows([row for form in FORMS for row in (form[0], IDENTICAL_ROW)]))
+    source = sources.Source("made up", (write_rows([row for form in FORMS for row in (form[0], IDENTICAL_ROW)]),))
     assert_files_are_the_plain_ones(source, tokenizer, tmp_path)
 
 
 def test_real_pairs_cache_holds_what_row_by_row_gives_byte_for_byte(tmp_path, real_data, real_tokenizer):
-    assert_files_are_the_plain_ones(sources.find_sources(real_data)[1], real_tokenizer, tmp_path)
+    (source,) = sources.find_sources(sources.DataSpec(str(real_data))).test
+    assert_files_are_the_plain_ones(source, real_tokenizer, tmp_path)
 
 
 class BreaksAt:
@@ -283,10 +283,22 @@ def test_an_error_while_encoding_surfaces_and_leaves_nothing(load, tokenizer, em
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
-def test_a_broken_row_behind_good_chunks_surfaces_and_no_thread_stays(load, empty_cache, monkeypatch):
+def breaking_at(row, parse):
+    count = itertools.count(1)
+
+    def parse_or_break(*arguments):
+        if next(count) == row:
+            raise RuntimeError(f"the {row}th")
+        return parse(*arguments)
+
+    return parse_or_break
+
+
+def test_an_error_behind_good_chunks_surfaces_and_no_thread_stays(load, empty_cache, monkeypatch):
     monkeypatch.setattr(tokenization, "ROWS_AT_A_TIME", 2)
-    with pytest.raises(UserError, match=r"train\.jsonl:8"):
-        load([GOOD_ROW] * 7 + [{"chosen": "Yes."}])
+    monkeypatch.setattr(parsing, "parse_row", breaking_at(8, parsing.parse_row))
+    with pytest.raises(RuntimeError, match="the 8th"):
+        load([GOOD_ROW] * 8)
     assert list(empty_cache.iterdir()) == []
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
@@ -325,7 +337,7 @@ def test_progress_is_shown_in_plain_lines_however_wide_the_terminal(load, monkey
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
     load([row for row, _, _ in FORMS])
     lines = [line for line in capsys.readouterr().err.splitlines() if "train.jsonl" in line]
-    counted = [int(re.search(r"train\.jsonl: (\d+) pairs, \d+ pairs/s$", line).group(1)) for line in lines]
+    counted = [int(re.search(r"train\.jsonl: (\d+) rows, \d+ rows/s$", line).group(1)) for line in lines]
     assert len(counted) >= 2 and counted == sorted(set(counted)) and counted[-1] <= len(FORMS)
 
 
@@ -410,9 +422,11 @@ def test_what_killed_tokenizings_left_is_cleared_after_a_day_and_a_live_one_is_n
     assert not dead.exists() and live.exists()
 
 
-def test_a_broken_file_leaves_nothing_in_the_cache(load, empty_cache):
-    with pytest.raises(UserError, match=r"train\.jsonl:3"):
-        load([GOOD_ROW, GOOD_ROW, {"chosen": "Yes."}])
+def test_a_broken_file_leaves_nothing_in_the_cache(tmp_path, tokenizer, empty_cache):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(f"{json.dumps(GOOD_ROW)}\n" * 2 + '{"chosen": "Yes."')
+    with pytest.raises(UserError, match=r"pairs\.jsonl:3"):
+        data.load_pairs(str(path), tokenizer)
     assert list(empty_cache.iterdir()) == []
 
 
@@ -589,6 +603,13 @@ def test_every_reason_is_counted_with_its_rows(load, base):
         "identical": IDENTICAL_ROW,
         "no_text": {"chosen": transcript("half: \ud83d"), "rejected": transcript("No.")},
         "no_preference": {**GOOD_ROW, "vote": "tie"},
+        "null": {**GOOD_ROW, "chosen": None},
+        "wrong_type": {**GOOD_ROW, "chosen": 3},
+        "unknown_role": {"chosen": [{"role": "cat", "content": "Yes."}], "rejected": [NO]},
+        "not_text": {"chosen": [{**YES, "content": [{"type": "image"}]}], "rejected": [NO]},
+        "rendered": {"chosen": "[INST] Hello [/INST] Yes.", "rejected": transcript("No.")},
+        "no_choice": {**GOOD_ROW, "margin": "large"},
+        "no_columns": {"good": "Yes.", "bad": "No."},
         "template": {"chosen": [SYSTEM, QUESTION, YES], "rejected": [SYSTEM, QUESTION, NO]},
         "too_long": {"chosen": transcript("Yes. " * 50), "rejected": transcript("No.")},
     }
@@ -596,9 +617,10 @@ def test_every_reason_is_counted_with_its_rows(load, base):
     pairs = load([GOOD_ROW, *reasons.values(), GOOD_ROW], max_length=60, tokenizer=picky)
     assert pairs.counts.count == Counter(dict.fromkeys(reasons, 1))
     assert pairs.counts.first_rows == {key: [row] for row, key in enumerate(reasons, start=2)}
-    assert (pairs.counts.rows, pairs.counts.skipped, pairs.rows.tolist()) == (10, 8, [1, 10])
-    lines = pairs.counts.lines()
-    assert len(lines) == 8 and "  skipped 1: refused by the model's chat template (row 8)" in lines
+    assert (pairs.counts.rows, pairs.counts.skipped, pairs.rows.tolist()) == (17, 15, [1, 17])
+    lines = pairs.parts[0].counts.lines()
+    assert len(lines) == 15 and "  skipped 1: refused by the model's chat template (row 15)" in lines
+    assert "  skipped 1: a null in place of a text (row 8; the first: 'chosen' is null)" in lines
 
 
 def test_a_template_that_is_broken_is_not_blamed_on_the_rows(load, base):
@@ -661,8 +683,10 @@ def test_pairs_that_are_too_long_count_as_skipped(load):
 
 def test_one_row_above_a_tenth_of_a_thousand_is_refused():
     pairs = data.PairDataset.__new__(data.PairDataset)
-    pairs.name, pairs.counts = "made up", data.Counts(1000, Counter(identical=100), {"identical": [1]})
+    part = data.SourcePairs.__new__(data.SourcePairs)
+    part.name, part.counts = "made up", data.Counts(1000, Counter(identical=100), {"identical": [1]})
+    pairs.parts = [part]
     pairs.check_skipped()
-    pairs.counts.add("identical", 7)
+    part.counts.add("identical", 7)
     with pytest.raises(UserError, match="skipped 101: "):
         pairs.check_skipped()

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 import utils
@@ -128,18 +127,12 @@ def check_data(config: TrainingConfig, world: World, train_data: Any, eval_data:
     settings = {name: getattr(config, name) for name in config.stored()}
     prints = {"the training data": train_data.fingerprint, "the test data": eval_data.fingerprint}
     world.check_same_everywhere(settings | prints | {"the version of torch": torch.__version__})
-    print("\n".join(train_data.notes), end="\n" if train_data.notes else "")
+    for line in train_data.notes:
+        print(line)
     for split, dataset in (("train", train_data), ("test", eval_data)):
         if config.bad_rows == "stop":
             dataset.check_skipped()
-        for part in dataset.parts:
-            rows = len(np.unique(part.rows))
-            kept = f"{split}: kept {rows:,} of {part.counts.rows:,} rows of {part.name}"
-            as_pairs = [f"  as {len(part):,} {config.unit}"] * (rows != len(part))
-            shape = [f"  rows read as {part.shape}"] * bool(part.shape)
-            held_out = ["  held out by row, because the rows share few prompts"]
-            drawn = held_out * (split == "test" and part.part != "all" and part.holds_out_rows)
-            print("\n".join([kept, *shape, *as_pairs, *drawn, *part.counts.lines()]))
+        print("\n".join(dataset.lines(split, config.unit)))
     if len(eval_data) == 0:
         print("nothing is held out: this run cannot say how good the model is", flush=True)
     if len(train_data) == 0:

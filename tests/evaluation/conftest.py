@@ -31,7 +31,8 @@ def evaluate(tmp_path, monkeypatch, demo_folder):
     monkeypatch.chdir(tmp_path)
 
     def run(model, *flags, dataset=demo_folder[1]):
-        eval_rm.main(["--model", str(model), "--dataset", str(dataset), "--report_dir", "out", *map(str, flags)])
+        given = [] if dataset is None else ["--dataset", str(dataset)]
+        eval_rm.main(["--model", str(model), *given, "--report_dir", "out", *map(str, flags)])
         return utils.read_json(Path("out/report.json"))
 
     return run

@@ -31,9 +31,10 @@ def test_a_folder_of_folders_is_broken_down_by_folder(evaluate, constant_model, 
             with gzip.open(tmp_path / "hh" / name / f"{split}.jsonl.gz", "wt") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "hh" / "red-team-attempts").mkdir()
+    (tmp_path / "hh" / "red-team-attempts" / "red_team_attempts.jsonl").write_text('{"transcript": "no pair"}')
     found = evaluate(constant_model, dataset=tmp_path / "hh")
     assert {name: one["n"] for name, one in found["by_subset"].items()} == {"harmless-base": 3, "helpful-online": 2}
-    assert "skipped: red-team-attempts" in capsys.readouterr().out
+    assert "left aside: red-team-attempts (--subset takes one)" in capsys.readouterr().out
     assert evaluate(constant_model, "--split", "train", dataset=tmp_path / "hh")["n"] == 15
     assert evaluate(constant_model, "--split", "all", dataset=tmp_path / "hh")["n"] == 20
 
@@ -67,15 +68,64 @@ def test_published_forms_are_compared_as_they_are_trained_on(evaluate, length_mo
     assert found["pairs"] == 4  # the third compares one reply with two
 
 
+def trained_on(model, folder, dataset, **settings):
+    """A copy of a model that says it was trained on a dataset."""
+    shutil.copytree(model, folder)
+    (folder / "train_config.json").write_text(json.dumps({"dataset": str(dataset), **settings}))
+    return folder
+
+
 @pytest.mark.usefixtures("undrawn")
-def test_a_single_files_held_out_part_is_scored_and_a_note_says_so(evaluate, length_model, demo_folder, capsys):
+def test_of_a_file_that_was_trained_on_only_the_held_out_part_is_scored(
+    evaluate, length_model, demo_folder, tmp_path, capsys
+):
     file = demo_folder[1] / "train.jsonl"
-    held_out = evaluate(length_model, dataset=file)["rows"]["read"]
+    model = trained_on(length_model, tmp_path / "trained", file)
+    held_out = evaluate(model, dataset=file)["rows"]["read"]
     assert "1 in 20 is held out, as in train_rm.py; --split all takes every row" in capsys.readouterr().out
-    trained = evaluate(length_model, "--split", "train", "--max_pairs", 50, dataset=file)
+    copy = shutil.copy(file, tmp_path / "another name.jsonl")
+    assert evaluate(model, dataset=copy)["rows"]["read"] == held_out
+    trained = evaluate(model, "--split", "train", "--max_pairs", 50, dataset=file)
     assert trained["n"] == 50
-    everything = evaluate(length_model, "--split", "all", "--max_pairs", 10**6, dataset=file)["rows"]["read"]
+    everything = evaluate(model, "--split", "all", "--max_pairs", 10**6, dataset=file)["rows"]["read"]
     assert 40 < held_out < 120 and everything == 1600
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_file_that_was_not_trained_on_is_scored_whole(evaluate, length_model, demo_folder, tmp_path, capsys):
+    model = trained_on(length_model, tmp_path / "trained", demo_folder[1] / "train.jsonl")
+    assert evaluate(model, dataset=demo_folder[1] / "test.jsonl")["rows"]["read"] == 400
+    assert "scored whole, because no training on it is known" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_was_trained_on_whole_is_never_scored_as_test(evaluate, length_model, demo_folder, tmp_path):
+    model = trained_on(length_model, tmp_path / "trained", demo_folder[1])  # which has a test file
+    with pytest.raises(UserError, match="what the model was trained on"):
+        evaluate(model, dataset=demo_folder[1] / "train.jsonl")
+    found = evaluate(model, "--split", "train", "--max_pairs", 10**6, dataset=demo_folder[1] / "train.jsonl")
+    assert found["rows"]["read"] == 1600
+    (tmp_path / "shards").mkdir()
+    shutil.copy(demo_folder[1] / "train.jsonl", tmp_path / "shards" / "train-00000-of-00001.jsonl")
+    with pytest.raises(UserError, match="what the model was trained on"):
+        evaluate(model, dataset=tmp_path / "shards")
+    with pytest.raises(UserError, match="what the model was trained on"):
+        evaluate(length_model, "--against", model, dataset=demo_folder[1] / "train.jsonl")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_data_of_a_checkpoint_is_its_own_with_subset_split_and_columns(evaluate, length_model, tmp_path):
+    rows = [{"question": f"Hello {n}", "good": "a long reply", "bad": "no"} for n in range(6)]
+    for name, count in (("train_prefs", 6), ("train_sft", 6), ("test_prefs", 4), ("test_sft", 5)):
+        (tmp_path / "set" / "inner").mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(row) + "\n" for row in rows[:count])
+        (tmp_path / "set" / "inner" / f"{name}.jsonl").write_text(text)
+    columns = "prompt=question,chosen=good,rejected=bad"
+    settings = {"subset": "inner", "split": "train_sft", "columns": columns}
+    model = trained_on(length_model, tmp_path / "trained", tmp_path / "set", **settings)
+    found = evaluate(model, dataset=None)
+    assert (found["n"], found["accuracy"]) == (5, 1.0)
+    assert evaluate(model, "--columns", columns, dataset=tmp_path / "set")["n"] == 4
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -221,11 +271,6 @@ def test_reward_bench_2_rows_compare_one_with_several(evaluate, length_model, wr
     "text, wanted",
     [
         ('{"chosen": "a"', "the data is not JSON"),
-        ('{"prompt": "a", "chosen": "b"}', "no column 'rejected'"),
-        ('{"prompt": "a", "chosen": 3, "rejected": "b"}', "'chosen' is a int"),
-        ('{"prompt": "a", "chosen": [], "rejected": ["b"]}', "'chosen' is an empty list"),
-        ('{"prompt": "a", "chosen": ["c"], "rejected": ["b", 3]}', "'rejected' is a int"),
-        ("[1]", "it is of type list, not an object"),
         ('{"prompt": "\xff", "chosen": "c", "rejected": "b"}', "not UTF-8"),
     ],
 )
@@ -238,11 +283,29 @@ def test_a_broken_row_is_reported_with_its_place(text, wanted, evaluate, constan
     assert not (tmp_path / "out/report.json").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_a_bad_row_costs_itself_and_is_counted_with_its_reason(evaluate, constant_model, tmp_path):
+    rows = {
+        '{"prompt": "a", "chosen": "b"}': "no column 'rejected'",
+        '{"prompt": "a", "chosen": 3, "rejected": "b"}': "'chosen' is a number",
+        '{"prompt": "a", "chosen": [], "rejected": ["b"]}': "'chosen' is an empty list",
+        '{"prompt": "a", "chosen": ["c"], "rejected": ["b", 3]}': "'rejected' is a number",
+        '{"prompt": "a", "chosen": null, "rejected": "b"}': "'chosen' is null",
+        "[1]": "it is a list, not an object",
+    }
+    good = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
+    for row, words in rows.items():
+        (tmp_path / "rows.jsonl").write_text(f"{good}\n{row}\n")
+        found = evaluate(constant_model, dataset=tmp_path / "rows.jsonl")["rows"]
+        (line,) = found["in_words"]
+        assert (found["read"], found["left_out"]) == (2, 1) and "(row 2; " in line and words in line
+
+
 def test_missing_splits_and_folders_are_named(evaluate, constant_model, tmp_path, demo_folder):
     (tmp_path / "none").mkdir()
-    with pytest.raises(UserError, match="a folder without a test file"):
+    with pytest.raises(UserError, match="a folder without data files"):
         evaluate(constant_model, dataset=tmp_path / "none")
     with pytest.raises(UserError, match="--split filtered: a single file has train, test and all"):
         evaluate(constant_model, "--split", "filtered", dataset=demo_folder[1] / "test.jsonl")
-    with pytest.raises(UserError, match="--split filtered: no such file"):
+    with pytest.raises(UserError, match="--split filtered: no such split(.|\n)*test, train"):
         evaluate(constant_model, "--split", "filtered", dataset=demo_folder[1])

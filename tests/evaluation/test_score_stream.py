@@ -82,7 +82,7 @@ def test_columns_that_json_does_not_have_are_written_as_text(reward_checkpoint, 
 
 
 def test_what_comes_out_goes_in_again(score):
-    """Half a character stays an escape, valid in UTF-8 and JSON; a number that JSON does not allow is an error."""
+    """Half a character stays an escape, valid in UTF-8 and JSON; a number that JSON does not allow becomes text."""
     found, _ = score([{"prompt": "Hello?", "reply": "Good day.", "note": "\ud800"}, {"prompt": "a", "reply": "\ud800"}])
     assert found[0]["note"] == "\ud800" and found[0]["reward"] is not None
     assert found[1]["reward"] is None and "surrogate" in found[1]["left_out"]
@@ -91,9 +91,8 @@ def test_what_comes_out_goes_in_again(score):
     (found,), _ = score([{"prompt": "Hello?", "reply": "word " * 50}], "--max_length", "40")
     (again,), _ = score([found])
     assert "left_out" in found and again["reward"] is not None and "left_out" not in again
-    with pytest.raises(UserError, match=r"in\.jsonl:2[^0-9](.|\n)*") as caught:
-        score([{"prompt": "a", "reply": "b"}, {"prompt": "a", "reply": "b", "n": float("inf")}])
-    assert "not finite" in str(caught.value)
+    (_, found), _ = score([{"prompt": "a", "reply": "b"}, {"prompt": "a", "reply": "b", "n": float("inf")}])
+    assert found["n"] == "inf" and found["reward"] is None and "not finite" in found["left_out"]
 
 
 def test_closed_standard_input_is_reported(monkeypatch, reward_checkpoint):
@@ -141,22 +140,44 @@ def test_what_cannot_be_scored_keeps_its_place_and_is_counted(score):
 
 
 @pytest.mark.parametrize(
-    "text, wanted",
+    "row, words",
     [
-        (b'{"prompt": "a"', "the data is not JSON"),
-        (b'{"prompt": "a", "replys": ["b"]}', "did you mean 'reply'"),
-        (b'{"prompt": "a", "replies": []}', "a list with at least one reply"),
-        (b'{"prompt": "a", "reply": 3}', "'reply' holds a int"),
-        (b'{"messages": "hello"}', "'messages' is a str"),
-        (b'"hello"', "it is of type str, not an object"),
+        ({"prompt": "a", "replys": ["b"]}, "did you mean 'reply'"),
+        ({"prompt": "a", "replies": []}, "a list with at least one reply"),
+        ({"prompt": "a", "reply": 3}, "'reply' holds a number"),
+        ({"prompt": "a", "reply": None}, "'reply' is null"),
+        ({"messages": "hello"}, "'messages' is text"),
+        ("hello", "it is text, not an object"),
     ],
 )
-def test_a_broken_line_is_named_after_those_before_it_are_answered(
-    text, wanted, reward_checkpoint, tmp_path, capfdbinary
-):
+def test_a_bad_line_keeps_its_place_and_says_why(row, words, score):
+    good = {"prompt": "a", "reply": "b"}
+    (first, bad, last), errors = score([good, row, good])
+    assert first["reward"] == last["reward"] is not None
+    assert bad["reward"] is None and words in bad["left_out"]
+    assert bad.items() >= (row if isinstance(row, dict) else {"row": row}).items()
+    assert "2 rows scored, 1 skipped" in errors
+
+
+def test_lines_whose_columns_are_not_known_are_refused_with_the_flag(score):
+    with pytest.raises(UserError, match=r"it has 'q', 'a'(.|\n)*--columns prompt=NAME,reply=NAME"):
+        score([{"q": "Hello?", "a": "Good day."}])
+    found, _ = score([{"q": "Hello?", "a": "Good day."}], "--columns", "prompt=q,reply=a")
+    (plain,), _ = score([{"prompt": "Hello?", "reply": "Good day."}])
+    assert found == [{"q": "Hello?", "a": "Good day.", "reward": plain["reward"]}]
+
+
+def test_a_column_like_a_dialogues_that_is_not_used_is_named_once(score):
+    _, errors = score([{"prompt": "Hello?", "reply": "Good day.", "context": "At sea."}] * 3)
+    assert errors.count("column 'context' of 3 rows looks like part of the dialogue") == 1
+    _, errors = score([{"prompt": "Hello?", "reply": "Good day.", "question": "Hello?"}])
+    assert "looks like" not in errors
+
+
+def test_a_broken_line_is_named_after_those_before_it_are_answered(reward_checkpoint, tmp_path, capfdbinary):
     file = tmp_path / "in.jsonl"
-    file.write_bytes(b'{"prompt": "a", "reply": "b"}\n\n' + text + b"\n")
-    with pytest.raises(UserError, match=wanted) as raised:
+    file.write_bytes(b'{"prompt": "a", "reply": "b"}\n\n{"prompt": "a"\n')
+    with pytest.raises(UserError, match="the data is not JSON") as raised:
         eval_rm.main(["--model", str(reward_checkpoint), "--score", str(file)])
     assert "in.jsonl:3" in str(raised.value)
     sys.stdout.flush()
