@@ -17,6 +17,7 @@ import textwrap
 from pathlib import Path
 
 from chat import ChatConfig
+from data import LookConfig
 from eval_rm import EvalConfig
 from manage_runs import ManageConfig
 from train_rm import RewardTrainingConfig
@@ -28,9 +29,10 @@ CONFIGS = {
     "eval_rm.py": EvalConfig,
     "chat.py": ChatConfig,
     "manage_runs.py": ManageConfig,
+    "data.py": LookConfig,
 }
 # The tree's order: entry scripts, shared files, then the folders from the top floor down.
-ROOT_FILES = [*CONFIGS, "models.py", "data.py", "utils.py"]
+ROOT_FILES = [*CONFIGS, "models.py", "utils.py"]
 FOLDERS = ["training", "evaluation", "chat_app", "run_manager", "modeling", "data_pipeline", "checkpointing", "common"]
 WITHOUT_DOCSTRING = {
     "demo_chat_template.jinja": "The demo model's chat template, which writes what Qwen3's writes.",

@@ -127,6 +127,7 @@ RUN_BELOW = (
     "python eval_rm.py",
     "python chat.py",
     "python manage_runs.py",
+    "python data.py",
     "tensorboard ",
     "torchrun ",
 )
@@ -244,6 +245,14 @@ def test_evaluating_commands_run_as_written(reader):
         assert ("reward" in output) if "--score" in words else ("report.html" in output), words
     report = json.loads((reader.folder / "checkpoints/rm/first/reports/step-1/report.json").read_text())
     assert report["n"] == 16 and len((reader.folder / "scores.jsonl").read_text().splitlines()) == 16
+
+
+def test_looking_at_data_runs_as_written(reader):
+    commands = [shlex.split(command)[1:] for command in documented("python data.py")]
+    assert commands
+    for words in commands:
+        output = reader.run(*words, *reader.model)
+        assert "train: kept" in output and output.count("as the model sees it") == 3, output
 
 
 def test_python_blocks_load_what_training_wrote(reader):

@@ -307,5 +307,5 @@ def test_missing_splits_and_folders_are_named(evaluate, constant_model, tmp_path
         evaluate(constant_model, dataset=tmp_path / "none")
     with pytest.raises(UserError, match="--split filtered: a single file has train, test and all"):
         evaluate(constant_model, "--split", "filtered", dataset=demo_folder[1] / "test.jsonl")
-    with pytest.raises(UserError, match="--split filtered: no such split(.|\n)*test, train"):
+    with pytest.raises(UserError, match=r"--split filtered: no such split(.|\n)*test, train"):
         evaluate(constant_model, "--split", "filtered", dataset=demo_folder[1])
