@@ -26,7 +26,7 @@ import utils
 from common import atomic_files, flags
 from common.flags import flag
 from common.progress import ProgressBar
-from data_pipeline import inspection, sampler
+from data_pipeline import inspection, parsing, sampler
 from data_pipeline.parsing import SKIP_REASONS, WARNINGS, Counts, Pair, Parsed
 from data_pipeline.shapes import DIALOGUE_COLUMNS, parse_columns
 from data_pipeline.sources import HELD_OUT_IN, DataSpec, Source, find_sources
@@ -294,7 +294,7 @@ def _tokenize(source: Source, tokenizer: Any, folder: Path) -> None:
             for (at, pair), (chosen, rejected) in zip(chunk.pairs, ids, strict=True):
                 row = chunk.rows[at]
                 if np.array_equal(chosen, rejected):  # different texts, same tokens
-                    columns.add_skipped(row, "identical")
+                    columns.add_skipped(row, parsing.SAME_TOKENS)
                     continue
                 prompt = shared_prefix(chosen, rejected)
                 packed += [chosen, rejected[prompt:]]

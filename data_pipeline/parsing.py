@@ -42,6 +42,7 @@ EXPECTED_ROW = (
     "--columns prompt=NAME,chosen=NAME,rejected=NAME reads columns of other names"
 )
 UNKNOWN_ROWS = 10  # so many rows of unknown columns at the start, and the data is refused
+SAME_TOKENS = "identical: the chat template or the tokenizer leaves out where they differ"
 VOTES_FOR_NEITHER = ("tie", "both_bad")  # the column `vote`, which chat.py writes
 # Unusual, but kept.
 WARNINGS = {

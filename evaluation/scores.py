@@ -23,7 +23,7 @@ import numpy as np
 import utils
 from common.progress import ProgressBar
 from data import Counts
-from data_pipeline.parsing import SKIP_REASONS
+from data_pipeline.parsing import SAME_TOKENS, SKIP_REASONS
 from data_pipeline.tokenization import TokenizedGroup, tokenize_groups
 from evaluation import reward_bench
 from evaluation.eval_data import Data, Row
@@ -261,4 +261,4 @@ def _unless_identical(row: Row, found: TokenizedGroup | str) -> TokenizedGroup |
     if isinstance(found, str):
         return found
     chosen, rejected = found.ids[: len(row.content.chosen)], found.ids[len(row.content.chosen) :]
-    return "identical" if any(np.array_equal(a, b) for a in chosen for b in rejected) else found
+    return SAME_TOKENS if any(np.array_equal(a, b) for a in chosen for b in rejected) else found
