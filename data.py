@@ -204,7 +204,7 @@ def _cached(source: Source, tokenizer: Any, tokenizer_hash: str) -> Path:
                 raise
             raise utils.DiskOrNetworkError(
                 "the token cache cannot be written", where=cache_root(), found=error,
-                next="free some disk space there, or set RL_WITH_RM_CACHE to another folder",
+                next=f"{utils.disk_advice(error.errno)}, or set RL_WITH_RM_CACHE to another folder",
             ) from error  # fmt: skip
     return folder
 

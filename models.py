@@ -50,15 +50,19 @@ class PretrainedModel(nn.Module):
 
     def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
         """Write weights (`state()` unless given), configuration and tokenizer; with LoRA, what was trained only."""
-        state = self.state() if state is None else state
-        with pretrained.quiet_transformers():
-            if self.peft_model is None:
-                self.hf_model.save_pretrained(folder, state_dict=state)
-            else:
-                # "auto" would ask the hub whether the base's vocabulary was resized; ours never is
-                self.peft_model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
-                (folder / "README.md").unlink(missing_ok=True)  # an empty model card
-            self.tokenizer.save_pretrained(folder)
+        self.save_weights(folder, self.state() if state is None else state)
+        self.save_tokenizer(folder)
+
+    def save_weights(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """Write a `state()` and the configuration."""
+        pretrained.save_weights(folder, self.hf_model, self.peft_model, state)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        pretrained.save_tokenizer(folder, self.tokenizer)
+
+    def check_saved(self, folder: Path) -> None:
+        """Raise ValueError unless what was saved there opens as what is in memory; weights are not looked at."""
+        pretrained.check_saved(folder, self.hf_model, self.peft_model, self.tokenizer)
 
     def state(self) -> dict[str, Tensor]:
         """What `save` writes: all weights, or with LoRA the adapters and the head."""
@@ -68,12 +72,8 @@ class PretrainedModel(nn.Module):
         return {name: tensor for name, tensor in tensors.items() if "lora_" in name or "modules_to_save" in name}
 
     def names_in_file(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A `state()` under the names that its tensors have in the file."""
-        if self.peft_model is None:
-            return state
-        from peft import get_peft_model_state_dict
-
-        return get_peft_model_state_dict(self.peft_model, state_dict=state, save_embedding_layers=False)
+        """A `state()` as its tensors are in the file: their names, and with some architectures their shapes."""
+        return pretrained.names_in_file(self.hf_model, self.peft_model, state)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that need gradients, by the names that they have in `hf_model`."""

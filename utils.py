@@ -39,7 +39,7 @@ class UserError(ValueError):
         lines = [f"error: {what}"]
         lines += [f"  {name + ':':<7} {value}" for name, value in details.items() if value is not None]
         super().__init__("\n".join(lines))
-        self.what = what
+        self.what, self.found = what, found
 
 
 class CheckpointError(UserError):
@@ -196,11 +196,24 @@ def _explain_disk_error(error: OSError) -> UserError:
     details = {"where": error.filename, "found": error.strerror, "safe": "everything saved before is untouched"}
     if error.errno in PATH_ERRORS:
         return UserError("a path cannot be used", **details, next="another name or folder")
-    is_limit = error.errno == errno.EFBIG
-    advice = "raise the limit on file sizes (ulimit -f)" if is_limit else "free some space, or name another folder"
+    advice = f"{disk_advice(error.errno)}, or name another folder"
     return DiskOrNetworkError("writing to disk failed", **details, next=advice)
 
 
+def disk_advice(number: int | None) -> str:
+    """What to do about an error of the operating system while writing, by its number."""
+    if number in FULL_DISK_ERRORS:
+        return "free some space"
+    if number == errno.EFBIG:
+        return "raise the limit on file sizes (ulimit -f)"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "make the folder writable"
+    if number in PATH_ERRORS:
+        return "see what is in the way"
+    return "check the folder and its disk"
+
+
+FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 PATH_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 

@@ -188,7 +188,7 @@ def log_and_save(run: Any, channel: harness.Channel) -> None:
         clock.start()
         folder = run.save()
         saves.append(clock.read()[key])
-    size = sum(file.stat().st_size for file in folder.iterdir())
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     channel.answer(steps=steps, log=log, eval_log=eval_log, saves=saves, checkpoint_bytes=size)
     channel.receive()
     channel.answer()

@@ -12,8 +12,11 @@ tokenizer it holds
 Nothing in it is a pickle. A `model` here is one of models.py, `world` a `training.distributed.World`.
 """
 
+import contextlib
 import dataclasses
+import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,25 +114,58 @@ def save(
         run_folder.mkdir(parents=True, exist_ok=True)
         check_free_space(run_folder, model)
         with atomic_files.atomic_folder(final) as folder:
-            model.save(folder, state.model)
-            save_file(state.optimizer, folder / OPTIMIZER)
-            save_file(states, folder / RANDOM_STATE)
-            _compare_with_memory(folder, model.names_in_file(state.model) | state.optimizer | states)
-            utils.write_json(folder / STATE, dataclasses.asdict(training_state))
-            utils.write_json(folder / SETTINGS, config)
-            write_manifest(folder, training_state.step)
+            write_files(folder, model, state, states, training_state, config)
     except (OSError, SafetensorError) as error:
-        # safetensors wraps the disk's own error in one of its own, as text
-        is_disk = utils.disk_full_cause(error) is not None or "os error" in str(error)
-        if isinstance(error, FileExistsError) or not is_disk:
-            raise
-        raise DiskOrNetworkError(
-            f"step {training_state.step} could not be saved",
-            where=final,
-            found=f"{error}{_free_space(run_folder)}",
-            **_advice(run_folder),
-        ) from error
+        raise_if_of_disk(error, f"step {training_state.step} could not be saved", final)
+        raise
     return final
+
+
+def write_files(
+    folder: Path,
+    model: Any,
+    state: State,
+    states: dict[str, Tensor],
+    training_state: TrainingState,
+    config: dict[str, Any],
+) -> None:
+    """Write all files of a checkpoint into a folder; an exception carries a note that says what could not be saved."""
+    with _noted("the model"):
+        model.save_weights(folder, state.model)
+    with _noted("the tokenizer"):
+        model.save_tokenizer(folder)
+    with _noted("the state of the training"):
+        save_file(state.optimizer, folder / OPTIMIZER)
+        save_file(states, folder / RANDOM_STATE)
+        utils.write_json(folder / STATE, dataclasses.asdict(training_state))
+        utils.write_json(folder / SETTINGS, config)
+    _compare_with_memory(folder, model.names_in_file(state.model) | state.optimizer | states)
+    write_manifest(folder, training_state.step)
+
+
+@contextlib.contextmanager
+def _noted(part: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(part)
+        raise
+
+
+def raise_if_of_disk(error: Exception, what: str, where: Path) -> None:
+    """Raise DiskOrNetworkError if it was the operating system that failed a save; its advice fits the error."""
+    if isinstance(error, FileExistsError):
+        return
+    # safetensors wraps the system's own error in one of its own, as text
+    in_text = re.search(r"os error (\d+)", str(error))
+    cause = utils.disk_full_cause(error) or error
+    number = int(in_text[1]) if in_text else getattr(cause, "errno", None)
+    if number is None:
+        return
+    run_folder = where.parent if step_of(where) is not None else where
+    free = _free_space(run_folder) if number in utils.FULL_DISK_ERRORS else ""
+    advice = _advice(run_folder, utils.disk_advice(number))
+    raise DiskOrNetworkError(what, where=where, found=f"{error}{free}", **advice) from error
 
 
 def _free_space(folder: Path) -> str:
@@ -142,7 +178,7 @@ def _free_space(folder: Path) -> str:
 def check_free_space(run_folder: Path, model: Any) -> None:
     """Raise before anything is written if a checkpoint of this model will not fit."""
     # AdamW keeps two moments for each parameter that is trained
-    tensors = [*model.names_in_file(model.state()).values(), *2 * list(model.trained_parameters().values())]
+    tensors = [*model.names_in_file(shapes(model)).values(), *2 * list(model.trained_parameters().values())]
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors) + SMALL_FILES_BYTES
     needed += len(model.tokenizer.backend_tokenizer.to_str().encode())
     free = shutil.disk_usage(run_folder).free
@@ -151,15 +187,21 @@ def check_free_space(run_folder: Path, model: Any) -> None:
             "the disk has no room for the next checkpoint",
             where=run_folder,
             found=f"{needed:,} bytes needed, {free:,} free",
-            **_advice(run_folder),
+            **_advice(run_folder, "free some space"),
         )
 
 
-def _advice(run_folder: Path) -> dict[str, str]:
-    """What is safe and what to type next when a step does not fit on the disk."""
+def shapes(model: Any) -> dict[str, Tensor]:
+    """A `state()` of tensors without values: transformers would copy some real ones to tell what it writes."""
+    state = model.state()
+    return {name: torch.empty(state[name].shape, dtype=state[name].dtype, device="meta") for name in state}
+
+
+def _advice(run_folder: Path, first: str) -> dict[str, str]:
+    """What is safe and what to type next when a step could not be saved, once the cause is removed."""
     if steps := step_folders(run_folder):
-        return {"safe": f"{steps[-1].name} is untouched", "next": f"free some space, then {resume_command(run_folder)}"}
-    return {"safe": "no step of this run was saved before", "next": "free some space, then start again"}
+        return {"safe": f"{steps[-1].name} is untouched", "next": f"{first}, then {resume_command(run_folder)}"}
+    return {"safe": "no step of this run was saved before", "next": f"{first}, then start again"}
 
 
 def _compare_with_memory(folder: Path, expected: dict[str, Tensor]) -> None:
@@ -197,7 +239,7 @@ def check_weights_are_finite(state: State, run_folder: Path, step: int) -> None:
             raise utils.UserError(
                 f"the weights are not finite after step {step}, so it is not saved",
                 found=name,
-                safe=_advice(run_folder)["safe"],
+                safe=_advice(run_folder, "")["safe"],
                 next="a smaller --lr or --weight_decay, or more --warmup_steps",
             )
 

@@ -5,6 +5,7 @@ Standard library only: manage_runs.py and the list of models read manifests with
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ STATE, SETTINGS = "training_state.json", "train_config.json"
 
 
 def write_manifest(folder: Path, step: int) -> None:
-    """Sizes and checksums of all files of a folder, and a checksum of itself."""
+    """Sizes and checksums of all files in and below a folder, and a checksum of itself.
+
+    Files are named by their paths from the folder, with slashes on every platform.
+    """
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": utils.sha256_of(path)} for path in sorted(folder.iterdir())
+        name: {"bytes": path.stat().st_size, "sha256": utils.sha256_of(path)} for name, path in sorted(paths.items())
     }
     manifest = {"step": step, "files": files}
     utils.write_json(folder / MANIFEST, manifest | {"sha256": own_checksum(manifest)})
@@ -43,7 +48,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     checksum = content.pop("sha256", None)
     if checksum != own_checksum(content):
         raise ValueError("its content changed; its SHA-256 is not the one it names")
+    if outside := [name for name in content["files"] if leads_out(name)]:
+        raise ValueError(f"it names {outside[0]!r}, which is not a file of the checkpoint")
     return content
+
+
+def leads_out(name: str) -> bool:
+    """Whether a path in a manifest could be of something outside the checkpoint."""
+    separators = set("\\:\0") if os.name == "nt" else {"\0"}
+    return any(part in ("", ".", "..") or separators & set(part) for part in name.split("/"))
 
 
 def move_in_manifest(folder: Path, name: str, source: str, target: str) -> None:
@@ -81,15 +94,16 @@ def find(resume_from: str) -> Path:
     damaged = []
     for step in reversed(step_folders(path)):
         if (trouble := problem(step)) is None:
-            for file, found in damaged:
-                print(f"{file.parent.name} is damaged ({file.name}: {found}); going on from {step.name}", flush=True)
+            for later, file, found in damaged:
+                name = file.relative_to(later).as_posix()
+                print(f"{later.name} is damaged ({name}: {found}); going on from {step.name}", flush=True)
             return step
-        damaged.append(trouble)
+        damaged.append((step, *trouble))
     if damaged:
         raise CheckpointError(
             "every checkpoint of this run is damaged",
-            where=damaged[0][0],
-            found=damaged[0][1],
+            where=damaged[0][1],
+            found=damaged[0][2],
             next="restore the files from a copy, or start a new run",
         )
     looked_in = path if path.is_dir() else path.parent

@@ -29,10 +29,10 @@ def atomic_folder(final: Path, temporary_name: str | None = None) -> Iterator[Pa
     try:
         yield temporary
         mode = temporary.stat().st_mode & 0o666  # as the umask wants; safetensors writes 0600, but groups share runs
-        for path in temporary.rglob("*"):
-            if path.is_file():
+        for path in sorted(temporary.rglob("*"), reverse=True):  # what is in a folder before the folder
+            if not path.is_dir():
                 path.chmod(mode)
-                fsync_path(path)
+            fsync_path(path)
         fsync_path(temporary)
         try:
             temporary.rename(final)

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoTokenizer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging
 
 from common import hub
@@ -20,6 +22,7 @@ CHATML_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+DIALOGUE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 TRY_OFFLINE = "python train_rm.py --demo   (offline), or --model FOLDER with a downloaded model"
 
 
@@ -53,8 +56,23 @@ def load_tokenizer(name: str) -> Any:
         raise UserError("this model has no fast tokenizer, and slow ones take hours here", where=name)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHATML_TEMPLATE
+    if isinstance(tokenizer.chat_template, dict):
+        _check_named_templates(tokenizer)
     _choose_pad_token(tokenizer)
     return tokenizer
+
+
+def _check_named_templates(tokenizer: Any) -> None:
+    """Make sure that one of several chat templates is "default", which is used unless a dialogue comes with tools."""
+    templates = dict(sorted(tokenizer.chat_template.items()))  # from a folder, they come in the order of its files
+    if "default" not in templates:
+        raise UserError(
+            "the model has several chat templates, and none of them is the default",
+            where=tokenizer.name_or_path,
+            found=", ".join(templates),
+            next="save the one to use as chat_template.jinja in the model's folder",
+        )
+    tokenizer.chat_template = templates if len(templates) > 1 else templates["default"]
 
 
 def _choose_pad_token(tokenizer: Any) -> None:
@@ -63,9 +81,8 @@ def _choose_pad_token(tokenizer: Any) -> None:
     transformers' classification models read the reward at the rightmost token that is not the pad token. If dialogues
     end in <eos> and <eos> is also the pad token, they would read it one token early, unlike this project.
     """
-    dialogue = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-        last_token = tokenizer.apply_chat_template(dialogue, return_dict=False)[-1]
+        last_token = tokenizer.apply_chat_template(DIALOGUE, return_dict=False)[-1]
     except Exception as error:  # a template is a program, and can raise anything
         raise UserError(
             "the model's chat template does not take a plain question and answer",
@@ -180,6 +197,65 @@ def open_adapter(model: nn.Module, folder: Path, base: str) -> nn.Module:
         ) from error
     peft_model.active_peft_config.base_model_name_or_path = base  # where it is now
     return peft_model
+
+
+def save_weights(folder: Path, model: nn.Module, peft_model: nn.Module | None, state: dict[str, Tensor]) -> None:
+    """Write tensors of a model, or with LoRA of its adapter, and the configuration."""
+    state = dict(state)  # transformers removes from it what it does not write
+    with quiet_transformers():
+        if peft_model is None:
+            model.save_pretrained(folder, state_dict=state)
+        else:
+            # "auto" would ask the hub whether the base's vocabulary was resized; ours never is
+            peft_model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+            (folder / "README.md").unlink(missing_ok=True)  # an empty model card
+
+
+def save_tokenizer(folder: Path, tokenizer: Any) -> None:
+    with quiet_transformers():
+        tokenizer.save_pretrained(folder)
+
+
+def names_in_file(model: nn.Module, peft_model: nn.Module | None, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names, and in the shapes, in which `save_weights` writes them.
+
+    Of tied tensors one is written, and a mixture's experts, one tensor in memory, are split as in its original files.
+    """
+    if peft_model is not None:
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(peft_model, state_dict=state, save_embedding_layers=False)
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    kept = {name: tensor for name, tensor in state.items() if name not in ignored}
+    return revert_weight_conversion(model, remove_tied_weights_from_state_dict(kept, model))
+
+
+def check_saved(folder: Path, model: nn.Module, peft_model: nn.Module | None, tokenizer: Any) -> None:
+    """Raise ValueError unless tokenizer and configuration were saved in a folder as they are in memory."""
+    saved = load_tokenizer(str(folder))
+    if _templates_by_lines(saved) != _templates_by_lines(tokenizer):
+        raise ValueError("the chat templates that were saved are not those in memory")
+    ids, saved_ids = (each.apply_chat_template(DIALOGUE, return_dict=False) for each in (tokenizer, saved))
+    if (ids, tokenizer.pad_token_id) != (saved_ids, saved.pad_token_id):
+        raise ValueError("the tokenizer that was saved does not encode a dialogue as the one in memory does")
+    if peft_model is None:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if type(config) is not type(model.config) or config.architectures != [type(model).__name__]:
+            raise ValueError(f"the configuration that was saved is of {config.architectures}")
+        return
+    from peft import PeftConfig
+
+    saved_adapter, adapter = PeftConfig.from_pretrained(folder), peft_model.active_peft_config
+    for name in ("peft_type", "task_type", "base_model_name_or_path", "r", "target_modules"):
+        if getattr(saved_adapter, name) != getattr(adapter, name):
+            raise ValueError(f"the adapter's configuration that was saved has another {name}")
+
+
+def _templates_by_lines(tokenizer: Any) -> dict[str, list[str]]:
+    """A tokenizer's chat templates by name; files may end lines in another way, which changes nothing."""
+    templates = tokenizer.chat_template
+    named = templates if isinstance(templates, dict) else {"default": templates}
+    return {name: text.splitlines() for name, text in named.items()}
 
 
 def is_adapter(folder: Path) -> bool:

@@ -1,6 +1,7 @@
 """Reward models whose behaviour is known, because their weights are made and not trained."""
 
 import math
+import shutil
 
 import torch
 
@@ -41,4 +42,14 @@ def save_constant_model(folder, base, tokenizer):
     with torch.no_grad():
         model.hf_model.score.weight.zero_()
     model.save(folder)
+    return folder
+
+
+def save_with_named_templates(folder, base, default=None):
+    """A copy of a base model whose tokenizer has three named chat templates, as Command-R's has."""
+    shutil.copytree(base, folder)
+    tokenizer = models.load_tokenizer(str(folder))
+    default = default or tokenizer.chat_template
+    tokenizer.chat_template = {"tool_use": "tools: " + default, "default": default, "rag": "documents: " + default}
+    tokenizer.save_pretrained(folder)
     return folder

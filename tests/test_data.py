@@ -502,7 +502,7 @@ def test_a_cache_that_may_not_be_written_is_named(load, tmp_path, monkeypatch):
     monkeypatch.setenv("RL_WITH_RM_CACHE", str(cache))
     with pytest.raises(DiskOrNetworkError, match=r"cache cannot be written(.|\n)*RL_WITH_RM_CACHE") as caught:
         load([GOOD_ROW])
-    assert str(cache) in str(caught.value)
+    assert str(cache) in str(caught.value) and "next:   make the folder writable" in str(caught.value)
 
 
 def test_the_cache_is_below_the_users_unless_told(monkeypatch, tmp_path):

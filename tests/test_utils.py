@@ -73,6 +73,8 @@ ENDS = {
     "checkpoint": ("raise utils.CheckpointError('torn')", 3, "error: torn\n"),
     "network": ("raise utils.DiskOrNetworkError('no line')", 4, "error: no line\n"),
     "full disk": ("raise OSError(errno.ENOSPC, 'No space', 'file')", 4, "writing to disk failed\n  where:  file\n"),
+    "full disk, what next": ("raise OSError(errno.EDQUOT, 'Quota', 'file')", 4, "next:   free some space, or name"),
+    "no permission": ("raise OSError(errno.EACCES, 'No', 'file')", 4, "next:   make the folder writable, or name"),
     "full disk beneath": (FULL_DISK_BENEATH, 4, "Quota exceeded"),
     "full disk on the way": (FULL_DISK_ON_THE_WAY, 4, "Read-only"),
     "ctrl-c": ("raise KeyboardInterrupt", 130, "stopped\n"),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 import utils
-from checkpointing import checkpoint, resolve, run_folder
+from checkpointing import checkpoint, rehearsal, resolve, run_folder
 from checkpointing.run_folder import resume_command, step_of
 from common import atomic_files, file_locks
 from data_pipeline.sampler import StepSampler
@@ -61,6 +61,8 @@ def set_up(config: TrainingConfig, resumed_from: Path | None, world: World, open
         check_positions(model, train_data, eval_data)
         checkpoint.check_free_space(folder, model)
         base_fingerprint = model.base_fingerprint()
+        if world.is_main:
+            rehearse_save(folder, model, train_data, config, base_fingerprint)
         module = prepare_model(model, config, world)
         adamw = optimizer.make_optimizer(model, config)
         sampler = StepSampler(len(train_data), config.examples_per_step, config.epochs, config.seed, config.max_steps)
@@ -89,6 +91,16 @@ def set_up(config: TrainingConfig, resumed_from: Path | None, world: World, open
                     log_folder.rmdir()
             lock.release()
         raise
+
+
+def rehearse_save(
+    folder: Path, model: Any, train_data: Any, config: TrainingConfig, base_fingerprint: str | None
+) -> None:
+    """Raise UserError now, and not after hours, if no step of this run could be saved."""
+    state = checkpoint.TrainingState(
+        0, 0, train_data.fingerprint, len(train_data), 0, base_fingerprint=base_fingerprint
+    )
+    rehearsal.rehearse(folder, model, state, config.stored())
 
 
 def device_of(world: World) -> torch.device:

@@ -24,6 +24,24 @@ def test_a_folder_appears_complete_and_only_at_the_end(tmp_path):
     assert names_in(final.parent) == ["step-5"]
 
 
+def test_what_is_in_a_folder_is_flushed_before_the_folder_and_all_before_the_renaming(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(atomic_files, "fsync_path", flushed.append)
+    with atomic_files.atomic_folder(tmp_path / "step-5") as temporary:
+        (temporary / "deeper" / "still").mkdir(parents=True)
+        (temporary / "deeper" / "still" / "more").write_text("m")
+        (temporary / "weights").write_text("w")
+        rename = type(temporary).rename
+        monkeypatch.setattr(type(temporary), "rename", lambda *paths: flushed.append("renamed") or rename(*paths))
+    names = [path if path == "renamed" else path.relative_to(temporary.parent).as_posix() for path in flushed]
+    assert sorted(names[:4]) == [
+        f".tmp-step-5/{one}" for one in ("deeper", "deeper/still", "deeper/still/more", "weights")
+    ]
+    assert names.index(".tmp-step-5/deeper/still/more") < names.index(".tmp-step-5/deeper/still")
+    assert names.index(".tmp-step-5/deeper/still") < names.index(".tmp-step-5/deeper")
+    assert names[4:] == [".tmp-step-5", "renamed", "."]
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, OSError])
 def test_a_failure_while_writing_leaves_nothing(tmp_path, error):
     with pytest.raises(error), atomic_files.atomic_folder(tmp_path / "step-5") as temporary:

@@ -20,7 +20,7 @@ import torch
 import data
 import train_rm
 import utils
-from checkpointing import checkpoint, manifest
+from checkpointing import checkpoint, manifest, rehearsal
 from checkpointing.run_folder import step_folders
 from common import file_locks
 from tests.conftest import ROOT
@@ -152,7 +152,7 @@ def die_at(number, run):
     return seen
 
 
-@survives("SIGKILL right before each write, rename and removal of two saves with pruning")
+@survives("SIGKILL right before each write, rename and removal of a rehearsal and two saves with pruning")
 def test_a_kill_at_any_point_of_a_save_loses_nothing(begun, straight, tmp_path, injected):
     log = tmp_path / "log"
     untouched = tmp_path / "untouched"
@@ -232,13 +232,28 @@ def begin(flags, run):
 
 PHASES = {
     "loading the data": (data, "load_pairs"),
+    "rehearsing a save": (rehearsal, "check"),
     "forward and backward": (train_rm, "accumulate_gradients"),
     "evaluating": (train_rm, "evaluate"),
     "saving": (checkpoint, "save_file"),
 }
 
 
-@survives("Ctrl-C and SIGTERM while loading data, training, evaluating and saving")
+def replace(module, name, function):
+    """Put a function in the place of another; one that writes checkpoints is replaced in saves, not in rehearsals."""
+    if module is not checkpoint:
+        setattr(module, name, function)
+        return
+    save = checkpoint.save
+
+    def save_with_it(*arguments):
+        setattr(checkpoint, name, function)
+        return save(*arguments)
+
+    checkpoint.save = save_with_it
+
+
+@survives("Ctrl-C and SIGTERM while loading data, rehearsing a save, training, evaluating and saving")
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_in_any_phase_is_served_and_the_run_goes_on_exactly(
@@ -254,7 +269,7 @@ def test_a_signal_in_any_phase_is_served_and_the_run_goes_on_exactly(
             os.kill(os.getpid(), number)
             return original(*arguments, **options)
 
-        setattr(module, name, interrupted)
+        replace(module, name, interrupted)
         resume(begun)()
 
     started = time.monotonic()
@@ -306,7 +321,7 @@ def test_a_second_signal_leaves_at_once_and_harms_nothing(begun, straight, tmp_p
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(60)
 
-        checkpoint.save_file = interrupted_twice
+        replace(checkpoint, "save_file", interrupted_twice)
         resume(begun)()
 
     started = time.monotonic()
@@ -342,7 +357,8 @@ def test_a_crash_whose_save_fails_too_reports_both(begun, straight, tmp_path, in
         def fail(*arguments):
             raise RuntimeError("the cat pulled the plug")
 
-        train_rm.evaluate = checkpoint.save_file = fail
+        train_rm.evaluate = fail
+        replace(checkpoint, "save_file", fail)
         resume(begun, "--save_steps", "0")()
 
     assert in_child(victim, log) == 1
