@@ -120,7 +120,7 @@ class Parsed(NamedTuple):
 
     row: int  # line or row number in the source
     pair: Pair | str
-    digests: tuple[int, int]  # see `sources.digests`
+    digests: tuple[int, int]  # see `sampler.digests`
 
 
 class BadRow(UserError):

@@ -117,7 +117,7 @@ class Data:
         for part in self.parts:
             if part.source.part != "all":
                 kept = ((n, row, found) for n, row, found in self._parsed(part) if not isinstance(found, str))
-                shares = sources.shares_prompts(
+                shares = sampler.shares_prompts(
                     (n, sampler.digests(row, prompt_of(found))[0]) for n, row, found in kept
                 )
                 part = replace(part, source=replace(part.source, holds_out_rows=shares))

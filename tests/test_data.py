@@ -118,7 +118,7 @@ def test_every_form_of_row_has_exactly_the_chat_templates_tokens(load, tokenizer
 
 
 def assert_tokens_are_the_templates(pairs, source, tokenizer):
-    parsed = dict(parsing.read_pairs(source))
+    parsed = {row.row: row.pair for row in parsing.read_pairs(source)}
     assert len(pairs) > 0 and len(parsed) == pairs.counts.rows
     for index, row in enumerate(pairs.rows.tolist()):
         chosen, rejected = (side.tolist() for side in pairs.sequences(index))
@@ -140,7 +140,8 @@ def real_pairs(real_data, real_tokenizer):
 
 
 def test_real_tokens_are_exactly_the_chat_templates(real_pairs, real_data, real_tokenizer):
-    for pairs, source in zip(real_pairs, sources.find_sources(real_data), strict=True):
+    found = sources.find_sources(sources.DataSpec(str(real_data)))
+    for pairs, (source,) in zip(real_pairs, (found.train, found.test), strict=True):
         assert_tokens_are_the_templates(pairs, source, real_tokenizer)
 
 
