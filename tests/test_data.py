@@ -19,7 +19,7 @@ import pytest
 import data
 import models
 from common import progress
-from data_pipeline import parsing, sampler, sources, tokenization
+from data_pipeline import inspection, parsing, sampler, sources, tokenization
 from tests.conftest import ROOT, dataset_of, micro_batches_of
 from utils import DiskOrNetworkError, UserError
 
@@ -691,3 +691,89 @@ def test_one_row_above_a_tenth_of_a_thousand_is_refused():
     part.counts.add("identical", 7)
     with pytest.raises(UserError, match="skipped 101: "):
         pairs.check_skipped()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several sets, and data.py as a script
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_sets(tmp_path):
+    """A file that is split by hash, with a kind and margins, and a folder with a test file."""
+    rows = [
+        {"prompt": f"Is oven {n} hot?", "chosen": "Yes, it is.", "rejected": "No.", "kind": "ovens", "margin": n / 10}
+        for n in range(60)
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "train.jsonl").write_text(f"{json.dumps(GOOD_ROW)}\n{json.dumps(IDENTICAL_ROW)}\n" * 20)
+    (tmp_path / "b" / "test.jsonl").write_text(json.dumps(TEST_ROW) + "\n")
+    return tmp_path / "a.jsonl", tmp_path / "b"
+
+
+def test_several_sets_are_one_dataset_each_counted_by_name(two_sets, tokenizer):
+    first, second = (data.load_pairs(str(path), tokenizer) for path in two_sets)
+    both = data.load_pairs(",".join(map(str, two_sets)), tokenizer)
+    for part in (0, 1):
+        alone, together = (first[part], second[part]), both[part]
+        assert len(together) == sum(map(len, alone))
+        at = 0
+        for number, pairs in enumerate(alone):
+            for index in range(len(pairs)):
+                assert together.tokens(at).tolist() == pairs.tokens(index).tolist()
+                assert together.label_margins[at] == pairs.label_margins[index]
+                assert together.kind_names[together.kinds[at]] == pairs.kind_names[pairs.kinds[index]]
+                assert together.places(np.array([at])) == [(number, pairs.rows[index])]
+                at += 1
+    lines = both[0].lines("train", "pairs")
+    assert [line for line in lines if not line.startswith(" ")] == [
+        f"train: kept {len(first[0])} of {len(first[0])} rows of {two_sets[0]}",
+        f"train: kept 20 of 40 rows of {two_sets[1] / 'train.jsonl'}",
+    ]
+    with pytest.raises(UserError, match=r"50% of the rows") as caught:
+        both[0].check_skipped()  # a tenth of each set, not of all together
+    assert str(two_sets[1] / "train.jsonl") in str(caught.value) and str(two_sets[0]) not in str(caught.value)
+    assert both[0].fingerprint not in (first[0].fingerprint, second[0].fingerprint)
+
+
+def test_both_parts_of_a_file_are_tokenized_once(two_sets, tokenizer, empty_cache, tokenized):
+    train, test = data.load_pairs(str(two_sets[0]), tokenizer)
+    assert tokenized == ["a.jsonl"]
+    assert len(train) + len(test) == 60 and len(test) and not set(train.rows) & set(test.rows)
+
+
+def test_looking_at_data_shows_what_would_be_read(two_sets, base, capsys):
+    data.main(["--dataset", str(two_sets[0]), "--dataset", str(two_sets[1]), "--model", base, "--show", "2"])
+    out = capsys.readouterr().out
+    assert f"rows of {two_sets[0]}" in out and f"train: kept 20 of 40 rows of {two_sets[1] / 'train.jsonl'}" in out
+    assert "repeated in train: 19 pairs" in out
+    assert "in both train and test: 0 pairs, 1 prompt of" in out  # the oven of b's test file is that of its train file
+    assert "the chosen reply is the longer one in 100%" in out and "shared prompt" in out
+    assert out.count("as the model sees it") == 2 and "Yes, it is.<|im_end|>" in out
+    assert "train: 50% of the rows would be skipped: train_rm.py stops, unless --bad_rows skip is given" in out
+    assert "\x1b" not in out, "no colours where nothing shows them"
+
+
+def test_contradictory_pairs_are_counted(tmp_path, base, capsys):
+    rows = [GOOD_ROW, {"chosen": GOOD_ROW["rejected"], "rejected": GOOD_ROW["chosen"]}, TEST_ROW]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.jsonl").write_text(json.dumps(TEST_ROW) + "\n")
+    data.main(["--dataset", str(tmp_path), "--model", base])
+    out = capsys.readouterr().out
+    assert "contradictory in train: 1 pair also the other way round" in out
+    assert "in both train and test: 1 pair, 1 prompt of 1 in test: the test is easier than it looks" in out
+
+
+def test_each_speakers_turns_have_a_colour_and_nothing_else_reaches_the_terminal():
+    dialogue = [{"role": "user", "content": "Hot?\x1b[2J"}, {"role": "assistant", "content": "Yes."}]
+    text = inspection.colored("<u>Hot?\x1b[2J</u><a>Yes.</a>", dialogue, in_color=True)
+    assert (
+        text == "\x1b[2m<u>\x1b[0m\x1b[36mHot?\\x1b[2J\x1b[0m\x1b[2m</u><a>\x1b[0m\x1b[32mYes.\x1b[0m\x1b[2m</a>\x1b[0m"
+    )
+    assert inspection.colored("x" * 5000, [], in_color=False).endswith("x\n… 1,000 characters more")
+
+
+def test_wrong_columns_are_named_before_anything_is_read(capsys):
+    with pytest.raises(UserError, match=r"--columns: 'chosn' is not one of"):
+        data.main(["--columns", "chosn=x"])

@@ -21,6 +21,7 @@ class Config:
     folder: str = flag("out", "where it goes")
     run_name: str | None = flag(None, "what it is called")
     names: tuple[str, ...] = flag((), "several words")
+    sets: str = flag("a", "one or several", is_list=True)
     config: str | None = flag(None, "JSON file with settings")
 
     def problems(self):
@@ -41,6 +42,12 @@ def problem_with(*argv):
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_flag_that_may_be_repeated_joins_its_values():
+    assert read().sets == "a"
+    assert read("--sets", "b").sets == "b"
+    assert read("--sets", "b,c", "--sets", "d").sets == "b,c,d"
 
 
 def test_a_list_takes_several_words_again_and_again_and_expands_nothing():

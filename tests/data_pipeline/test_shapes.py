@@ -4,8 +4,10 @@ import json
 import math
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from data_pipeline import messages, parsing
+from data_pipeline import messages, parsing, shapes
 from data_pipeline.parsing import Pair
 from tests.data_pipeline.rows import NO, PROMPT, QUESTION, YES, read_all
 from utils import UserError
@@ -224,3 +226,165 @@ def test_a_template_that_leaves_a_part_out_is_found_out():
     assert not messages.is_rendered([calls], None, ["user: Is the oven hot?"])
     assert messages.is_rendered([calls], None, ['{"name": "oven", "arguments": {"unit": "C"}}'])
     assert messages.is_rendered([[QUESTION, YES]], None, ["anything"])
+
+
+# -- Columns of other names --------------------------------------------------------------------------------------------
+
+
+def renamed(text, **row):
+    return parsing.parse_row(row, ROW_ERROR, shapes.parse_columns(text))
+
+
+def test_columns_of_other_names_are_read_under_ours():
+    columns = "prompt=q, chosen=good, rejected=bad, margin=strength, kind=topic, system=rules"
+    row = {"q": ASKED, "good": GOOD, "bad": POOR, "strength": 2, "topic": "ovens", "rules": BRIEF["content"]}
+    (pair,) = renamed(columns, **row)
+    assert pair == Pair([BRIEF, QUESTION, YES], [BRIEF, QUESTION, NO], 2.0, "ovens")
+    # ours win over columns that have our names already
+    (pair,) = renamed("chosen=good,rejected=bad", prompt=ASKED, good=GOOD, bad=POOR, chosen="x", rejected="y")
+    assert pair == Pair([QUESTION, YES], [QUESTION, NO])
+
+
+@pytest.mark.parametrize(
+    "row, margin",
+    [
+        ({"context": ASKED, "response1": POOR, "response2": GOOD, "overall_preference": 2}, 2.0),
+        ({"question": ASKED, "answer_0": POOR, "answer_1": GOOD, "score_0": -0.5, "score_1": 0.5}, 1.0),
+        ({"prompt": ASKED, "answers": [{"answer": GOOD, "rank": 1}, {"answer": POOR, "rank": 4}]}, 3.0),
+    ],
+)
+def test_the_strength_of_a_preference_can_be_the_margin(row, margin):
+    (pair,) = renamed("margin=strength", **row)
+    assert pair == Pair([QUESTION, YES], [QUESTION, NO], margin)
+    assert parsed(**row)[0].label_margin == 0.0
+
+
+def test_a_strength_that_a_form_does_not_have_is_named():
+    with pytest.raises(UserError, match="this form has no strength"):
+        renamed("margin=strength", prompt=ASKED, chosen=GOOD, rejected=POOR)
+
+
+def test_a_column_that_is_not_there_is_named_with_the_nearest():
+    with pytest.raises(UserError, match=r"no column 'god' \(--columns\), did you mean 'good'\?; it has 'good', 'bad'"):
+        renamed("chosen=god,rejected=bad", good=GOOD, bad=POOR)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("prompt", "'prompt' is not NAME=COLUMN"),
+        ("prompt=", "'prompt=' is not NAME=COLUMN"),
+        ("chosn=good", "'chosn' is not one of .*did you mean 'chosen'"),
+        ("chosen=a,chosen=b", "a name is given twice"),
+    ],
+)
+def test_what_is_wrong_with_columns_is_said(text, words):
+    with pytest.raises(ValueError, match=words):
+        shapes.parse_columns(text)
+    assert shapes.parse_columns(None) == shapes.parse_columns("") == ()
+
+
+def test_columns_like_a_dialogues_that_are_in_none_are_named():
+    row = {"prompt": ASKED, "chosen": GOOD, "rejected": POOR}
+    assert parsed(**row, context="Read this.")[0].unused == ("context",)
+    assert parsed(**row, input="a list", reasoning="because")[0].unused == ("input", "reasoning")
+    assert parsed(**row, context="", history=None, turns=3, tools=None)[0].unused == ()
+    # what is in the dialogue already, in whatever form, is not missing from it
+    for same in (ASKED, [QUESTION], PROMPT, {"from": "human", "value": ASKED}):
+        assert parsed(**row, messages=same)[0].unused == ()
+    assert parsed(**row, messages=[QUESTION, {"role": "assistant", "content": "Other."}])[0].unused == ("messages",)
+
+
+# -- A fuzz ------------------------------------------------------------------------------------------------------------
+
+# spaces at the ends are no part of a text, and what looks like a turn or a template has tests of its own
+WORDS = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=6)
+ANYTHING = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), WORDS, st.just("")),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["role", "from", "content", "value", "text", "tool_calls", "rank"]), inner),
+    ),
+    max_leaves=6,
+)
+MESSAGE = st.fixed_dictionaries({
+    "role": st.sampled_from(["user", "assistant", "system", "human", "gpt", "Tool", "cat"]), "content": WORDS,
+})  # fmt: skip
+CELL = st.one_of(WORDS, WORDS, st.lists(MESSAGE, min_size=1, max_size=4), ANYTHING)
+# columns that say which reply is better, and lists of replies, of which some may be equally good
+CHOICES = {
+    "answers",
+    "completions",
+    "better_response_id",
+    "overall_preference",
+    "labels",
+    "winner",
+    "score_0",
+    "score_1",
+}
+NAMES = sorted({*shapes.KNOWN_NAMES, *shapes.DIALOGUE_COLUMNS, "anything"})
+
+
+@st.composite
+def rows_of_shapes(draw):
+    """A row of one of the shapes: all as it should be, or with something odd in a column or two."""
+    shape = draw(st.sampled_from(shapes.SHAPES))
+    user, assistant = ([{"role": role, "content": draw(WORDS)}] for role in ("human", "assistant"))
+    side = {"conversation_a": st.just(user), "conversation_b": st.just(user)}
+    row = {
+        column: draw(side.get(column, st.just([]))) + [{**assistant[0], "content": draw(WORDS)}]
+        if column in side or draw(st.booleans()) else draw(WORDS)
+        for column in shape.columns
+    }  # fmt: skip
+    choices = {
+        "better_response_id": st.integers(0, 1), "overall_preference": st.integers(-2, 2), "labels": st.integers(0, 1),
+        "winner": st.sampled_from(["model_a", "model_b", "tie"]), "score_0": st.integers(0, 2),
+        "score_1": st.integers(0, 2),
+    }  # fmt: skip
+    for column, keys in (("answers", ("answer", "rank")), ("completions", ("response", "overall_score"))):
+        replies = st.fixed_dictionaries({keys[0]: WORDS, keys[1]: st.integers(0, 3)})
+        choices[column] = st.lists(replies, min_size=1, max_size=4)
+    row |= {name: draw(choices[name]) for name in row if name in choices}
+    row[draw(st.sampled_from(shapes.PROMPT_COLUMNS))] = draw(st.sampled_from([user, user[0]["content"]]))
+    for name in draw(st.lists(st.sampled_from(NAMES), max_size=2, unique=True)):
+        row.setdefault(name, draw(CELL))
+    for name in draw(st.lists(st.sampled_from(sorted(row)), max_size=1)):
+        row[name] = draw(CELL)
+    return row
+
+
+def texts_in(value):
+    """The texts of a row's cell that a reader would see in a dialogue."""
+    if isinstance(value, list):
+        return [text for item in value for text in texts_in(item)]
+    if isinstance(value, dict):
+        return [text for key, item in value.items() if key in ("content", "value", "answer", "response", "text",
+                "full_text") for text in texts_in(item)]  # fmt: skip
+    return [value.strip()] if isinstance(value, str) and value.strip() else []
+
+
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@given(row=st.one_of(rows_of_shapes(), st.dictionaries(st.sampled_from(NAMES), CELL), ANYTHING))
+def test_whatever_a_row_holds_it_is_kept_whole_or_counted(row):
+    try:
+        pairs = parsing.parse_row(row, ROW_ERROR)
+    except parsing.BadRow as error:
+        assert error.reason.partition(": ")[0] in parsing.SKIP_REASONS
+        return
+    assert pairs
+    kept = [pair for pair in pairs if not isinstance(pair, str)]
+    assert {pair for pair in pairs if isinstance(pair, str)} <= parsing.SKIP_REASONS.keys()
+    shape = shapes.shape_of(row)
+    for pair in kept:
+        dialogue = " ".join(text for side in (pair.chosen, pair.rejected) for text in messages.texts_of(side))
+        dialogue += json.dumps(pair.tools)
+        replies = [column for column in shape.columns if column not in CHOICES]
+        wanted = {"messages", *replies, *shapes.DIALOGUE_COLUMNS} & row.keys() - {*pair.unused, "tools"}
+        assert not [text for name in wanted for text in texts_in(row[name]) if text not in dialogue], (row, pair)
+    ranked = [column for column in ("answers", "completions") if column in shape.columns]
+    if ranked and len(kept) == len(pairs):
+        dialogues = json.dumps([[pair.chosen, pair.rejected] for pair in kept], ensure_ascii=False)
+        text, rank = ("answer", "rank") if ranked == ["answers"] else ("response", "overall_score")
+        best = (min if rank == "rank" else max)(reply[rank] for reply in row[ranked[0]])
+        worse = {reply[text] for reply in row[ranked[0]] if reply[rank] != best}
+        assert all(reply in dialogues for reply in worse)

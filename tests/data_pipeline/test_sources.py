@@ -1,11 +1,12 @@
 """sources.py: where files are found, how they are split and read, and what is said about broken ones."""
 
+import dataclasses
 import gzip
 import json
 
 import pytest
 
-from data_pipeline import parsing, reading, sources
+from data_pipeline import parsing, reading, sampler, sources
 from data_pipeline.parsing import Pair
 from tests.data_pipeline.rows import (
     GOOD_ROW,
@@ -136,6 +137,178 @@ def test_a_folder_without_a_test_file_is_split_by_hash(tmp_path):
     write_as(tmp_path / "train.jsonl", [numbered_row(number) for number in range(100)])
     train, test = parts_of(tmp_path)
     assert not train & test and train | test == set(range(1, 101))
+
+
+# (files, settings) -> (train, test, left aside), all as names of files below the folder
+LAYOUTS = {
+    "a copy of a hub repository with shards": (
+        ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet"],
+        {}, ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"],
+        ["data/test-00000-of-00001.parquet"], [],
+    ),
+    "shards with a hash in their names": (
+        ["data/train-00000-of-00001-0060ef47a12160d5.parquet", "data/validation-00000-of-00001-1a.parquet"],
+        {}, ["data/train-00000-of-00001-0060ef47a12160d5.parquet"], ["data/validation-00000-of-00001-1a.parquet"], [],
+    ),
+    "preferences before supervised data": (
+        ["train_sft.jsonl", "test_sft.jsonl", "train_prefs.jsonl", "test_prefs.jsonl", "train_gen.jsonl"],
+        {}, ["train_prefs.jsonl"], ["test_prefs.jsonl"], ["test_sft", "train_gen", "train_sft"],
+    ),
+    "a split that is asked for, with its test split": (
+        ["train_sft.jsonl", "test_sft.jsonl", "train_prefs.jsonl", "test_prefs.jsonl"],
+        {"split": "train_sft"}, ["train_sft.jsonl"], ["test_sft.jsonl"], ["test_prefs", "train_prefs"],
+    ),
+    "both asked for": (
+        ["train_sft.jsonl", "test_sft.jsonl", "train_prefs.jsonl"], {"split": "train_prefs", "test_split": "test_sft"},
+        ["train_prefs.jsonl"], ["test_sft.jsonl"], ["train_sft"],
+    ),
+    "val": (["train.csv", "val.csv"], {}, ["train.csv"], ["val.csv"], []),
+    "valid": (["train.csv", "valid.csv"], {}, ["train.csv"], ["valid.csv"], []),
+    "dev": (["train.json.gz", "dev.json.gz"], {}, ["train.json.gz"], ["dev.json.gz"], []),
+    "test before validation": (
+        ["train.jsonl", "validation.jsonl", "test.jsonl"], {}, ["train.jsonl"], ["test.jsonl"], ["validation"],
+    ),
+    "folders that are splits": (
+        ["default/train/0000.parquet", "default/train/0001.parquet", "default/test/0000.parquet"],
+        {}, ["default/train/0000.parquet", "default/train/0001.parquet"], ["default/test/0000.parquet"], [],
+    ),
+    "the default configuration before others": (
+        ["default/train/0000.parquet", "extra/train/0000.parquet"], {}, ["default/train/0000.parquet"], None, ["extra"],
+    ),
+    "the folder of preferences before others": (
+        ["edit/train.jsonl.gz", "preference/train.jsonl.gz", "preference/validation.jsonl.gz"],
+        {}, ["preference/train.jsonl.gz"], ["preference/validation.jsonl.gz"], ["edit"],
+    ),
+    "a subset that is asked for": (
+        ["edit/train.jsonl", "preference/train.jsonl"], {"subset": "edit"}, ["edit/train.jsonl"], None, [],
+    ),
+    "a prefix": (["my_train.jsonl", "my_test.jsonl"], {}, ["my_train.jsonl"], ["my_test.jsonl"], []),
+    "files whose names say nothing": (["a.jsonl", "b.jsonl"], {}, ["a.jsonl", "b.jsonl"], None, []),
+    "other files beside named ones": (
+        ["train.jsonl", "eval_results.json", "notes.jsonl"], {}, ["train.jsonl"], None, ["eval_results", "notes"],
+    ),
+    "what is no data": (["train.jsonl", "dataset_infos.json", ".cache/train.jsonl"], {}, ["train.jsonl"], None, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_folders_are_read_as_they_lie(tmp_path, name):
+    files, settings, train_files, test_files, aside = LAYOUTS[name]
+    for number, file in enumerate(files):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        write_as(tmp_path / file, [numbered_row(10 * number + row) for row in range(3)])
+    found = sources.find_sources(sources.DataSpec(str(tmp_path), **settings))
+    (train,), (test,) = found.train, found.test
+    assert [path.relative_to(tmp_path).as_posix() for path in train.files] == train_files
+    if test_files is None:
+        assert (train.part, test.part, test.files) == ("train", "test", train.files)
+    else:
+        assert [path.relative_to(tmp_path).as_posix() for path in test.files] == test_files
+    assert [note for note in found.notes if not all(each in note for each in aside)] == []
+    assert bool(found.notes) == bool(aside)
+
+
+def test_rows_of_shards_go_on_counting_and_keep_their_places(tmp_path):
+    for shard in range(2):
+        rows = [numbered_row(2 * shard), {**GOOD_ROW, "chosen": None}]
+        write_as(tmp_path / f"train-{shard:05}-of-00002.jsonl", rows)
+    train, _ = find(tmp_path)
+    assert [number for number, _ in read_part(dataclasses.replace(train, part="all"))] == [1, 2, 3, 4]
+    assert {number: train.place(number) for number in (2, 4)} == {
+        2: f"{tmp_path / 'train-00000-of-00002.jsonl'}:2", 4: f"{tmp_path / 'train-00001-of-00002.jsonl'}:2",
+    }  # fmt: skip
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    write_as(tmp_path / "train-00000-of-00003.parquet", [GOOD_ROW])
+    write_as(tmp_path / "train-00002-of-00003.parquet", [GOOD_ROW])
+    with pytest.raises(UserError, match=r"lacks 1 of the 3 files of train(.|\n)*train-00001-of-00003"):
+        find(tmp_path)
+
+
+def test_hh_rlhfs_own_folders_are_read_all_or_one(tmp_path):
+    for folder in ("harmless-base", "helpful-base"):
+        (tmp_path / folder).mkdir()
+        for split in ("train", "test"):
+            write_as(tmp_path / folder / f"{split}.jsonl.gz", [GOOD_ROW])
+    (tmp_path / "red-team-attempts").mkdir()
+    write_as(tmp_path / "red-team-attempts" / "red_team_attempts.jsonl.gz", [{"transcript": "x"}])
+    found = sources.find_sources(sources.DataSpec(str(tmp_path)))
+    assert [source.files[0].parent.name for source in found.train] == ["harmless-base", "helpful-base"]
+    assert [source.files[0].parent.name for source in found.test] == ["harmless-base", "helpful-base"]
+    assert found.notes == (f"left aside in {tmp_path}: red-team-attempts (--subset takes one)",)
+    for spec in (
+        sources.DataSpec(f"{tmp_path}:helpful-base"), sources.DataSpec(str(tmp_path), subset="helpful-base"),
+    ):  # fmt: skip
+        (train,) = sources.find_sources(spec).train
+        assert train.files == (tmp_path / "helpful-base" / "train.jsonl.gz",)
+    with pytest.raises(UserError, match="did you mean 'helpful-base'"):
+        find(tmp_path, subset="helpful")
+    with pytest.raises(UserError, match="name two subsets"):
+        find(f"{tmp_path}:helpful-base", subset="harmless-base")
+
+
+def test_several_sets_are_found_one_after_the_other(tmp_path):
+    first, second = write_as(tmp_path / "a.jsonl", [GOOD_ROW]), tmp_path / "b"
+    second.mkdir()
+    for split in ("train", "test"):
+        write_as(second / f"{split}.jsonl", [GOOD_ROW])
+    found = sources.find_sources(sources.DataSpec(f"{first},{second}"))
+    assert [(source.files[0].name, source.part) for source in found.train + found.test] == [
+        ("a.jsonl", "train"), ("train.jsonl", "all"), ("a.jsonl", "test"), ("test.jsonl", "all"),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="the same data twice"):
+        sources.find_sources(sources.DataSpec(f"{first},{first}"))
+    with pytest.raises(UserError, match="empty name"):
+        sources.find_sources(sources.DataSpec(f"{first},"))
+    comma = write_as(tmp_path / "a,b.jsonl", [GOOD_ROW])
+    assert find(comma)[0].files == (comma,)
+
+
+@pytest.mark.parametrize("flag", ["split", "test_split"])
+def test_a_split_that_is_not_there_is_named_with_the_nearest(tmp_path, flag):
+    for split in ("train_prefs", "test_prefs"):
+        write_as(tmp_path / f"{split}.jsonl", [GOOD_ROW])
+    with pytest.raises(UserError, match=rf"--{flag} tran_prefs: no such split, did you mean 'train_prefs'"):
+        find(tmp_path, **{flag: "tran_prefs"})
+    with pytest.raises(UserError, match=f"--{flag} train: a single file has no"):
+        find(tmp_path / "train_prefs.jsonl", **{flag: "train"})
+
+
+@pytest.mark.parametrize("is_split", [True, False])
+def test_what_datasets_saved_to_disk_is_read(tmp_path, is_split):
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"chosen": [QUESTION, YES], "rejected": [QUESTION, NO]}] * 3)
+    saved = datasets.DatasetDict(train_prefs=rows, test_prefs=rows.select([0])) if is_split else rows
+    saved.save_to_disk(str(tmp_path / "saved"))
+    train, test = find(tmp_path / "saved")
+    assert (train.part, test.part) == (("all", "all") if is_split else ("train", "test"))
+    pair = Pair([QUESTION, YES], [QUESTION, NO])
+    assert read_part(dataclasses.replace(train, part="all")) == [(number, pair) for number in (1, 2, 3)]
+
+
+def test_a_pointer_of_git_lfs_is_not_taken_for_data(tmp_path):
+    path = tmp_path / "train.parquet"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(UserError, match=r"only a pointer(.|\n)*git lfs pull"):
+        read_all(path)
+
+
+def test_rows_that_share_a_prompt_are_held_out_by_row(tmp_path):
+    rows = [{"prompt": "The same?", "chosen": f"Yes {number}.", "rejected": "No."} for number in range(400)]
+    train, test = parts_of(write_as(tmp_path / "same.jsonl", rows))
+    assert not train & test and len(train | test) == 400 and 5 <= len(test) <= 40
+    rows = [{**row, "prompt": f"One of {number % 3}?"} for number, row in enumerate(rows)]
+    train, test = parts_of(write_as(tmp_path / "three.jsonl", rows))
+    assert not train & test and len(train | test) == 400 and 5 <= len(test) <= 40
+
+
+def test_ranked_replies_to_different_prompts_are_held_out_by_prompt():
+    prompts = [(row, digest) for row, digest in enumerate(range(100, 119)) for _ in range(6)]
+    assert not sampler.shares_prompts(prompts) and not sampler.shares_prompts([])
+    assert sampler.shares_prompts([*prompts, (200, 100)])
+    assert sampler.shares_prompts([(row, row if row < 40 else 7) for row in range(100)])
 
 
 def test_a_home_folder_may_be_abbreviated(tmp_path, monkeypatch):
@@ -399,3 +572,40 @@ def test_a_reply_of_120_000_words_is_read_whole(tmp_path, suffix):
 def test_other_columns_do_no_harm(write_rows):
     row = {**GOOD_ROW, "id": 3, "source": None, "scores": [1, 2], "meta": {"a": {"b": []}}}
     assert read_all(write_rows([row])) == [(1, PAIR)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CSV
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_messages_in_cells_are_read_as_json_and_as_pandas_writes_lists(tmp_path):
+    for number, write in enumerate((json.dumps, repr)):
+        path = tmp_path / f"pairs{number}.csv"
+        cells = [write([QUESTION, YES]), write([QUESTION, NO])]
+        path.write_text("chosen,rejected\n" + ",".join('"' + cell.replace('"', '""') + '"' for cell in cells) + "\n")
+        assert read_all(path) == [(1, Pair([QUESTION, YES], [QUESTION, NO]))]
+
+
+def test_lines_within_cells_quotes_and_empty_cells_come_through(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_bytes(b'\xef\xbb\xbfprompt,chosen,rejected\r\n"Is it, or\nis it ""not""?",[1],\r\n')
+    ((number, reason),) = read_all(path)
+    assert (number, reason) == (1, "null: 'rejected' is null")
+    path.write_bytes(b'prompt,chosen,rejected\n"Is it, or\nis it ""not""?",[1],No\n')
+    ((_, pair),) = read_all(path)
+    assert [turn["content"] for turn in pair.chosen] == ['Is it, or\nis it "not"?', "[1]"]
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("prompt,chosen,rejected\na,b\n", r"not whole(.|\n)*row 1(.|\n)*2 cells, where the first line has 3"),
+        ('prompt,chosen,rejected\n"a,b,c\n', r"not CSV(.|\n)*after row 0"),
+        ("prompt,chosen,chosen\na,b,c\n", "two columns of one name"),
+    ],
+)
+def test_a_broken_csv_file_is_named(tmp_path, text, words):
+    (tmp_path / "pairs.csv").write_text(text)
+    with pytest.raises(UserError, match=words):
+        read_all(tmp_path / "pairs.csv")

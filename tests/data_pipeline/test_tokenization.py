@@ -103,7 +103,7 @@ def test_special_tokens_that_are_read_as_plain_text_are_no_place_to_cut():
 
 
 def test_qwen3s_shared_starts_are_encoded_once(real_tokenizer, real_data):
-    _, pair = next(parsing.read_pairs(sources.find_sources(real_data)[0]))
+    pair = next(parsing.read_pairs(sources.find_sources(sources.DataSpec(str(real_data))).train[0])).pair
     texts = real_tokenizer.apply_chat_template([pair.chosen, pair.rejected], tokenize=False)
     given = []
 

@@ -785,9 +785,9 @@ def small_qwen3(real_tokenizer_folder, tmp_path_factory):
 
 
 def test_64_real_pairs_are_learned_by_heart(run_script, small_qwen3, real_data, write_rows, tmp_path):
-    from data_pipeline.sources import Source, read_rows
+    from data_pipeline.reading import rows_of
 
-    rows = [row for _, row in read_rows(Source("train", Path(real_data) / "train.jsonl.gz"))][:64]
+    rows = [row for _, row in rows_of(Path(real_data) / "train.jsonl.gz")][:64]
     write_rows(rows)
     write_rows(rows, "test.jsonl")
     result = run_script(
