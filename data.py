@@ -44,7 +44,7 @@ class SourcePairs:
     def __init__(self, folder: Path, source: Source, max_length: int | None):
         report = utils.read_json(folder / "report.json")
         self.name, self.part = source.name, source.part
-        self.shape, self.holds_out_rows = report["shape"], report["holds_out_rows"]
+        self.holds_out_rows = report["holds_out_rows"]
         lengths = np.load(folder / "lengths.npy")  # (M, 3): prompt, chosen, rejected
         rows = np.load(folder / "rows.npy")  # (M,) line or row number in the source
         starts = np.concatenate([[0], np.cumsum(lengths.sum(axis=1, dtype=np.int64))])
@@ -67,7 +67,8 @@ class SourcePairs:
     ) -> Counts:
         skipped_rows, skipped_keys = np.load(folder / "skipped_rows.npy"), np.load(folder / "skipped_keys.npy")
         skipped_here = self._is_here(np.load(folder / "skipped_held_out.npy"))
-        counts = Counts(len(np.unique(np.concatenate([rows[here], skipped_rows[skipped_here]]))))
+        num_rows = len(np.unique(np.concatenate([rows[here], skipped_rows[skipped_here]])))
+        counts = Counts(num_rows, shape=report["shape"])
         for at, key in enumerate(SKIP_REASONS):
             its_rows = skipped_rows[skipped_here & (skipped_keys == at)].tolist()
             detail = report["details"].get(key, {}).get(str(its_rows[0]), "") if its_rows else ""
@@ -114,7 +115,6 @@ class PairDataset:
         for part in self.parts:
             rows = len(np.unique(part.rows))
             lines.append(f"{split}: kept {rows:,} of {part.counts.rows:,} rows of {part.name}")
-            lines += [f"  rows read as {part.shape}"] * bool(part.shape)
             lines += [f"  as {len(part):,} {unit}"] * (rows != len(part))
             if split == "test" and part.part != "all" and part.holds_out_rows:
                 lines.append("  held out by row and not by prompt, because the rows share few prompts")

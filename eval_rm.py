@@ -157,7 +157,7 @@ def replacement_note(report_dir: Path, data: eval_data.Data) -> str | None:
     """A line if the report that is already there is about other data."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         old = utils.read_json(report_dir / report.JSON)
-        if (old["dataset"], old["split"]) != (utils.seen_from_here(data.dataset), data.split):
+        if (old["dataset"], old["split"]) != (sources.seen_from_here(data.dataset), data.split):
             what = f"the report in {report_dir} is on {old['dataset']}, {old['split']}"
             return f"{what}, and will be replaced; to keep both, choose another --report_dir"
     return None

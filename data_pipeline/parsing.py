@@ -76,6 +76,7 @@ class Counts:
     first_rows: dict[str, list[int]] = field(default_factory=dict)
     details: dict[str, str] = field(default_factory=dict)  # what is wrong with the first row of a reason
     unused: Counter = field(default_factory=Counter)  # rows by column, of columns like those of a dialogue
+    shape: str = ""  # what the rows were read as, if not as chosen and rejected
 
     def add(self, reason: str, *rows: int) -> None:
         """Count rows under a reason, a key or `KEY: DETAIL`."""
@@ -92,8 +93,8 @@ class Counts:
         return sum(self.count[key] for key in SKIP_REASONS)
 
     def lines(self) -> list[str]:
-        """One line for each reason and warning that occurred."""
-        lines = []
+        """What the rows were read as, and one line for each reason and warning that occurred."""
+        lines = [f"  rows read as {self.shape}"] * bool(self.shape)
         for texts, verb in ((SKIP_REASONS, "skipped"), (WARNINGS, "kept")):
             for key, text in texts.items():
                 if self.count[key]:

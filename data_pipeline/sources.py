@@ -6,12 +6,14 @@ leaves aside (another split, another subset) it says.
 
 import dataclasses
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import utils
 from common import hub
 from data_pipeline import reading
 from utils import UserError, nearest, sha256_of
@@ -20,7 +22,7 @@ TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "validation", "valid", "val", "eval", "dev")
 HELD_OUT_IN = 20  # without a test split, one prompt in 20 is held out
 NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
-DEEPEST = 4  # folders below --dataset
+DEEPEST = 3  # folders below --dataset
 SHOWN = 8  # names in a message
 Columns = tuple[tuple[str, str], ...]  # (name that we use, name in the data)
 
@@ -144,6 +146,11 @@ def from_anywhere(dataset: str) -> str:
         path, subset = (spec := without_subset(DataSpec(name.strip()))).dataset, spec.subset
         names.append((str(Path(path).absolute()) if Path(path).exists() else path) + f":{subset}" * bool(subset))
     return ",".join(names)
+
+
+def seen_from_here(dataset: str) -> str:
+    """The names of `--dataset` with paths as short as they are from the working folder."""
+    return ",".join(utils.seen_from_here(name) for name in dataset_names(dataset))
 
 
 def _find(spec: DataSpec) -> Found:
@@ -302,11 +309,12 @@ def _splits_in(folder: Path) -> dict[str, dict[str, Source]]:
 
 
 def _data_files(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        inside = path.relative_to(folder).parts
-        is_left_out = any(part.startswith(".") for part in inside) or path.name in NOT_DATA or len(inside) > DEEPEST
-        if path.name.endswith(reading.SUFFIXES) and not is_left_out and path.is_file():
-            yield path
+    for at, folders, names in os.walk(folder, followlinks=True):
+        depth = len(Path(at).relative_to(folder).parts)
+        folders[:] = [name for name in folders if not name.startswith(".") and depth < DEEPEST]
+        for name in names:
+            if name.endswith(reading.SUFFIXES) and not name.startswith(".") and name not in NOT_DATA:
+                yield Path(at) / name
 
 
 def _stem(path: Path) -> str:

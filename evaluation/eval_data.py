@@ -45,6 +45,7 @@ class Comparison:
     key: str | None  # the `id` of a row with lists of replies, as RewardBench 2's are; else None
     tools: Any = None  # what the assistant could call
     unused: tuple[str, ...] = ()  # columns like those of a dialogue that are not in it
+    shape: str = ""  # what the row was read as, if not as chosen and rejected
 
     @property
     def is_pair(self) -> bool:
@@ -163,6 +164,7 @@ def _comparison(
         key=key,
         tools=pairs[0].tools,
         unused=pairs[0].unused,
+        shape=pairs[0].shape,
     )
 
 

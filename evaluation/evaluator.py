@@ -15,6 +15,7 @@ import utils
 from checkpointing.resolve import training_settings
 from checkpointing.run_folder import best_step, step_folders, step_of
 from common import hub
+from data_pipeline import sources
 from data_pipeline.sources import DataSpec
 from evaluation import analysis, eval_data, html_report, metrics, plots, report
 from evaluation.scores import ScoreTable, score_dataset
@@ -54,7 +55,7 @@ def evaluate_model(job: EvalJob, check_stop: Callable[[], None]) -> dict[str, An
 
     `check_stop` is called before each micro-batch, and may raise `utils.Stopped`.
     """
-    dataset, notes = utils.seen_from_here(job.data.dataset), [*job.data.notes, *job.notes]
+    dataset, notes = sources.seen_from_here(job.data.dataset), [*job.data.notes, *job.notes]
     tables: list[ScoreTable] = []
 
     def score(source: ModelSource) -> ScoreTable:

@@ -152,6 +152,7 @@ class RowColumns:
     subsets: dict[str, int] = field(default_factory=dict)  # name -> number
     keys: dict[int, str] = field(default_factory=dict)  # by position, of rows with lists of replies only
     unused: Counter = field(default_factory=Counter)  # rows by column, of columns like those of a dialogue
+    shape: str = ""  # what the rows were read as
 
     def add(self, row: Row) -> None:
         content = None if isinstance(row.content, str) else row.content
@@ -159,6 +160,7 @@ class RowColumns:
         subset = self.subsets.setdefault(subset, len(self.subsets))
         self.numbers.extend((row.number, subset, turns, chosen))
         self.unused.update(content.unused if content else ())
+        self.shape = self.shape or (content.shape if content else "")
         if content and content.key is not None:
             self.keys[row.position] = content.key
 
@@ -166,7 +168,7 @@ class RowColumns:
 def build_table(log: ScoreLog, columns: RowColumns, fingerprint: str) -> ScoreTable:
     """The log's rewards and lengths beside what was noted of its rows."""
     rows, names = np.array(columns.numbers, dtype=np.int64).reshape(-1, 4), list(columns.subsets)
-    counts, groups, guessing = Counts(len(rows), unused=columns.unused), [], 0.0
+    counts, groups, guessing = Counts(len(rows), unused=columns.unused, shape=columns.shape), [], 0.0
     scored, margins, longest, longer_by = array("q"), array("d"), array("i"), array("i")
     rewards, lengths = array("f"), array("i")
     for position, found in log.items():

@@ -148,7 +148,9 @@ def check_data(config: TrainingConfig, world: World, train_data: Any, eval_data:
     if len(eval_data) == 0:
         print("nothing is held out: this run cannot say how good the model is", flush=True)
     if len(train_data) == 0:
-        raise UserError("no training data is left", where=train_data.name, next="see the counts above")
+        found = f"{train_data.counts.rows:,} rows, of which none can be used"
+        advice = "python data.py --dataset with the same settings shows what was read"
+        raise UserError("no training data is left", where=train_data.name, found=found, next=advice)
 
 
 def go_back_to(folder: Path, run: Run) -> memory.Choices:

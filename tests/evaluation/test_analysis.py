@@ -12,7 +12,7 @@ from evaluation import analysis, scores
 from evaluation.eval_data import Row
 
 PAIRS = 30_000
-CONTENT = SimpleNamespace(subset="one of two", turns=1, chosen=("a dialogue",), key=None, unused=())
+CONTENT = SimpleNamespace(subset="one of two", turns=1, chosen=("a dialogue",), key=None, unused=(), shape="")
 
 
 def test_a_pair_leaves_numbers_only_and_few_of_them(tmp_path):
