@@ -5,6 +5,8 @@ Marked `real`; they want the model that `make real-model` writes, and the pairs 
 
 import gzip
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 import data
 import models
-from data_pipeline import packing
+from data_pipeline import packing, reading
 from modeling import pretrained, speedups
 
 pytestmark = pytest.mark.real
@@ -135,6 +137,32 @@ def test_a_resumed_run_is_bitwise_the_straight_one_and_opens_in_transformers(
     ours = torch.tensor(restored.score_dialogues(DIALOGUES))
     theirs = transformers_rewards(run / "step-2", real_model_folder if switches else None)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def shorter_is_better(real_data, tmp_path_factory):
+    """A folder of 48 training and 32 test pairs of short dialogues in which the shorter reply was made the chosen."""
+    rows = []
+    for _, row in reading.rows_of(Path(real_data) / "train.jsonl.gz"):
+        shorter, longer = sorted((row["chosen"], row["rejected"]), key=len)
+        if len(longer) < 700 and len(longer) - len(shorter) > 60:
+            rows.append(json.dumps({"chosen": shorter, "rejected": longer}) + "\n")
+    folder = tmp_path_factory.mktemp("shorter")
+    (folder / "train.jsonl").write_text("".join(rows[:48]), encoding="utf-8")
+    (folder / "test.jsonl").write_text("".join(rows[48:80]), encoding="utf-8")
+    return folder
+
+
+def test_the_report_finds_a_length_bias(run_script, real_model_folder, shorter_is_better, tmp_path):
+    """A model that learned to prefer the shorter reply is found out: on the pairs, within prompts, and in words."""
+    settings = ["--batch_size", 16, "--grad_accum", 1, "--lr", 1e-4, "--run_name", "short"]
+    trained = run_script("train_rm.py", "--model", real_model_folder, "--dataset", shorter_is_better, *settings)
+    assert trained.returncode == 0, trained.stderr
+    report = json.loads((tmp_path / "checkpoints/rm/short/reports/step-3/report.json").read_text())
+    assert report["accuracy"] >= 0.8
+    assert report["length"]["model_prefers_longer"] <= 0.2
+    assert report["length"]["within_prompts"]["pearson"] <= -0.3
+    assert any("prefers the shorter reply" in line for line in report["findings"]), report["findings"]
 
 
 def transformers_rewards(folder, base):
