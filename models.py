@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from data_pipeline import packing
-from modeling import attention, devices, flex, generation, pretrained, speedups
+from modeling import attention, devices, flex, generation, lengths, pretrained, speedups
 from modeling.pretrained import LoraSettings, load_tokenizer
 from utils import CheckpointError, UserError
 
@@ -43,6 +43,7 @@ class PretrainedModel(nn.Module):
         self.autocast_dtype: torch.dtype | None = None
         self.attention = "sdpa"
         self.can_narrow = False  # see speedups.narrow_last_layer
+        lengths.forget_longer_sequences(hf_model)
         self.why_not = self.try_packing()  # packed rows are allowed; "" if they are
         self.can_pack = not self.why_not
 
@@ -197,11 +198,13 @@ class PretrainedModel(nn.Module):
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     def packs_up_to(self, max_length: int) -> bool:
-        """Whether sequences of up to `max_length` tokens may be packed: a sliding window must not be narrower."""
-        layer_types = getattr(self.text_config, "layer_types", None)
-        has_window = any("full" not in kind for kind in layer_types) if layer_types else True
-        window = getattr(self.text_config, "sliding_window", None) if has_window else None
+        """Whether sequences of up to `max_length` tokens may be packed: an attention window must not be narrower."""
+        window = lengths.narrowest_window(self.text_config)
         return self.can_pack and (window is None or max_length <= window)
+
+    def alone_above(self) -> int | None:
+        """The length above which a sequence must be computed without any other; None if they never disturb another."""
+        return lengths.rope_switch(self.hf_model)
 
     def attention_crossover_length(self) -> float:
         """The row length at which attention costs as much arithmetic as everything else in a layer.
@@ -218,7 +221,7 @@ class PretrainedModel(nn.Module):
 
     def most_positions(self) -> int | None:
         """The longest sequence, in tokens, that the architecture has positions for; None if it has no such limit."""
-        return getattr(self.text_config, "max_position_embeddings", None)
+        return lengths.most_positions(self.text_config)
 
 
 # -- The reward model --------------------------------------------------------------------------------------------------
@@ -313,7 +316,16 @@ class RewardModel(PretrainedModel):
         )
 
     def score_rows(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """fp32 rewards (B,) of right-padded sequences, one per row, by the architecture's own forward."""
+        """fp32 rewards (B,) of right-padded sequences, one per row, by the architecture's own forward.
+
+        Sequences above `alone_above` get a forward each, or the others' rewards would depend on them.
+        """
+        limit = self.alone_above()
+        if limit is not None and input_ids.shape[1] > limit:
+            return torch.cat([self._score_rows(*sequence) for sequence in lengths.alone(input_ids, attention_mask)])
+        return self._score_rows(input_ids, attention_mask)
+
+    def _score_rows(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         with self.autocast():
             if not self._has_score_head():
                 return self.hf_model(input_ids=input_ids, attention_mask=attention_mask).logits[:, 0].float()
@@ -335,7 +347,7 @@ class RewardModel(PretrainedModel):
         """The reward as the last message grows: the text of each of its tokens, and the fp32 reward after it.
 
         The last reward is the dialogue's own; those before it are what the head says of an unfinished reply, which
-        training never looks at. Raises ValueError for an architecture whose earlier rewards depend on later tokens.
+        training never looks at. Raises ValueError if earlier rewards would depend on later tokens.
         """
         if not self.can_pack:
             raise ValueError(f"no reward token by token: {self.why_not}")
@@ -348,6 +360,9 @@ class RewardModel(PretrainedModel):
         start = next(place for place, (a, b) in enumerate(zip(text, another, strict=False)) if a != b)
         encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         first = next(index for index, (_, end) in enumerate(encoding.offsets) if end > start)
+        limit = self.alone_above()
+        if limit is not None and len(encoding.ids) > limit:
+            raise ValueError(f"no reward token by token: rope changes above {limit:,} tokens, for all of them")
         ids = torch.tensor([encoding.ids], device=self.device)  # (1, T)
         with self.in_fp32():
             output = self.backbone(input_ids=ids, attention_mask=torch.ones_like(ids))

@@ -190,6 +190,9 @@ def describe(config: TrainingConfig, model: Any, sampler: StepSampler, world: Wo
     if not model.packs_up_to(config.max_length):
         why_not = model.why_not or "its attention window is below --max_length"
         print(f"  one sequence per row, because {why_not}: slower")
+    limit = model.alone_above()
+    if limit is not None and config.max_length > limit:
+        print(f"  sequences above {limit:,} tokens are computed one at a time, because rope changes there: slower")
     if not world.is_alone:
         print(f"processes: {world.size}, {'FSDP2' if world.is_sharded else 'DDP'}")
     steps = f"{sampler.total_steps:,} steps of {config.examples_per_step} {config.unit}"
