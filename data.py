@@ -23,7 +23,7 @@ from data_pipeline.parsing import SKIP_REASONS, WARNINGS
 from data_pipeline.sources import Source, find_sources
 from data_pipeline.tokenization import longest_sequences, shared_prefix, split_sequences, tokenized_chunks
 
-CACHE_VERSION = 4  # increase it when parsing, tokenizing or the files change
+CACHE_VERSION = 5  # increase it when parsing, tokenizing or the files change
 MAX_SKIPPED = 0.10  # of a dataset's rows
 DEAD_AFTER_SECONDS = 24 * 3600
 
@@ -35,6 +35,7 @@ class Counts:
     rows: int = 0
     count: Counter = field(default_factory=Counter)  # by keys of SKIP_REASONS and WARNINGS
     first_rows: dict[str, list[int]] = field(default_factory=dict)
+    refusal: str = ""  # what the chat template said of the first row that it rejected
 
     def add(self, key: str, *rows: int) -> None:
         if rows:
@@ -54,8 +55,9 @@ class Counts:
                 if self.count[key]:
                     rows = ", ".join(str(row) for row in self.first_rows[key])
                     more = ", …" if self.count[key] > len(self.first_rows[key]) else ""
+                    said = f', which said "{self.refusal}"' if key == "template" and self.refusal else ""
                     plural = "row" if self.count[key] == 1 else "rows"
-                    lines.append(f"  {verb} {self.count[key]:,}: {text} ({plural} {rows}{more})")
+                    lines.append(f"  {verb} {self.count[key]:,}: {text}{said} ({plural} {rows}{more})")
         return lines
 
 
@@ -68,7 +70,8 @@ class PairDataset:
     def __init__(self, folder: Path, name: str, max_length: int | None = None):
         report = utils.read_json(folder / "report.json")
         self.name, self.kind_names, self.shape = name, report["kinds"], report.get("shape", "")
-        self.counts = Counts(report["rows"], Counter(report["count"]), report["first_rows"])
+        counted = Counter(report["count"]), report["first_rows"], report.get("refusal", "")
+        self.counts = Counts(report["rows"], *counted)
         lengths = np.load(folder / "lengths.npy")  # (N, 3): prompt, chosen, rejected
         rows = np.load(folder / "rows.npy")  # (N,) line or row number in the source
         starts = np.concatenate([[0], np.cumsum(lengths.sum(axis=1, dtype=np.int64))])
@@ -91,6 +94,9 @@ class PairDataset:
     def longest_sides(self) -> np.ndarray:
         """(N,) tokens of the longer of each pair's two sequences."""
         return longest_sequences(self.lengths)
+
+    def largest_token(self) -> int:
+        return int(self._tokens.max())
 
     def tokens(self, index: int) -> np.ndarray:
         """The ids of `[prompt | chosen | rejected]`."""
@@ -181,6 +187,7 @@ def _tokenize(source: Source, tokenizer: Any, folder: Path) -> None:
     ):
         for chunk, ids in chunks:
             counts.rows += chunk.row_count
+            counts.refusal = counts.refusal or chunk.refusal
             for key, row in chunk.skipped:
                 counts.add(key, row)
             packed = []
@@ -207,6 +214,7 @@ def _tokenize(source: Source, tokenizer: Any, folder: Path) -> None:
     utils.write_json(
         folder / "report.json",
         {"rows": counts.rows, "shape": shape, "count": counts.count, "first_rows": counts.first_rows,
-         "kinds": list(kind_numbers), "tokens_sha256": utils.sha256_of(folder / "tokens.bin"), "source": source.name,
+         "refusal": counts.refusal, "kinds": list(kind_numbers), "source": source.name,
+         "tokens_sha256": utils.sha256_of(folder / "tokens.bin"),
          "sha256": {path.name: utils.sha256_of(path) for path in folder.iterdir()}},
     )  # fmt: skip

@@ -156,10 +156,10 @@ def score_lines(config: EvalConfig) -> None:
         ready = scorer.Scorer(models.RewardModel.restore(folder, config.base_model), scoring)
     counts = score_stream.score(ready, lines, config.best_of, config.score != "-", sys.stdout.buffer)
     scored = counts.pop("scored", 0)
-    skipped = f", {counts.total():,} skipped" if counts else ""
-    print(f"{scored:,} rows scored{skipped}", file=sys.stderr)
-    for reason, count in sorted(counts.items()):
-        print(f"  {count:,} {parsing.SKIP_REASONS[reason]}", file=sys.stderr)
+    total = sum(counts[reason] for reason in parsing.SKIP_REASONS)
+    print(f"{scored:,} rows scored" + (f", {total:,} skipped" if total else ""), file=sys.stderr)
+    for reason, count in sorted((+counts).items()):
+        print(f"  {count:,} {(parsing.SKIP_REASONS | parsing.WARNINGS)[reason]}", file=sys.stderr)
 
 
 if __name__ == "__main__":

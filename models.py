@@ -59,7 +59,8 @@ class PretrainedModel(nn.Module):
                 # "auto" would ask the hub whether the base's vocabulary was resized; ours never is
                 self.peft_model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
                 (folder / "README.md").unlink(missing_ok=True)  # an empty model card
-            self.tokenizer.save_pretrained(folder)
+            # several templates would go into a folder of their own, and a checkpoint is files only
+            self.tokenizer.save_pretrained(folder, save_jinja_files=isinstance(self.tokenizer.chat_template, str))
 
     def state(self) -> dict[str, Tensor]:
         """What `save` writes: all weights, or with LoRA the adapters and the head."""
@@ -266,7 +267,7 @@ class RewardModel(PretrainedModel):
 
         `base` is where an adapter's base model is now, if it has moved.
         """
-        tokenizer = load_tokenizer(str(folder))
+        tokenizer = load_tokenizer(str(folder), pretrained.UNKNOWN_DATE)
         name = (base or pretrained.base_of_adapter(folder)) if pretrained.is_adapter(folder) else str(folder)
         classifier, missing = pretrained.open_model(
             transformers.AutoModelForSequenceClassification, name, num_labels=1, pad_token_id=tokenizer.pad_token_id

@@ -34,6 +34,7 @@ WARNINGS = {
     "merged": "turns of the same speaker in a row, merged into one",
     "prompts_differ": "the two sides answer different prompts",
     "not_rendered": "the model's chat template leaves out a part of the dialogue: a tool call, tools or reasoning",
+    "system_moved": "system turn put into the first user turn: the model's chat template takes none",
 }
 
 

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from data_pipeline import messages, parsing, shapes, sources
 from data_pipeline.messages import Messages, RowError
-from data_pipeline.tokenization import TokenizedGroup, tokenize_groups
+from data_pipeline.tokenization import moves_system_turn, refusal, tokenize_groups
 from modeling.scorer import Scorer
 from utils import UserError, nearest
 
@@ -111,7 +111,7 @@ def _prompt_with_replies(row: dict[str, Any], column: str | None, row_error: Row
 
 
 def score(scorer: Scorer, lines: Iterator[Line], best_of: bool, waits: bool, out: BinaryIO) -> Counter:
-    """Write each line with its rewards; returns how many were scored ("scored") and how many skipped, by reason.
+    """Write each line with its rewards; returns how many were scored ("scored"), skipped, and changed, by reason.
 
     With `waits`, lines are scored a thousand at a time. Without, whatever has arrived is scored immediately, so that a
     process can write one line and wait for its reward.
@@ -123,15 +123,20 @@ def score(scorer: Scorer, lines: Iterator[Line], best_of: bool, waits: bool, out
         rewards = dict(itertools.chain.from_iterable(scorer.rewards(found)))
         for at, line in enumerate(chunk):
             counts["scored" if at in rewards else found[at]] += 1
-            answer = json.dumps(_answer(line, rewards.get(at), found[at], best_of), ensure_ascii=False, default=str)
+            tokenizer = scorer.model.tokenizer
+            counts["system_moved"] += at in rewards and moves_system_turn(tokenizer, line.dialogues)
+            why_not = "" if at in rewards else parsing.SKIP_REASONS[found[at]]
+            if found[at] == "template":
+                why_not += f", which said: {refusal(line.dialogues, tokenizer, line.tools)}"
+            answer = json.dumps(_answer(line, rewards.get(at), why_not, best_of), ensure_ascii=False, default=str)
             # half a character (a lone surrogate) can only be written as its JSON escape, \ud800
             out.write(answer.encode(errors="backslashreplace") + b"\n")
         out.flush()
     return counts
 
 
-def _answer(line: Line, rewards: list[float] | None, found: TokenizedGroup | str, best_of: bool) -> dict[str, Any]:
-    """The row with its rewards, or without any and with the reason, which `found` is then."""
+def _answer(line: Line, rewards: list[float] | None, why_not: str, best_of: bool) -> dict[str, Any]:
+    """The row with its rewards, or without any and with the reason."""
     answer = dict(line.row)
     answer.pop("left_out", None)  # of an earlier pass
     best = rewards and rewards.index(max(rewards))  # the first of equals
@@ -141,7 +146,7 @@ def _answer(line: Line, rewards: list[float] | None, found: TokenizedGroup | str
         answer |= {"best": best, "reply": None if best is None else line.row["replies"][best]}
     if best_of or not line.has_replies:
         answer["reward"] = rewards and rewards[best]
-    return answer if rewards else answer | {"left_out": parsing.SKIP_REASONS[found]}
+    return answer if rewards else answer | {"left_out": why_not}
 
 
 def _chunks(lines: Iterator[Line], waits: bool) -> Iterator[list[Line]]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ import utils
 from common.progress import ProgressBar
 from data import Counts
 from data_pipeline.parsing import SKIP_REASONS
-from data_pipeline.tokenization import TokenizedGroup, tokenize_groups
+from data_pipeline.tokenization import TokenizedGroup, moves_system_turn, refusal, tokenize_groups
 from evaluation import reward_bench
 from evaluation.eval_data import Data, Row
 from modeling.scorer import Scorer
@@ -147,30 +148,35 @@ class ScoreTable:
 class RowColumns:
     """What the rows are besides their scores, gathered while they are read."""
 
-    numbers: array = field(default_factory=lambda: array("q"))  # four a row: its number, subset, turns, chosen
+    tokenizer: Any
+    # five a row: its number, subset, turns, chosen, whether a system turn was moved
+    numbers: array = field(default_factory=lambda: array("q"))
     subsets: dict[str, int] = field(default_factory=dict)  # name -> number
+    refusal: str = ""  # the chat template's own words about the first row that it rejected
     keys: dict[int, str] = field(default_factory=dict)  # by position, of rows with lists of replies only
 
     def add(self, row: Row) -> None:
         content = None if isinstance(row.content, str) else row.content
         subset, turns, chosen = (content.subset, content.turns, len(content.chosen)) if content else ("", 0, 0)
         subset = self.subsets.setdefault(subset, len(self.subsets))
-        self.numbers.extend((row.number, subset, turns, chosen))
+        is_moved = bool(content) and moves_system_turn(self.tokenizer, row.dialogues)
+        self.numbers.extend((row.number, subset, turns, chosen, is_moved))
         if content and content.key is not None:
             self.keys[row.position] = content.key
 
 
 def build_table(log: ScoreLog, columns: RowColumns, fingerprint: str) -> ScoreTable:
     """The log's rewards and lengths beside what was noted of its rows."""
-    rows, names = np.array(columns.numbers, dtype=np.int64).reshape(-1, 4), list(columns.subsets)
-    counts, groups, guessing = Counts(len(rows)), [], 0.0
+    rows, names = np.array(columns.numbers, dtype=np.int64).reshape(-1, 5), list(columns.subsets)
+    counts, groups, guessing = Counts(len(rows), refusal=columns.refusal), [], 0.0
     scored, margins, longest, longer_by = array("q"), array("d"), array("i"), array("i")
     rewards, lengths = array("f"), array("i")
     for position, found in log.items():
-        number, subset, _, n = rows[position].tolist()
+        number, subset, _, n, is_moved = rows[position].tolist()
         if isinstance(found, str):
             counts.add(found, number)
             continue
+        counts.add("system_moved", *[number] * is_moved)
         values, tokens = found
         scored.append(position)
         margins.append(min(values[:n]) - max(values[n:]))
@@ -201,7 +207,7 @@ def score_dataset(scorer: Scorer, data: Data, folder: Path, check_stop: Callable
     """
     folder.mkdir(parents=True, exist_ok=True)
     key = hashlib.sha256(json.dumps([scorer.fingerprint, data.fingerprint()]).encode()).hexdigest()
-    log, columns = ScoreLog(folder, key), RowColumns()
+    log, columns = ScoreLog(folder, key), RowColumns(scorer.model.tokenizer)
     if log.found:
         print(f"{name}: {log.found:,} rows were scored before; continuing after them", file=sys.stderr, flush=True)
     bar = ProgressBar(name, data.num_rows, done=log.found, unit="rows", first_after=SILENT_SECONDS, stream=sys.stderr)
@@ -237,6 +243,9 @@ def score_rows(
                 break
         tools = [None if isinstance(row.content, str) else row.content.tools for row in chunk]
         found = tokenize_groups([row.dialogues for row in chunk], scorer.model.tokenizer, scorer.max_length, tools)
+        if "template" in found and not columns.refusal:
+            at = found.index("template")
+            columns.refusal = refusal(chunk[at].dialogues, scorer.model.tokenizer, tools[at])
         return [(row.position, _unless_identical(row, tokens)) for row, tokens in zip(chunk, found, strict=True)]
 
     with ThreadPoolExecutor(1) as reader:

@@ -4,6 +4,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,12 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from common import hub
+from data_pipeline import tokenization
 from utils import CheckpointError, UserError, first_line, nearest, read_json
 
-# ChatML, which Qwen uses too: for base models that come without a chat template
-CHATML_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+# For models whose chat template writes today's date, if nothing says which date they were trained with. It is the one
+# that Llama's own templates write where they cannot ask for today's.
+UNKNOWN_DATE = datetime(2024, 7, 26)
 TRY_OFFLINE = "python train_rm.py --demo   (offline), or --model FOLDER with a downloaded model"
 
 
@@ -36,8 +36,12 @@ class LoraSettings:
 # -- Tokenizer ---------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a hub id or folder, with a chat template and a pad token that scoring can rely on."""
+def load_tokenizer(name: str, date: datetime | None = None) -> Any:
+    """The tokenizer of a hub id or folder, with a chat template and a pad token that scoring can rely on.
+
+    `date` is what a chat template that writes today's date writes from now on, saved copies included; None leaves that
+    to the clock, as a conversation wants it.
+    """
     hub.check_path_exists(name, "--model")
     local_only = _is_local_only(name)
     try:
@@ -52,7 +56,16 @@ def load_tokenizer(name: str) -> Any:
     if not tokenizer.is_fast:
         raise UserError("this model has no fast tokenizer, and slow ones take hours here", where=name)
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = CHATML_TEMPLATE
+        has_markers = all(
+            tokenizer.backend_tokenizer.token_to_id(marker) is not None for marker in ("<|im_start|>", "<|im_end|>")
+        )
+        tokenizer.chat_template = tokenization.CHATML_TEMPLATE if has_markers else tokenization.PLAIN_TEMPLATE
+        chosen = "ChatML" if has_markers else "a plain one, System: … User: … Assistant: …"
+        print(f"{name} has no chat template: {chosen} is used", flush=True)
+    if date is not None and tokenization.fix_date(tokenizer, date):
+        why = ", as nothing says which one it was trained with" if date == UNKNOWN_DATE else ""
+        print(f"the chat template writes today's date: fixed at {date:%Y-%m-%d}{why}", flush=True)
+    tokenization.take_system_turns(tokenizer)
     _choose_pad_token(tokenizer)
     return tokenizer
 
@@ -71,7 +84,7 @@ def _choose_pad_token(tokenizer: Any) -> None:
             "the model's chat template does not take a plain question and answer",
             where=tokenizer.name_or_path,
             found=f"{type(error).__name__}: {first_line(error)}",
-            next="fix its chat_template.jinja, or remove the file to use ChatML",
+            next="fix its chat_template.jinja, or remove the file to use one of ours",
         ) from error
     special = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token]
     for token in [*special, *tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder]:

@@ -146,10 +146,12 @@ def go_back_to(folder: Path, run: Run) -> memory.Choices:
     """Put a new run where a checkpoint was; returns how to go on using the memory."""
     state = checkpoint.read_training_state(folder)
     if state.data_fingerprint != run.train_data.fingerprint and not run.config.allow_data_change:
+        count, before = len(run.train_data), state.num_examples
+        is_same_count = count == before
         raise UserError(
             "the training data is not what this run was started with",
             where=run.train_data.name,
-            found=f"{len(run.train_data):,} {run.config.unit}, was {state.num_examples:,}",
+            found=f"{count:,} {run.config.unit}, " + ("with other tokens" if is_same_count else f"was {before:,}"),
             next="restore the old data, or add --allow_data_change to go on with this",
         )
     if state.base_fingerprint != run.base_fingerprint:
