@@ -220,6 +220,10 @@ class PretrainedModel(nn.Module):
         weights = (sum(p.numel() for p in self.backbone.parameters()) - embeddings) / config.num_hidden_layers
         return weights / (2 * config.num_attention_heads * self.head_size())
 
+    def check_token(self, largest: int) -> None:
+        """UserError if the largest of some token ids has no embedding: on a GPU that could not be recovered from."""
+        pretrained.check_token(self.tokenizer, largest, len(self.hf_model.get_input_embeddings().weight))
+
     def most_positions(self) -> int | None:
         """The longest sequence, in tokens, that the architecture has positions for; None if it has no such limit."""
         return lengths.most_positions(self.text_config)
@@ -239,26 +243,10 @@ class RewardModel(PretrainedModel):
     def create(cls, name: str, tokenizer: Any, seed: int, lora: LoraSettings | None = None) -> Self:
         """A base model (hub id or folder) with a new head drawn from `seed`; a reward model's own head is kept.
 
+        The tokenizer's pad token becomes one that the model has an embedding for, if it is not.
         The head is normal with standard deviation 1/sqrt(D + 1), as in Stiennon et al. 2020 (arXiv 2009.01325).
         """
-        torch.manual_seed(seed)  # for the heads that transformers draws
-        classifier, missing = pretrained.open_model(
-            transformers.AutoModelForSequenceClassification, name, num_labels=1, pad_token_id=tokenizer.pad_token_id
-        )
-        # Whatever the head is called, it is not part of the backbone; poolers are, and they belong to heads.
-        backbone = f"{classifier.base_model_prefix}."
-        if lost := sorted(path for path in missing if path.startswith(backbone) and "pooler" not in path):
-            raise UserError(
-                f"the base model's files lack {len(lost)} of its weights", where=name, found=", ".join(lost[:3])
-            )
-        if len(tokenizer) > classifier.get_input_embeddings().weight.shape[0]:
-            raise UserError("the tokenizer has more tokens than the model has embeddings", where=name)
-        if "score.weight" in missing:
-            weight = classifier.score.weight  # (1, D)
-            generator = torch.Generator().manual_seed(seed)
-            deviation = HEAD_SCALE / math.sqrt(weight.shape[1] + 1)
-            with torch.no_grad():
-                weight.copy_(torch.randn(weight.shape, generator=generator) * deviation)
+        classifier = pretrained.open_with_new_head(name, tokenizer, seed, HEAD_SCALE)
         return cls(classifier, tokenizer, pretrained.add_lora(classifier, lora, "SEQ_CLS", seed) if lora else None)
 
     @classmethod
@@ -269,17 +257,10 @@ class RewardModel(PretrainedModel):
         """
         tokenizer = load_tokenizer(str(folder), pretrained.UNKNOWN_DATE)
         name = (base or pretrained.base_of_adapter(folder)) if pretrained.is_adapter(folder) else str(folder)
-        classifier, missing = pretrained.open_model(
-            transformers.AutoModelForSequenceClassification, name, num_labels=1, pad_token_id=tokenizer.pad_token_id
-        )
+        opened = pretrained.open_classifier(name, tokenizer)
+        classifier = opened.model
         if not pretrained.is_adapter(folder):
-            if missing:
-                raise CheckpointError(
-                    f"the checkpoint lacks {len(missing)} of the model's weights",
-                    where=folder,
-                    found=f"missing: {', '.join(sorted(missing)[:3])}",
-                    safe="no new weights were drawn in their place",
-                )
+            pretrained.check_is_reward_model(opened, folder)
             return cls(classifier, tokenizer)
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             if not any("score" in key or "classifier" in key for key in file.keys()):  # noqa: SIM118
@@ -340,6 +321,7 @@ class RewardModel(PretrainedModel):
         """The rewards of whole dialogues (message lists), through the tokenizer's chat template."""
         texts = self.tokenizer.apply_chat_template(dialogues, tokenize=False)
         batch = self.tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
+        self.check_token(int(batch["input_ids"].max()))
         with self.in_fp32():
             return self.score_rows(batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)).tolist()
 
@@ -394,7 +376,7 @@ class PolicyModel(PretrainedModel):
     def create(cls, name: str, lora: LoraSettings | None = None, seed: int = 0) -> Self:
         """The causal LM of a hub id or folder, in fp32, with new adapters if `lora` is given."""
         tokenizer = load_tokenizer(name)
-        model, missing = pretrained.open_model(transformers.AutoModelForCausalLM, name)
+        model, missing, _ = pretrained.open_model(transformers.AutoModelForCausalLM, name, tokenizer)
         if missing:
             raise UserError(
                 "this is not a language model: its files lack weights that generation needs",

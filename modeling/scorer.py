@@ -95,6 +95,8 @@ class Scorer:
         for number, group in enumerate(groups):
             if isinstance(group, str):
                 continue
+            for ids in group.ids:
+                self.model.check_token(int(ids.max()))
             keys[number] = [ids.tobytes() for ids in group.ids]
             # equal sequences are scored once: at another place in a row, rounding could make their rewards differ
             distinct = list(dict(zip(keys[number], group.ids, strict=True)).values())

@@ -59,7 +59,7 @@ def set_up(config: TrainingConfig, resumed_from: Path | None, world: World, open
         model, train_data, eval_data = open_parts(config, resumed_from, world)
         if not resumed_from:
             torch.manual_seed(config.seed)
-        check_positions(model, train_data, eval_data)
+        check_sequences(model, train_data, eval_data)
         checkpoint.check_free_space(folder, model)
         base_fingerprint = model.base_fingerprint()
         module = prepare_model(model, config, world)
@@ -174,8 +174,11 @@ def go_back_to(folder: Path, run: Run) -> memory.Choices:
     return wanted._replace(**{name: value for name, value in keeps.items() if value is not None})
 
 
-def check_positions(model: Any, *datasets: Any) -> None:
-    """A sequence longer than the model's positions would fail in the middle of training, on a GPU beyond recovery."""
+def check_sequences(model: Any, *datasets: Any) -> None:
+    """What has no position or no embedding would fail in the middle of training, on a GPU beyond recovery."""
+    for dataset in datasets:
+        if len(dataset):
+            model.check_token(dataset.largest_token())
     limit = model.most_positions()
     longest = max((int(dataset.longest_sides().max()) for dataset in datasets if len(dataset)), default=0)
     if limit is not None and longest > limit:
