@@ -205,7 +205,7 @@ class PretrainedModel(nn.Module):
 
     def alone_above(self) -> int | None:
         """The length above which a sequence must be computed without any other; None if they never disturb another."""
-        return lengths.rope_switch(self.hf_model)
+        return lengths.alone_above(self.hf_model)
 
     def attention_crossover_length(self) -> float:
         """The row length at which attention costs as much arithmetic as everything else in a layer.
@@ -345,7 +345,7 @@ class RewardModel(PretrainedModel):
         first = next(index for index, (_, end) in enumerate(encoding.offsets) if end > start)
         limit = self.alone_above()
         if limit is not None and len(encoding.ids) > limit:
-            raise ValueError(f"no reward token by token: rope changes above {limit:,} tokens, for all of them")
+            raise ValueError(f"no reward token by token above {limit:,} tokens, where the model changes")
         ids = torch.tensor([encoding.ids], device=self.device)  # (1, T)
         with self.in_fp32():
             output = self.backbone(input_ids=ids, attention_mask=torch.ones_like(ids))

@@ -1,8 +1,9 @@
 """What an architecture does differently at some length: attention windows, rope that changes, positions that end.
 
-A reward must depend on its own sequence alone. A rope of the types "longrope" and "dynamic" takes its frequencies from
-the longest sequence of a forward pass, for all of its sequences (transformers' modeling_rope_utils.py). So a sequence
-above the length where they change is computed in a forward pass of its own, without padding.
+A reward must depend on its own sequence alone. But a rope of the types "longrope" and "dynamic" takes its frequencies
+from the longest sequence of a forward pass, for all of its sequences (transformers' modeling_rope_utils.py), and Doge's
+attention skips keys if the widest row has too many. So a sequence above the length where something changes is computed
+in a forward pass of its own, without padding.
 """
 
 from collections.abc import Iterator
@@ -11,14 +12,20 @@ from typing import Any
 from torch import Tensor, nn
 
 # what configurations call the number of tokens that a token of some layers sees at most
-WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "local_attention", "attention_chunk_size")
+WINDOWS = (
+    "sliding_window", "sliding_window_size", "window_size", "local_attention", "attention_chunk_size",
+    "index_topk",
+)  # fmt: skip
+WIDEST_ROW = "keep_window_size"  # Doge's: wider rows, whatever is in them, are computed in another way
 
 
 def narrowest_window(config: Any) -> int | None:
-    """The fewest tokens, itself included, that a token attends to in any layer; None if it sees all before it."""
+    """The fewest tokens, itself included, that a token of a packed row attends to in any layer; None if it sees all."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types and all(kind == "full_attention" for kind in layer_types):
         return None
+    if getattr(config, WIDEST_ROW, None):
+        return 0  # a packed row is wider than its sequences
     windows = [getattr(config, name, None) for name in WINDOWS]
     return min((window for window in windows if isinstance(window, int) and window > 0), default=None)
 
@@ -33,12 +40,13 @@ def most_positions(config: Any) -> int | None:
     return int(positions * min(factors)) if positions and factors else positions
 
 
-def rope_switch(hf_model: nn.Module) -> int | None:
-    """The sequence length above which rope computes with other frequencies; None if it never does."""
+def alone_above(hf_model: nn.Module) -> int | None:
+    """The length above which a sequence changes what is computed for others in its forward pass; None if none does."""
     config = hf_model.config.get_text_config()
     switches = [rope["original_max_position_embeddings"] for rope in _ropes(config) if rope["rope_type"] == "longrope"]
     switches += [config.max_position_embeddings for rope in _ropes(config) if "dynamic" in rope["rope_type"]]
-    return min(switches, default=None)
+    switches += [getattr(config, WIDEST_ROW, None)]
+    return min(filter(None, switches), default=None)
 
 
 def forget_longer_sequences(hf_model: nn.Module) -> None:

@@ -66,7 +66,10 @@ class Scorer:
         self.max_length = min(config.max_length, model.most_positions() or config.max_length)
         limit = model.alone_above()
         if limit is not None and self.max_length > limit:
-            print(f"sequences above {limit:,} tokens are scored one at a time, because rope changes there", flush=True)
+            print(
+                f"sequences above {limit:,} tokens are scored one at a time, because the model changes there",
+                flush=True,
+            )
         self.fingerprint = fingerprint_of(model, config.precision, self.max_length)
         if model.device.type == "cpu":
             model.to(devices.pick_device())

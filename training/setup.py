@@ -59,7 +59,7 @@ def set_up(config: TrainingConfig, resumed_from: Path | None, world: World, open
         model, train_data, eval_data = open_parts(config, resumed_from, world)
         if not resumed_from:
             torch.manual_seed(config.seed)
-        check_sequences(model, train_data, eval_data)
+        check_sequences(model, world, train_data, eval_data)
         checkpoint.check_free_space(folder, model)
         base_fingerprint = model.base_fingerprint()
         module = prepare_model(model, config, world)
@@ -174,8 +174,11 @@ def go_back_to(folder: Path, run: Run) -> memory.Choices:
     return wanted._replace(**{name: value for name, value in keeps.items() if value is not None})
 
 
-def check_sequences(model: Any, *datasets: Any) -> None:
-    """What has no position or no embedding would fail in the middle of training, on a GPU beyond recovery."""
+def check_sequences(model: Any, world: World, *datasets: Any) -> None:
+    """What has no position or no embedding would fail in the middle of training, on a GPU beyond recovery.
+
+    And the ranks of FSDP2 must make equally many forward passes, which they do not where some sequences get their own.
+    """
     for dataset in datasets:
         if len(dataset):
             model.check_token(dataset.largest_token())
@@ -185,6 +188,13 @@ def check_sequences(model: Any, *datasets: Any) -> None:
         raise UserError(
             f"the model has {limit:,} positions, and the longest sequence has {longest:,} tokens",
             next=f"--max_length {limit} skips longer ones",
+        )
+    limit = model.alone_above()
+    if world.is_sharded and limit is not None and longest > limit:
+        raise UserError(
+            f"--fsdp cannot train this model on sequences above {limit:,} tokens, because it changes there",
+            found=f"the longest sequence has {longest:,} tokens",
+            next=f"--max_length {limit}, or leave out --fsdp",
         )
 
 
@@ -197,7 +207,7 @@ def describe(config: TrainingConfig, model: Any, sampler: StepSampler, world: Wo
         print(f"  one sequence per row, because {why_not}: slower")
     limit = model.alone_above()
     if limit is not None and config.max_length > limit:
-        print(f"  sequences above {limit:,} tokens are computed one at a time, because rope changes there: slower")
+        print(f"  sequences above {limit:,} tokens are computed one at a time, because the model changes there: slower")
     if not world.is_alone:
         print(f"processes: {world.size}, {'FSDP2' if world.is_sharded else 'DDP'}")
     steps = f"{sampler.total_steps:,} steps of {config.examples_per_step} {config.unit}"

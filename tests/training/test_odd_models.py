@@ -9,6 +9,7 @@ from checkpointing import manifest
 from data_pipeline import tokenization
 from tests.modeling.test_lengths import LONG_ROPE
 from tests.modeling.test_pretrained import DATED, NO_SYSTEM, save_classifier
+from tests.training.test_distributed import farthest, free_port
 from utils import read_json
 
 SWITCH = 70  # tokens; the demo's pairs have sequences on both sides
@@ -52,7 +53,10 @@ def test_a_run_goes_on_the_next_day_as_if_it_were_the_same(run_script, phi, smal
     straight = run_script("train_rm.py", *common, "--run_name", "straight", "--epochs", 2)
     assert straight.returncode == 0, straight.stderr
     assert "the chat template writes today's date: fixed at " in straight.stdout
-    assert f"sequences above {SWITCH} tokens are computed one at a time, because rope changes there" in straight.stdout
+    assert (
+        f"sequences above {SWITCH} tokens are computed one at a time, because the model changes there"
+        in straight.stdout
+    )
     runs = tmp_path / "checkpoints/rm"
     assert "strftime_now(" not in (runs / "straight/step-8/chat_template.jinja").read_text()
 
@@ -154,3 +158,24 @@ def test_all_linear_trains_saves_and_resumes(run_script, tokenizer, small_datase
     assert resumed.returncode == 0, resumed.stderr
     files = [tmp_path / f"checkpoints/rm/{run}/step-2/adapter_model.safetensors" for run in ("straight", "later")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_two_processes_train_across_the_switch_what_one_does(script_server, phi, small_dataset, tmp_path):
+    common = ["train_rm.py", "--model", phi, "--dataset", small_dataset, "--batch_size", 8, "--grad_accum", 2,
+              "--max_steps", 2, "--precision", "fp32", "--no_report"]  # fmt: skip
+
+    def run(processes, *switches):
+        place = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        ranks = [place | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)] if processes > 1 else [{}]
+        scripts = [script_server.start([*common, *switches], tmp_path, rank) for rank in ranks]
+        return [script.wait() for script in scripts]
+
+    for processes, name in ((1, "one"), (2, "two")):
+        assert [result.returncode for result in run(processes, "--run_name", name)] == [0] * processes
+    one, two = (tmp_path / f"checkpoints/rm/{name}/step-2" for name in ("one", "two"))
+    assert (one / "chat_template.jinja").read_text() == (two / "chat_template.jinja").read_text()
+    assert max(farthest(one, two)) < 1e-4
+    # the ranks of FSDP2 would wait for each other for ever
+    refused = run(2, "--run_name", "three", "--fsdp")
+    assert [result.returncode for result in refused] == [2, 2]
+    assert f"--fsdp cannot train this model on sequences above {SWITCH} tokens" in refused[0].stderr
