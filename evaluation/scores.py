@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -148,18 +147,16 @@ class ScoreTable:
 class RowColumns:
     """What the rows are besides their scores, gathered while they are read."""
 
-    tokenizer: Any
     # five a row: its number, subset, turns, chosen, whether a system turn was moved
     numbers: array = field(default_factory=lambda: array("q"))
     subsets: dict[str, int] = field(default_factory=dict)  # name -> number
     refusal: str = ""  # the chat template's own words about the first row that it rejected
     keys: dict[int, str] = field(default_factory=dict)  # by position, of rows with lists of replies only
 
-    def add(self, row: Row) -> None:
+    def add(self, row: Row, is_moved: bool = False) -> None:
         content = None if isinstance(row.content, str) else row.content
         subset, turns, chosen = (content.subset, content.turns, len(content.chosen)) if content else ("", 0, 0)
         subset = self.subsets.setdefault(subset, len(self.subsets))
-        is_moved = bool(content) and moves_system_turn(self.tokenizer, row.dialogues)
         self.numbers.extend((row.number, subset, turns, chosen, is_moved))
         if content and content.key is not None:
             self.keys[row.position] = content.key
@@ -207,7 +204,7 @@ def score_dataset(scorer: Scorer, data: Data, folder: Path, check_stop: Callable
     """
     folder.mkdir(parents=True, exist_ok=True)
     key = hashlib.sha256(json.dumps([scorer.fingerprint, data.fingerprint()]).encode()).hexdigest()
-    log, columns = ScoreLog(folder, key), RowColumns(scorer.model.tokenizer)
+    log, columns = ScoreLog(folder, key), RowColumns()
     if log.found:
         print(f"{name}: {log.found:,} rows were scored before; continuing after them", file=sys.stderr, flush=True)
     bar = ProgressBar(name, data.num_rows, done=log.found, unit="rows", first_after=SILENT_SECONDS, stream=sys.stderr)
@@ -231,21 +228,22 @@ def score_rows(
     check_stop: Callable[[], None],
 ) -> None:  # fmt: skip
     """Score every row that is not in the log yet. Meanwhile a second thread reads and tokenizes the next rows."""
+    tokenizer = scorer.model.tokenizer
 
     def next_chunk() -> list[tuple[int, TokenizedGroup | str]]:
         """(position, tokens or the reason for skipping) of the next unknown rows; [] at the end."""
         chunk: list[Row] = []
         for row in rows:
-            columns.add(row)
+            columns.add(row, not isinstance(row.content, str) and moves_system_turn(tokenizer, row.dialogues))
             if row.position not in log:
                 chunk.append(row)
             if len(chunk) == ROWS_AT_A_TIME:
                 break
         tools = [None if isinstance(row.content, str) else row.content.tools for row in chunk]
-        found = tokenize_groups([row.dialogues for row in chunk], scorer.model.tokenizer, scorer.max_length, tools)
+        found = tokenize_groups([row.dialogues for row in chunk], tokenizer, scorer.max_length, tools)
         if "template" in found and not columns.refusal:
             at = found.index("template")
-            columns.refusal = refusal(chunk[at].dialogues, scorer.model.tokenizer, tools[at])
+            columns.refusal = refusal(chunk[at].dialogues, tokenizer, tools[at])
         return [(row.position, _unless_identical(row, tokens)) for row, tokens in zip(chunk, found, strict=True)]
 
     with ThreadPoolExecutor(1) as reader:
