@@ -168,12 +168,15 @@ def largest_micro_batch(batcher: MicroBatcher, dataset: Examples, budget: int) -
     """The longest examples that `budget` takes: how they are cut, and their tensors on the device."""
     lengths = dataset.lengths.sum(axis=1)  # (N,)
     by_length = np.argsort(-lengths, kind="stable")
-    # one that is computed alone does not grow with the budget, and may still be the largest
-    alone_above = batcher.alone_above or np.inf
-    together = by_length[longest_sequences(dataset.lengths[by_length]) <= alone_above]
+    # those that are computed alone do not grow with the budget, and may still be the largest
+    longest = longest_sequences(dataset.lengths)  # (N,)
+    is_alone = longest > (batcher.alone_above or np.inf)
+    together = by_length[~is_alone[by_length]]
     count = 1 + int(np.searchsorted(np.cumsum(lengths[together]), budget))
-    indices = [*by_length[:1], *together[: min(count, batcher.batch_size)]]
-    plans = batcher.plan(dataset, np.array(list(dict.fromkeys(indices))), budget)
+    indices = together[: min(count, batcher.batch_size)]
+    if is_alone.any():
+        indices = np.append(indices, longest.argmax())
+    plans = batcher.plan(dataset, indices, budget)
     plan = max(plans, key=lambda plan: plan.computed_tokens)
     batch = batcher.model.prepared(packing.build(dataset, plan, batcher.model.tokenizer.pad_token_id))
     return plan, batch.to(batcher.model.device)
