@@ -9,6 +9,7 @@ Letters: N pairs.
 """
 
 import contextlib
+import datetime
 import hashlib
 import itertools
 import os
@@ -32,7 +33,7 @@ from data_pipeline.shapes import DIALOGUE_COLUMNS, parse_columns
 from data_pipeline.sources import HELD_OUT_IN, DataSpec, Source, find_sources
 from data_pipeline.tokenization import longest_sequences, shared_prefix, split_sequences, tokenized_chunks
 
-CACHE_VERSION = 5  # increase it when parsing, tokenizing or the files change
+CACHE_VERSION = 6  # increase it when parsing, tokenizing or the files change
 MAX_SKIPPED = 0.10  # of a dataset's rows
 DEAD_AFTER_SECONDS = 24 * 3600
 DETAILS_KEPT = 100  # rows of a reason whose own words are kept
@@ -140,6 +141,9 @@ class PairDataset:
     def longest_sides(self) -> np.ndarray:
         """(N,) tokens of the longer of each pair's two sequences."""
         return longest_sequences(self.lengths)
+
+    def largest_token(self) -> int:
+        return max(int(part.token_ids.max()) for part in self.parts if len(part.token_ids))
 
     def tokens(self, index: int) -> np.ndarray:
         """The ids of `[prompt | chosen | rejected]`."""
@@ -360,7 +364,7 @@ def main(argv: list[str]) -> None:
     config = flags.build_config(LookConfig, given, problems)
     from modeling.pretrained import load_tokenizer
 
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, datetime.datetime.now())
     settings = {name: getattr(config, name) for name in ("subset", "split", "test_split")}
     settings["columns"] = parse_columns(config.columns)
     train, test = load_pairs(config.dataset, tokenizer, config.max_length, **settings)

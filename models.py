@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from data_pipeline import packing
-from modeling import attention, devices, flex, generation, pretrained, speedups
+from modeling import attention, devices, flex, generation, lengths, pretrained, speedups
 from modeling.pretrained import LoraSettings, load_tokenizer
 from utils import CheckpointError, UserError
 
@@ -43,6 +43,7 @@ class PretrainedModel(nn.Module):
         self.autocast_dtype: torch.dtype | None = None
         self.attention = "sdpa"
         self.can_narrow = False  # see speedups.narrow_last_layer
+        lengths.forget_longer_sequences(hf_model)
         self.why_not = self.try_packing()  # packed rows are allowed; "" if they are
         self.can_pack = not self.why_not
 
@@ -197,11 +198,13 @@ class PretrainedModel(nn.Module):
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     def packs_up_to(self, max_length: int) -> bool:
-        """Whether sequences of up to `max_length` tokens may be packed: a sliding window must not be narrower."""
-        layer_types = getattr(self.text_config, "layer_types", None)
-        has_window = any("full" not in kind for kind in layer_types) if layer_types else True
-        window = getattr(self.text_config, "sliding_window", None) if has_window else None
+        """Whether sequences of up to `max_length` tokens may be packed: an attention window must not be narrower."""
+        window = lengths.narrowest_window(self.text_config)
         return self.can_pack and (window is None or max_length <= window)
+
+    def alone_above(self) -> int | None:
+        """The length above which a sequence must be computed without any other; None if they never disturb another."""
+        return lengths.alone_above(self.hf_model)
 
     def attention_crossover_length(self) -> float:
         """The row length at which attention costs as much arithmetic as everything else in a layer.
@@ -216,9 +219,13 @@ class PretrainedModel(nn.Module):
         weights = (sum(p.numel() for p in self.backbone.parameters()) - embeddings) / config.num_hidden_layers
         return weights / (2 * config.num_attention_heads * self.head_size())
 
+    def check_token(self, largest: int) -> None:
+        """UserError if the largest of some token ids has no embedding: on a GPU that could not be recovered from."""
+        pretrained.check_token(self.tokenizer, largest, len(self.hf_model.get_input_embeddings().weight))
+
     def most_positions(self) -> int | None:
         """The longest sequence, in tokens, that the architecture has positions for; None if it has no such limit."""
-        return getattr(self.text_config, "max_position_embeddings", None)
+        return lengths.most_positions(self.text_config)
 
 
 # -- The reward model --------------------------------------------------------------------------------------------------
@@ -235,26 +242,10 @@ class RewardModel(PretrainedModel):
     def create(cls, name: str, tokenizer: Any, seed: int, lora: LoraSettings | None = None) -> Self:
         """A base model (hub id or folder) with a new head drawn from `seed`; a reward model's own head is kept.
 
+        The tokenizer's pad token becomes one that the model has an embedding for, if it is not.
         The head is normal with standard deviation 1/sqrt(D + 1), as in Stiennon et al. 2020 (arXiv 2009.01325).
         """
-        torch.manual_seed(seed)  # for the heads that transformers draws
-        classifier, missing = pretrained.open_model(
-            transformers.AutoModelForSequenceClassification, name, num_labels=1, pad_token_id=tokenizer.pad_token_id
-        )
-        # Whatever the head is called, it is not part of the backbone; poolers are, and they belong to heads.
-        backbone = f"{classifier.base_model_prefix}."
-        if lost := sorted(path for path in missing if path.startswith(backbone) and "pooler" not in path):
-            raise UserError(
-                f"the base model's files lack {len(lost)} of its weights", where=name, found=", ".join(lost[:3])
-            )
-        if len(tokenizer) > classifier.get_input_embeddings().weight.shape[0]:
-            raise UserError("the tokenizer has more tokens than the model has embeddings", where=name)
-        if "score.weight" in missing:
-            weight = classifier.score.weight  # (1, D)
-            generator = torch.Generator().manual_seed(seed)
-            deviation = HEAD_SCALE / math.sqrt(weight.shape[1] + 1)
-            with torch.no_grad():
-                weight.copy_(torch.randn(weight.shape, generator=generator) * deviation)
+        classifier = pretrained.open_with_new_head(name, tokenizer, seed, HEAD_SCALE)
         return cls(classifier, tokenizer, pretrained.add_lora(classifier, lora, "SEQ_CLS", seed) if lora else None)
 
     @classmethod
@@ -263,19 +254,12 @@ class RewardModel(PretrainedModel):
 
         `base` is where an adapter's base model is now, if it has moved.
         """
-        tokenizer = load_tokenizer(str(folder))
+        tokenizer = load_tokenizer(str(folder), pretrained.UNKNOWN_DATE)
         name = (base or pretrained.base_of_adapter(folder)) if pretrained.is_adapter(folder) else str(folder)
-        classifier, missing = pretrained.open_model(
-            transformers.AutoModelForSequenceClassification, name, num_labels=1, pad_token_id=tokenizer.pad_token_id
-        )
+        opened = pretrained.open_classifier(name, tokenizer)
+        classifier = opened.model
         if not pretrained.is_adapter(folder):
-            if missing:
-                raise CheckpointError(
-                    f"the checkpoint lacks {len(missing)} of the model's weights",
-                    where=folder,
-                    found=f"missing: {', '.join(sorted(missing)[:3])}",
-                    safe="no new weights were drawn in their place",
-                )
+            pretrained.check_is_reward_model(opened, folder)
             return cls(classifier, tokenizer)
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             if not any("score" in key or "classifier" in key for key in file.keys()):  # noqa: SIM118
@@ -313,7 +297,16 @@ class RewardModel(PretrainedModel):
         )
 
     def score_rows(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """fp32 rewards (B,) of right-padded sequences, one per row, by the architecture's own forward."""
+        """fp32 rewards (B,) of right-padded sequences, one per row, by the architecture's own forward.
+
+        Sequences above `alone_above` get a forward each, or the others' rewards would depend on them.
+        """
+        limit = self.alone_above()
+        if limit is not None and input_ids.shape[1] > limit:
+            return torch.cat([self._score_rows(*sequence) for sequence in lengths.alone(input_ids, attention_mask)])
+        return self._score_rows(input_ids, attention_mask)
+
+    def _score_rows(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         with self.autocast():
             if not self._has_score_head():
                 return self.hf_model(input_ids=input_ids, attention_mask=attention_mask).logits[:, 0].float()
@@ -327,6 +320,7 @@ class RewardModel(PretrainedModel):
         """The rewards of whole dialogues (message lists), through the tokenizer's chat template."""
         texts = self.tokenizer.apply_chat_template(dialogues, tokenize=False)
         batch = self.tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
+        self.check_token(int(batch["input_ids"].max()))
         with self.in_fp32():
             return self.score_rows(batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)).tolist()
 
@@ -335,7 +329,7 @@ class RewardModel(PretrainedModel):
         """The reward as the last message grows: the text of each of its tokens, and the fp32 reward after it.
 
         The last reward is the dialogue's own; those before it are what the head says of an unfinished reply, which
-        training never looks at. Raises ValueError for an architecture whose earlier rewards depend on later tokens.
+        training never looks at. Raises ValueError if earlier rewards would depend on later tokens.
         """
         if not self.can_pack:
             raise ValueError(f"no reward token by token: {self.why_not}")
@@ -348,6 +342,9 @@ class RewardModel(PretrainedModel):
         start = next(place for place, (a, b) in enumerate(zip(text, another, strict=False)) if a != b)
         encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         first = next(index for index, (_, end) in enumerate(encoding.offsets) if end > start)
+        limit = self.alone_above()
+        if limit is not None and len(encoding.ids) > limit:
+            raise ValueError(f"no reward token by token above {limit:,} tokens, where the model changes")
         ids = torch.tensor([encoding.ids], device=self.device)  # (1, T)
         with self.in_fp32():
             output = self.backbone(input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -378,7 +375,7 @@ class PolicyModel(PretrainedModel):
     def create(cls, name: str, lora: LoraSettings | None = None, seed: int = 0) -> Self:
         """The causal LM of a hub id or folder, in fp32, with new adapters if `lora` is given."""
         tokenizer = load_tokenizer(name)
-        model, missing = pretrained.open_model(transformers.AutoModelForCausalLM, name)
+        model, missing, _ = pretrained.open_model(transformers.AutoModelForCausalLM, name, tokenizer)
         if missing:
             raise UserError(
                 "this is not a language model: its files lack weights that generation needs",

@@ -14,6 +14,7 @@ Letters: N pairs.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 import time
 from collections.abc import Iterable
@@ -241,8 +242,10 @@ def main(argv: list[str]) -> None:
 
 def open_parts(config: RewardTrainingConfig, resumed_from: Path | None, world: distributed.World) -> setup.Parts:
     """The pairs and the reward model of a run; everything else of it is the same for every training."""
+    # what a chat template writes as today's date is fixed when a run begins, and then in its checkpoints' own templates
+    date = pretrained.UNKNOWN_DATE if resumed_from else world.broadcast(datetime.datetime.now())
     with world.first_on_each_machine():  # it fills the token cache
-        tokenizer = pretrained.load_tokenizer(str(resumed_from or config.model))
+        tokenizer = pretrained.load_tokenizer(str(resumed_from or config.model), date)
         train_pairs, test_pairs = data.load_pairs(config.dataset, tokenizer, config.max_length, **config.data_settings)
     setup.check_data(config, world, train_pairs, test_pairs)
     if resumed_from:

@@ -3,6 +3,7 @@
 Independent of the page: texts and message lists in, texts and numbers out. What a visitor can fix is a ValueError.
 """
 
+import contextlib
 import json
 import threading
 import time
@@ -244,8 +245,9 @@ class ChatEngine:
         result = {"reward_a": reward_a, "reward_b": reward_b, "p_a": p_a}
         model = self.reward_model
         for letter, dialogue in zip("ab", dialogues, strict=True):
-            tokens = zip(*model.token_rewards(dialogue), strict=True) if model and model.can_pack else []
-            result[f"tokens_{letter}"] = [list(pair) for pair in tokens]
+            result[f"tokens_{letter}"] = []
+            with contextlib.suppress(ValueError):  # not every model has rewards token by token, at every length
+                result[f"tokens_{letter}"] = [list(pair) for pair in zip(*model.token_rewards(dialogue), strict=True)]
         return result
 
 

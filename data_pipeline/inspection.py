@@ -116,7 +116,7 @@ def dialogues(
             rows.discard(row.row)  # of several pairs of a row, the first
             pair = row.pair
             texts = render([pair.chosen, pair.rejected], tokenizer, pair.tools)
-            if texts is None:
+            if isinstance(texts, str):
                 continue
             shared = _shared_start(*texts)
             margin = f", margin {pair.label_margin:g}" if pair.label_margin else ""

@@ -69,8 +69,9 @@ def cost_of(rows: int, width: int, crossover_length: float) -> float:
 
 
 def plan_step(
-    dataset: Examples, indices: np.ndarray, tokens_per_batch: int, batch_size: int, crossover_length: float | None
-) -> list[MicroBatchPlan]:
+    dataset: Examples, indices: np.ndarray, tokens_per_batch: int, batch_size: int, crossover_length: float | None,
+    alone_above: int | None = None,
+) -> list[MicroBatchPlan]:  # fmt: skip
     """The micro-batches of one step (or of an evaluation), still without tensors: `build` makes those.
 
     Deterministic: the same arguments give the same list on every machine.
@@ -80,7 +81,12 @@ def plan_step(
         tokens_per_batch, batch_size, crossover_length: as in `plan_packed_rows`. An infinite crossover length means
             that a wide row costs no more than several narrow ones: each micro-batch is a single row. Without one each
             completion gets its own row, for models that cannot share prompts.
+        alone_above: an example with a sequence of more tokens gets a micro-batch of its own, a row for each completion.
     """
+    if alone_above is not None:
+        is_alone = longest_sequences(dataset.lengths[indices]) > alone_above  # (N,)
+        together = plan_step(dataset, indices[~is_alone], tokens_per_batch, batch_size, crossover_length)
+        return plan_step(dataset, indices[is_alone], tokens_per_batch, 1, None) + together
     plans = []
     is_packed = crossover_length is not None
     for start in range(0, len(indices), EXAMPLES_PLANNED_AT_ONCE):

@@ -50,6 +50,7 @@ WARNINGS = {
     "prompts_differ": "the two sides answer different prompts",
     "margin_is_text": "the margin is text, and was read as a number",
     "not_rendered": "the model's chat template leaves out a part of the dialogue: a tool call, tools or reasoning",
+    "system_moved": "system turn put into the first user turn: the model's chat template takes none",
 }
 
 
@@ -178,9 +179,9 @@ def row_errors(place: Callable[[int], str], number: int, expected: str) -> RowEr
 
 
 def reason_in_words(reason: str) -> str:
-    """A reason for skipping, in words: its own where it has some."""
-    key, _, detail = reason.partition(": ")
-    return detail or SKIP_REASONS[key]
+    """A reason for skipping, in words."""
+    key, colon, detail = reason.partition(": ")
+    return SKIP_REASONS[key] + colon + detail
 
 
 def parse_row(row: Any, row_error: RowError, columns: Columns = ()) -> list[Pair | str]:

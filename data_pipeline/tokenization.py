@@ -2,8 +2,10 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,32 @@ from data_pipeline import messages
 from data_pipeline.messages import Messages
 from data_pipeline.parsing import Pair, Parsed, read_pairs
 from data_pipeline.sources import Source
+from utils import UserError, first_line
 
 ROWS_AT_A_TIME = 500  # rows of a chunk; two or three chunks are in memory at once
+# For base models that come without a chat template: ChatML, which Qwen uses too, where its markers are tokens,
+CHATML_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# and else plain words. The line break behind <eos> leaves <eos> itself free to be the padding; see `choose_pad_token`.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
+    "{{ eos_token ~ '\n' if message['role'] == 'assistant' else '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+# In front of a template that takes no system turn: it becomes the beginning of the first user turn.
+SYSTEM_INTO_USER = (
+    "{% if messages and messages[0]['role'] == 'system' and messages[0]['content'] is string %}"
+    "{% set system, rest = messages[0]['content'], messages[1:] %}"
+    "{% if not system | trim %}{% set messages = rest %}"
+    "{% elif rest and rest[0]['role'] == 'user' and rest[0]['content'] is string %}"
+    "{% set messages = [dict(rest[0], content=system ~ '\n\n' ~ rest[0]['content'])] + rest[1:] %}"
+    "{% else %}{% set messages = [{'role': 'user', 'content': system}] + rest %}{% endif %}{% endif %}"
+)
+_DATE = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(?P<format>.*?)\1\s*\)""")
+_OTHER_DATE = re.compile(r"strftime_now(?!\s+is\s+(?:not\s+)?defined)")
+_TEMPLATE_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 INDEPENDENT_PRE_TOKENIZERS = ("Split", "ByteLevel", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit")
 
 
@@ -26,6 +52,60 @@ class Chunk:
     skipped: list[tuple[int, str]] = field(default_factory=list)  # (index in rows, reason)
     pairs: list[tuple[int, Pair]] = field(default_factory=list)  # (index in rows, pair)
     texts: list[list[str]] = field(default_factory=list)  # of each pair: chosen, rejected
+
+
+# -- Chat templates ----------------------------------------------------------------------------------------------------
+
+
+def change_templates(tokenizer: Any, change: Callable[[str], str]) -> None:
+    """Change a tokenizer's chat template, or each of several."""
+    given = tokenizer.chat_template
+    tokenizer.chat_template = (
+        {name: change(given[name]) for name in given} if isinstance(given, dict) else change(given)
+    )
+
+
+def fix_date(tokenizer: Any, date: datetime) -> bool:
+    """Have a chat template that writes today's date write this one; returns whether it does write one.
+
+    `strftime_now("%d %b %Y")` in the template becomes the text that it would give, so a saved tokenizer keeps the date.
+    UserError if the template asks for the date in another way.
+    """
+    before = tokenizer.chat_template
+    change_templates(tokenizer, lambda text: _DATE.sub(lambda call: json.dumps(date.strftime(call["format"])), text))
+    texts = tokenizer.chat_template.values() if isinstance(before, dict) else [tokenizer.chat_template]
+    for text in texts:
+        text = _TEMPLATE_COMMENT.sub("", text)
+        if found := _OTHER_DATE.search(text):
+            raise UserError(
+                "the chat template writes today's date in a way that cannot be fixed, so rewards would change daily",
+                where=tokenizer.name_or_path,
+                found=text[found.start() : found.start() + 60].splitlines()[0],
+                next="write a date in its place in the model's chat_template.jinja",
+            )
+    return tokenizer.chat_template != before
+
+
+def take_system_turns(tokenizer: Any) -> None:
+    """If a tokenizer's chat template rejects a system turn, have it put the text into the first user turn."""
+    dialogue = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    if isinstance(render([dialogue], tokenizer), str):
+        before = tokenizer.chat_template
+        change_templates(tokenizer, lambda text: SYSTEM_INTO_USER + text)
+        if isinstance(render([dialogue], tokenizer), str):
+            tokenizer.chat_template = before
+
+
+def moves_system_turn(tokenizer: Any, dialogues: Sequence[Messages]) -> bool:
+    """Whether the chat template puts a system turn of these dialogues into the first user turn."""
+    given = tokenizer.chat_template
+    texts = given.values() if isinstance(given, dict) else [given]
+    if not any(str(text).startswith(SYSTEM_INTO_USER) for text in texts):
+        return False
+    return any(dialogue[0]["role"] == "system" and dialogue[0]["content"].strip() for dialogue in dialogues)
+
+
+# -- Dialogues as tokens -----------------------------------------------------------------------------------------------
 
 
 def tokenized_chunks(source: Source, tokenizer: Any) -> Iterator[tuple[Chunk, list[list[np.ndarray]]]]:
@@ -47,25 +127,27 @@ def _rendered(source: Source, tokenizer: Any) -> Iterator[Chunk]:
                 continue
             # one call per pair: a call for many is no faster, and one refused dialogue would take the others along
             texts = render([pair.chosen, pair.rejected], tokenizer, pair.tools)
-            if texts is None:
-                chunk.skipped.append((at, "template"))
+            if isinstance(texts, str):
+                chunk.skipped.append((at, texts))
                 continue
             if not messages.is_rendered([pair.chosen, pair.rejected], pair.tools, texts):
                 pair = replace(pair, warnings=(*pair.warnings, "not_rendered"))
+            if moves_system_turn(tokenizer, [pair.chosen, pair.rejected]):
+                pair = replace(pair, warnings=(*pair.warnings, "system_moved"))
             chunk.texts.append(texts)
             chunk.pairs.append((at, pair))
         yield chunk
 
 
-def render(dialogues: list[Messages], tokenizer: Any, tools: Any = None) -> list[str] | None:
-    """Dialogues as the chat template writes them; None if the template itself rejects one (`raise_exception`)."""
+def render(dialogues: list[Messages], tokenizer: Any, tools: Any = None) -> list[str] | str:
+    """Dialogues as the chat template writes them, or the reason for skipping them if it rejects one."""
     try:
         return tokenizer.apply_chat_template(dialogues, tokenize=False, **({"tools": tools} if tools else {}))
     except Exception as error:  # templates raise anything; only their own complaint is about the dialogue
         # jinja2's and those derived from it, which need not be imported for this
         if all(kind.__name__ != "TemplateError" for kind in type(error).__mro__):
             raise
-        return None
+        return f'template: it says "{first_line(error)}"'
 
 
 def encode_groups(groups: list[list[str]], backend: Any, cut_tokens: list[str]) -> list[list[np.ndarray]]:
@@ -185,17 +267,17 @@ class TokenizedGroup:
 def tokenize_groups(
     groups: Sequence[list[Messages] | str], tokenizer: Any, max_length: int, tools: Sequence[Any] | None = None
 ) -> list[TokenizedGroup | str]:
-    """Render and tokenize groups of dialogues; for a group that cannot be scored, the key of `SKIP_REASONS` instead.
+    """Render and tokenize groups of dialogues; for a group that cannot be scored, the reason (see parsing.py) instead.
 
-    What is such a key already is returned as it is. `tools` has for each group what the assistant could call.
+    What is such a reason already is returned as it is. `tools` has for each group what the assistant could call.
     """
     tools = tools or [None] * len(groups)
-    results: list[TokenizedGroup | str] = [group if isinstance(group, str) else "template" for group in groups]
-    rendered = {
-        at: texts
-        for at, group in enumerate(groups)
-        if not isinstance(group, str) and (texts := render(group, tokenizer, tools[at])) is not None
-    }
+    texts = [
+        group if isinstance(group, str) else render(group, tokenizer, tools[at]) for at, group in enumerate(groups)
+    ]
+    rendered = {at: found for at, found in enumerate(texts) if not isinstance(found, str)}
+    nothing = "template: it writes nothing"
+    results: list[TokenizedGroup | str] = [found if isinstance(found, str) else nothing for found in texts]
     backend = tokenizer.backend_tokenizer
     encoded = encode_groups(list(rendered.values()), backend, cut_tokens(tokenizer))
     replies = [messages[-1]["content"] for at in rendered for messages in groups[at]]

@@ -20,7 +20,7 @@ from data_pipeline.sources import DataSpec
 from evaluation import analysis, eval_data, html_report, metrics, plots, report
 from evaluation.scores import ScoreTable, score_dataset
 from modeling import devices
-from modeling.pretrained import base_of_adapter, is_adapter, load_tokenizer
+from modeling.pretrained import UNKNOWN_DATE, base_of_adapter, is_adapter, load_tokenizer
 from modeling.scorer import Scorer, ScoringConfig
 from models import RewardModel
 from utils import DiskOrNetworkError, UserError
@@ -140,7 +140,11 @@ def untrained_model(folder: Path) -> tuple[ModelSource | None, str]:
     # a hub id is looked up when it is opened; a missing folder is known now
     if not Path(base).exists() and hub.looks_like_a_path(base):
         return None, f"no untrained baseline: the base model is no longer at {base}"
-    return ModelSource("untrained model", lambda: RewardModel.create(base, load_tokenizer(str(folder)), seed)), ""
+
+    def open_untrained() -> RewardModel:
+        return RewardModel.create(base, load_tokenizer(str(folder), UNKNOWN_DATE), seed)
+
+    return ModelSource("untrained model", open_untrained), ""
 
 
 def output_folders(folder: Path, given: str | None = None) -> tuple[Path, Path]:

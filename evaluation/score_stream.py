@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 from data_pipeline import messages, parsing, reading, shapes, sources
 from data_pipeline.messages import Messages, RowError
 from data_pipeline.sources import Columns
-from data_pipeline.tokenization import TokenizedGroup, tokenize_groups
+from data_pipeline.tokenization import TokenizedGroup, moves_system_turn, tokenize_groups
 from modeling.scorer import Scorer
 from utils import UserError, nearest
 
@@ -124,6 +124,7 @@ class ScoreCounts:
 
     scored: int = 0
     skipped: Counter = field(default_factory=Counter)  # by key of SKIP_REASONS
+    moved_system_turns: int = 0  # the chat template takes none, see tokenization.take_system_turns
     unused: Counter = field(default_factory=Counter)  # by column that looks like part of a dialogue
 
 
@@ -141,6 +142,7 @@ def score(scorer: Scorer, lines: Iterator[Line], best_of: bool, waits: bool, out
         for at, line in enumerate(chunk):
             if at in rewards:
                 counts.scored += 1
+                counts.moved_system_turns += moves_system_turn(scorer.model.tokenizer, line.dialogues)
             else:
                 counts.skipped[found[at].partition(": ")[0]] += 1
             counts.unused.update(line.unused)

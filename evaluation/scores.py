@@ -24,7 +24,7 @@ import utils
 from common.progress import ProgressBar
 from data import Counts
 from data_pipeline.parsing import SAME_TOKENS, SKIP_REASONS
-from data_pipeline.tokenization import TokenizedGroup, tokenize_groups
+from data_pipeline.tokenization import TokenizedGroup, moves_system_turn, tokenize_groups
 from evaluation import reward_bench
 from evaluation.eval_data import Data, Row
 from modeling.scorer import Scorer
@@ -148,17 +148,18 @@ class ScoreTable:
 class RowColumns:
     """What the rows are besides their scores, gathered while they are read."""
 
-    numbers: array = field(default_factory=lambda: array("q"))  # four a row: its number, subset, turns, chosen
+    # five a row: its number, subset, turns, chosen, whether a system turn was moved
+    numbers: array = field(default_factory=lambda: array("q"))
     subsets: dict[str, int] = field(default_factory=dict)  # name -> number
     keys: dict[int, str] = field(default_factory=dict)  # by position, of rows with lists of replies only
     unused: Counter = field(default_factory=Counter)  # rows by column, of columns like those of a dialogue
     shape: str = ""  # what the rows were read as
 
-    def add(self, row: Row) -> None:
+    def add(self, row: Row, is_moved: bool = False) -> None:
         content = None if isinstance(row.content, str) else row.content
         subset, turns, chosen = (content.subset, content.turns, len(content.chosen)) if content else ("", 0, 0)
         subset = self.subsets.setdefault(subset, len(self.subsets))
-        self.numbers.extend((row.number, subset, turns, chosen))
+        self.numbers.extend((row.number, subset, turns, chosen, is_moved))
         self.unused.update(content.unused if content else ())
         self.shape = self.shape or (content.shape if content else "")
         if content and content.key is not None:
@@ -167,15 +168,16 @@ class RowColumns:
 
 def build_table(log: ScoreLog, columns: RowColumns, fingerprint: str) -> ScoreTable:
     """The log's rewards and lengths beside what was noted of its rows."""
-    rows, names = np.array(columns.numbers, dtype=np.int64).reshape(-1, 4), list(columns.subsets)
+    rows, names = np.array(columns.numbers, dtype=np.int64).reshape(-1, 5), list(columns.subsets)
     counts, groups, guessing = Counts(len(rows), unused=columns.unused, shape=columns.shape), [], 0.0
     scored, margins, longest, longer_by = array("q"), array("d"), array("i"), array("i")
     rewards, lengths = array("f"), array("i")
     for position, found in log.items():
-        number, subset, _, n = rows[position].tolist()
+        number, subset, _, n, is_moved = rows[position].tolist()
         if isinstance(found, str):
             counts.add(found, number)
             continue
+        counts.add("system_moved", *[number] * is_moved)
         values, tokens = found
         scored.append(position)
         margins.append(min(values[:n]) - max(values[n:]))
@@ -230,18 +232,19 @@ def score_rows(
     check_stop: Callable[[], None],
 ) -> None:  # fmt: skip
     """Score every row that is not in the log yet. Meanwhile a second thread reads and tokenizes the next rows."""
+    tokenizer = scorer.model.tokenizer
 
     def next_chunk() -> list[tuple[int, TokenizedGroup | str]]:
         """(position, tokens or the reason for skipping) of the next unknown rows; [] at the end."""
         chunk: list[Row] = []
         for row in rows:
-            columns.add(row)
+            columns.add(row, not isinstance(row.content, str) and moves_system_turn(tokenizer, row.dialogues))
             if row.position not in log:
                 chunk.append(row)
             if len(chunk) == ROWS_AT_A_TIME:
                 break
         tools = [None if isinstance(row.content, str) else row.content.tools for row in chunk]
-        found = tokenize_groups([row.dialogues for row in chunk], scorer.model.tokenizer, scorer.max_length, tools)
+        found = tokenize_groups([row.dialogues for row in chunk], tokenizer, scorer.max_length, tools)
         return [(row.position, _unless_identical(row, tokens)) for row, tokens in zip(chunk, found, strict=True)]
 
     with ThreadPoolExecutor(1) as reader:

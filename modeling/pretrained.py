@@ -1,27 +1,29 @@
 """Open and save tokenizers, pretrained models and LoRA adapters: transformers' own classes, which models.py wraps."""
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging
 
 from common import hub
+from data_pipeline import tokenization
 from utils import CheckpointError, UserError, first_line, nearest, read_json
 
-# ChatML, which Qwen uses too: for base models that come without a chat template
-CHATML_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+# For models whose chat template writes today's date, if nothing says which date they were trained with. It is the one
+# that Llama's own templates write where they cannot ask for today's.
+UNKNOWN_DATE = datetime(2024, 7, 26)
+ALL_LINEAR = "all-linear"  # PEFT's word
 DIALOGUE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 TRY_OFFLINE = "python train_rm.py --demo   (offline), or --model FOLDER with a downloaded model"
 
@@ -39,8 +41,12 @@ class LoraSettings:
 # -- Tokenizer ---------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a hub id or folder, with a chat template and a pad token that scoring can rely on."""
+def load_tokenizer(name: str, date: datetime | None = None) -> Any:
+    """The tokenizer of a hub id or folder, with a chat template and a pad token that scoring can rely on.
+
+    `date` is what a chat template that writes today's date writes from now on, saved copies included; None leaves that
+    to the clock, as a conversation wants it.
+    """
     hub.check_path_exists(name, "--model")
     local_only = _is_local_only(name)
     try:
@@ -55,10 +61,19 @@ def load_tokenizer(name: str) -> Any:
     if not tokenizer.is_fast:
         raise UserError("this model has no fast tokenizer, and slow ones take hours here", where=name)
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = CHATML_TEMPLATE
+        has_markers = all(
+            tokenizer.backend_tokenizer.token_to_id(marker) is not None for marker in ("<|im_start|>", "<|im_end|>")
+        )
+        tokenizer.chat_template = tokenization.CHATML_TEMPLATE if has_markers else tokenization.PLAIN_TEMPLATE
+        chosen = "ChatML" if has_markers else "a plain one, System: … User: … Assistant: …"
+        print(f"{name} has no chat template: {chosen} is used", flush=True)
     if isinstance(tokenizer.chat_template, dict):
         _check_named_templates(tokenizer)
-    _choose_pad_token(tokenizer)
+    if date is not None and tokenization.fix_date(tokenizer, date):
+        why = ", as nothing says which one it was trained with" if date == UNKNOWN_DATE else ""
+        print(f"the chat template writes today's date: fixed at {date:%Y-%m-%d}{why}", flush=True)
+    tokenization.take_system_turns(tokenizer)
+    choose_pad_token(tokenizer)
     return tokenizer
 
 
@@ -75,27 +90,60 @@ def _check_named_templates(tokenizer: Any) -> None:
     tokenizer.chat_template = templates if len(templates) > 1 else templates["default"]
 
 
-def _choose_pad_token(tokenizer: Any) -> None:
-    """Make sure that there is a pad token and that no dialogue rendered by the template ends in it.
+def choose_pad_token(tokenizer: Any, rows: int | None = None) -> None:
+    """Make sure that there is a pad token, that no dialogue rendered by the template ends in it and, given the number
+    of rows of the model's embedding, that it is one of them.
 
     transformers' classification models read the reward at the rightmost token that is not the pad token. If dialogues
     end in <eos> and <eos> is also the pad token, they would read it one token early, unlike this project.
     """
+    written = _ids_of_a_dialogue(tokenizer)
+    special = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token]
+    for token in [*special, *tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder]:
+        number = None if token is None else tokenizer.convert_tokens_to_ids(token)
+        if number is not None and number != written[-1] and (rows is None or number < rows):
+            tokenizer.pad_token = token
+            return
+    if rows is None or len(tokenizer) < rows:  # whether there is room for another is seen once `rows` is known
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        return
+    raise UserError(
+        "this tokenizer has no special token that could serve as padding",
+        where=tokenizer.name_or_path,
+        found=f"dialogues end in {tokenizer.convert_ids_to_tokens(written[-1])}, and there is no other below {rows:,}",
+        next="a chat_template.jinja that ends dialogues in a line break, or a model with a larger embedding",
+    )
+
+
+def check_token(tokenizer: Any, largest: int, rows: int) -> None:
+    """UserError if the largest of some token ids is not one of the model's embedding, which has `rows` rows."""
+    if largest >= rows:
+        raise UserError(
+            "the tokenizer has a token that the model has no embedding for",
+            where=tokenizer.name_or_path,
+            found=f"{tokenizer.convert_ids_to_tokens(largest)} is {largest:,}, and the embedding has {rows:,} rows",
+            next="the tokenizer that belongs to the model, or data and a chat template without this token",
+        )
+
+
+def _fit_to_embedding(tokenizer: Any, rows: int) -> None:
+    """Choose a pad token that the model's embedding has. UserError if tokens are missing that any text can contain."""
+    added = tokenizer.added_tokens_encoder
+    ordinary = [number for token, number in tokenizer.get_vocab().items() if token not in added]
+    check_token(tokenizer, max(*ordinary, *_ids_of_a_dialogue(tokenizer)), rows)
+    choose_pad_token(tokenizer, rows)
+
+
+def _ids_of_a_dialogue(tokenizer: Any) -> list[int]:
     try:
-        last_token = tokenizer.apply_chat_template(DIALOGUE, return_dict=False)[-1]
+        return tokenizer.apply_chat_template(DIALOGUE, return_dict=False)
     except Exception as error:  # a template is a program, and can raise anything
         raise UserError(
             "the model's chat template does not take a plain question and answer",
             where=tokenizer.name_or_path,
             found=f"{type(error).__name__}: {first_line(error)}",
-            next="fix its chat_template.jinja, or remove the file to use ChatML",
+            next="fix its chat_template.jinja, or remove the file to use one of ours",
         ) from error
-    special = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token]
-    for token in [*special, *tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder]:
-        if token is not None and tokenizer.convert_tokens_to_ids(token) != last_token:
-            tokenizer.pad_token = token
-            return
-    raise UserError("this tokenizer has no special token that could serve as padding", where=tokenizer.name_or_path)
 
 
 # -- Opening and saving ------------------------------------------------------------------------------------------------
@@ -120,8 +168,16 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def open_model(auto_class: Any, name: str, **options: Any) -> tuple[nn.Module, set[str]]:
-    """A transformers model in fp32 and the names of the weights that its files did not hold."""
+class Opened(NamedTuple):
+    """A transformers model, and the names of weights that its files lack, or hold in another shape."""
+
+    model: nn.Module
+    missing: set[str]
+    mismatched: dict[str, tuple[int, ...]]  # with the shape in the file
+
+
+def open_model(auto_class: Any, name: str, tokenizer: Any, **options: Any) -> Opened:
+    """A transformers model in fp32. The tokenizer's pad token becomes one that the model has an embedding for."""
     if is_adapter(Path(name)):
         raise UserError(
             "--model names a LoRA adapter, and training starts from a whole model",
@@ -129,12 +185,28 @@ def open_model(auto_class: Any, name: str, **options: Any) -> tuple[nn.Module, s
             next=f"python train_rm.py --resume_from {name}   (to train the adapter on), or name its base model",
         )
     hub.check_path_exists(name, "--model")
+    local_only = _is_local_only(name)
     # attention None, whatever the configuration names: sdpa, or eager for architectures without it, which
     # `try_packing` notices
-    options |= {"dtype": torch.float32, "attn_implementation": None, "local_files_only": _is_local_only(name)}
+    options |= {"dtype": torch.float32, "attn_implementation": None, "local_files_only": local_only}
+    task = "language model" if auto_class is AutoModelForCausalLM else "model for sequence classification"
     with quiet_transformers():
         try:
-            model, info = auto_class.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **options)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=local_only)
+            if type(config) not in auto_class._model_mapping:
+                raise UserError(
+                    f"transformers has no {task} of this architecture",
+                    where=name,
+                    found=config.model_type,
+                    next="another model, such as one of Qwen, Llama, Mistral, Gemma, Phi or OLMo",
+                )
+            if rows := getattr(config.get_text_config(), "vocab_size", None):
+                _fit_to_embedding(tokenizer, rows)
+            model, info = auto_class.from_pretrained(
+                name, pad_token_id=tokenizer.pad_token_id, output_loading_info=True, trust_remote_code=False, **options
+            )
+        except UserError:
+            raise
         except Exception as error:  # any file in the folder can be wrong, and each library has its own errors
             raise UserError(
                 "this model cannot be opened",
@@ -150,22 +222,94 @@ def open_model(auto_class: Any, name: str, **options: Any) -> tuple[nn.Module, s
             raise UserError(
                 "the model's weights are not all finite numbers", where=name, found=path, next="fetch or make it again"
             )
-    return model, set(info["missing_keys"])
+    return Opened(model, set(info["missing_keys"]), {key: tuple(shape) for key, shape, _ in info["mismatched_keys"]})
+
+
+def open_classifier(name: str, tokenizer: Any) -> Opened:
+    """A sequence classifier with one label. A head of other labels is not used: it is among the mismatched weights.
+
+    UserError if any other weight has another shape in the file than its configuration says.
+    """
+    # without the last option transformers raises an error whose details it has silenced
+    opened = open_model(AutoModelForSequenceClassification, name, tokenizer, num_labels=1, ignore_mismatched_sizes=True)
+    weights = dict(opened.model.named_parameters())
+    for path, shape in opened.mismatched.items():
+        wanted = tuple(weights[path].shape)
+        if is_of_backbone(opened.model, path) or shape[1:] != wanted[1:]:
+            raise UserError(
+                "a weight of the model has another shape than its config.json says",
+                where=name,
+                found=f"{path} of {_shape(shape)}, expected {_shape(wanted)}",
+                next="the config.json that belongs to these weights",
+            )
+    return opened
+
+
+def open_with_new_head(name: str, tokenizer: Any, seed: int, head_scale: float) -> nn.Module:
+    """A base model under a head of one label, drawn from `seed` unless the files hold one; see `RewardModel.create`."""
+    torch.manual_seed(seed)  # for the heads that transformers draws
+    model, missing, mismatched = opened = open_classifier(name, tokenizer)
+    if lost := sorted(path for path in missing if is_of_backbone(model, path)):
+        raise UserError(
+            f"the base model's files lack {len(lost)} of its weights", where=name, found=", ".join(lost[:3])
+        )
+    if mismatched:
+        print(f"{name} has a head with {_labels(opened)} labels: a new one with one label takes its place", flush=True)
+    if "score.weight" in missing or "score.weight" in mismatched:
+        weight = model.score.weight  # (1, D)
+        generator = torch.Generator().manual_seed(seed)
+        deviation = head_scale / math.sqrt(weight.shape[1] + 1)
+        with torch.no_grad():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * deviation)
+    return model
+
+
+def check_is_reward_model(opened: Opened, folder: Path) -> None:
+    """Raise if a saved model is no reward model, or lacks weights: nothing is ever drawn in their place."""
+    if opened.mismatched:
+        raise UserError(
+            f"this is no reward model: its head has {_labels(opened)} labels, and a reward model has one",
+            where=folder,
+            next="a checkpoint of train_rm.py, or a model for sequence classification with one label",
+        )
+    if opened.missing:
+        raise CheckpointError(
+            f"the checkpoint lacks {len(opened.missing)} of the model's weights",
+            where=folder,
+            found=f"missing: {', '.join(sorted(opened.missing)[:3])}",
+            safe="no new weights were drawn in their place",
+        )
+
+
+def _labels(opened: Opened) -> int:
+    return max(shape[0] for shape in opened.mismatched.values())
+
+
+def is_of_backbone(model: nn.Module, path: str) -> bool:
+    """Whether a weight is not part of a head. Whatever a head is called, it is outside; poolers belong to heads."""
+    return path.startswith(f"{model.base_model_prefix}.") and "pooler" not in path
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))
 
 
 def add_lora(model: nn.Module, lora: LoraSettings, task_type: str, seed: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D  # GPT-2's Linear, with the matrix transposed
 
-    modules = ((path.split(".")[-1], module) for path, module in model.named_modules())
-    layers = {name: module for name, module in modules if isinstance(module, (nn.Linear, Conv1D))}
+    paths = {path: module for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    layers = {path.split(".")[-1]: module for path, module in paths.items()}
     known = sorted(layers.keys() - {"score", "classifier", "lm_head"})
-    if wrong := [name for name in lora.target_modules if name not in known]:
+    targets = list(lora.target_modules)
+    if targets == [ALL_LINEAR]:  # whole paths, as PEFT does it, but of no layer inside a head
+        targets = [path for path in paths if is_of_backbone(model, path)]
+    elif wrong := [name for name in targets if name not in known]:
         guesses = "".join(nearest(name, known) for name in wrong[:1])
         raise UserError(
             f"--lora_target_modules: this model has no {', '.join(wrong)}{guesses}",
             found=f"it has {', '.join(known)}",
-            next="some of these, separated by commas",
+            next=f"some of these, separated by commas, or {ALL_LINEAR}",
         )
     torch.manual_seed(seed)  # the adapters' A matrices are drawn at random
     config = LoraConfig(
@@ -173,8 +317,8 @@ def add_lora(model: nn.Module, lora: LoraSettings, task_type: str, seed: int) ->
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules),
-        fan_in_fan_out=any(isinstance(layers[name], Conv1D) for name in lora.target_modules),
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(layers[path.split(".")[-1]], Conv1D) for path in targets),
     )
     with quiet_transformers():
         wrapped = get_peft_model(model, config)

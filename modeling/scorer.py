@@ -64,6 +64,12 @@ class Scorer:
         tokenizer.no_padding()  # some published tokenizers pad or cut on their own
         tokenizer.no_truncation()
         self.max_length = min(config.max_length, model.most_positions() or config.max_length)
+        limit = model.alone_above()
+        if limit is not None and self.max_length > limit:
+            print(
+                f"sequences above {limit:,} tokens are scored one at a time, because the model changes there",
+                flush=True,
+            )
         self.fingerprint = fingerprint_of(model, config.precision, self.max_length)
         if model.device.type == "cpu":
             model.to(devices.pick_device())
@@ -92,6 +98,8 @@ class Scorer:
         for number, group in enumerate(groups):
             if isinstance(group, str):
                 continue
+            for ids in group.ids:
+                self.model.check_token(int(ids.max()))
             keys[number] = [ids.tobytes() for ids in group.ids]
             # equal sequences are scored once: at another place in a row, rounding could make their rewards differ
             distinct = list(dict(zip(keys[number], group.ids, strict=True)).values())
@@ -122,7 +130,9 @@ class Scorer:
         packs = self.model.packs_up_to(int(longest_sequences(dataset.lengths).max()))
         crossover_length = self.model.attention_crossover_length() if packs else None
         while len(left):
-            plans = packing.plan_step(dataset, left, self.tokens_per_batch, self.batch_size, crossover_length)
+            plans = packing.plan_step(
+                dataset, left, self.tokens_per_batch, self.batch_size, crossover_length, self.model.alone_above()
+            )
             launched: tuple[np.ndarray, Tensor] | None = None
             build = functools.partial(self._build, dataset, pad_id)
             with contextlib.closing(prefetched(plans, build)) as built:

@@ -70,7 +70,7 @@ class TrainingConfig:
     lora_r: int = flag(16, "rank of the adapters", minimum=1, below=65537, group="LoRA", on_resume="fixed")
     lora_alpha: int = flag(32, "scale of the adapters: their output is multiplied by alpha / r", minimum=1, below=10**6, group="LoRA", on_resume="fixed")
     lora_dropout: float = flag(0.05, "dropout on the adapters' input", minimum=0, below=1, group="LoRA", on_resume="fixed")
-    lora_target_modules: str = flag("q_proj,k_proj,v_proj,o_proj", "names of the linear layers to adapt, separated by commas", group="LoRA", on_resume="fixed")
+    lora_target_modules: str = flag("q_proj,k_proj,v_proj,o_proj", "names of the linear layers to adapt, separated by commas, or all-linear for every one but the head", group="LoRA", on_resume="fixed")
 
     eval_steps: int = flag(50, "evaluate every N optimizer steps; 0 = at the end only", minimum=0, below=10**12, group="evaluation and output")
     save_steps: int = flag(500, "save a checkpoint every N optimizer steps; 0 = at the end only", minimum=0, below=10**12, group="evaluation and output")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data_pipeline import packing
 from data_pipeline.packing import Examples, MicroBatchPlan
+from data_pipeline.tokenization import longest_sequences
 from modeling import devices, speedups
 from training.config import AUTO, TrainingConfig
 from training.distributed import RankBatch
@@ -167,8 +168,16 @@ def largest_micro_batch(batcher: MicroBatcher, dataset: Examples, budget: int) -
     """The longest examples that `budget` takes: how they are cut, and their tensors on the device."""
     lengths = dataset.lengths.sum(axis=1)  # (N,)
     by_length = np.argsort(-lengths, kind="stable")
-    count = 1 + int(np.searchsorted(np.cumsum(lengths[by_length]), budget))
-    plan = batcher.plan(dataset, by_length[: min(count, batcher.batch_size)], budget)[0]
+    # those that are computed alone do not grow with the budget, and may still be the largest
+    longest = longest_sequences(dataset.lengths)  # (N,)
+    is_alone = longest > (batcher.alone_above or np.inf)
+    together = by_length[~is_alone[by_length]]
+    count = 1 + int(np.searchsorted(np.cumsum(lengths[together]), budget))
+    indices = together[: min(count, batcher.batch_size)]
+    if is_alone.any():
+        indices = np.append(indices, longest.argmax())
+    plans = batcher.plan(dataset, indices, budget)
+    plan = max(plans, key=lambda plan: plan.computed_tokens)
     batch = batcher.model.prepared(packing.build(dataset, plan, batcher.model.tokenizer.pad_token_id))
     return plan, batch.to(batcher.model.device)
 

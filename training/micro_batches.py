@@ -31,12 +31,13 @@ class MicroBatcher:
         self.batch_size, self.tokens_per_batch, self.recomputes = batch_size, FIRST_BUDGET, False
         packs = model.packs_up_to(max_length)
         self.crossover_length = model.attention_crossover_length() if packs else None
+        self.alone_above = model.alone_above()
 
     def plan(self, dataset: Examples, indices: np.ndarray, budget: int | None = None) -> list[MicroBatchPlan]:
         """How examples `indices` (N,) are cut into micro-batches, the same on every rank."""
         if budget is None:
             budget = even_budget(int(dataset.lengths[indices].sum()), self.tokens_per_batch, self.world.size)
-        return packing.plan_step(dataset, indices, budget, self.batch_size, self.crossover_length)
+        return packing.plan_step(dataset, indices, budget, self.batch_size, self.crossover_length, self.alone_above)
 
     def batches(self, dataset: Examples, assigned: Sequence[RankBatch]) -> Iterator[tuple[RankBatch, Any]]:
         """This rank's micro-batches on the device; the next one is built while the current one is computed."""

@@ -58,7 +58,7 @@ def set_up(config: TrainingConfig, resumed_from: Path | None, world: World, open
         model, train_data, eval_data = open_parts(config, resumed_from, world)
         if not resumed_from:
             torch.manual_seed(config.seed)
-        check_positions(model, train_data, eval_data)
+        check_sequences(model, world, train_data, eval_data)
         checkpoint.check_free_space(folder, model)
         base_fingerprint = model.base_fingerprint()
         if world.is_main:
@@ -157,10 +157,12 @@ def go_back_to(folder: Path, run: Run) -> memory.Choices:
     """Put a new run where a checkpoint was; returns how to go on using the memory."""
     state = checkpoint.read_training_state(folder)
     if state.data_fingerprint != run.train_data.fingerprint and not run.config.allow_data_change:
+        count, before = len(run.train_data), state.num_examples
+        is_same_count = count == before
         raise UserError(
             "the training data is not what this run was started with",
             where=run.train_data.name,
-            found=f"{len(run.train_data):,} {run.config.unit}, was {state.num_examples:,}",
+            found=f"{count:,} {run.config.unit}, " + ("with other tokens" if is_same_count else f"was {before:,}"),
             next="restore the old data, or add --allow_data_change to go on with this",
         )
     if state.base_fingerprint != run.base_fingerprint:
@@ -183,14 +185,27 @@ def go_back_to(folder: Path, run: Run) -> memory.Choices:
     return wanted._replace(**{name: value for name, value in keeps.items() if value is not None})
 
 
-def check_positions(model: Any, *datasets: Any) -> None:
-    """A sequence longer than the model's positions would fail in the middle of training, on a GPU beyond recovery."""
+def check_sequences(model: Any, world: World, *datasets: Any) -> None:
+    """What has no position or no embedding would fail in the middle of training, on a GPU beyond recovery.
+
+    And the ranks of FSDP2 must make equally many forward passes, which they do not where some sequences get their own.
+    """
+    for dataset in datasets:
+        if len(dataset):
+            model.check_token(dataset.largest_token())
     limit = model.most_positions()
     longest = max((int(dataset.longest_sides().max()) for dataset in datasets if len(dataset)), default=0)
     if limit is not None and longest > limit:
         raise UserError(
             f"the model has {limit:,} positions, and the longest sequence has {longest:,} tokens",
             next=f"--max_length {limit} skips longer ones",
+        )
+    limit = model.alone_above()
+    if world.is_sharded and limit is not None and longest > limit:
+        raise UserError(
+            f"--fsdp cannot train this model on sequences above {limit:,} tokens, because it changes there",
+            found=f"the longest sequence has {longest:,} tokens",
+            next=f"--max_length {limit}, or leave out --fsdp",
         )
 
 
@@ -201,6 +216,9 @@ def describe(config: TrainingConfig, model: Any, sampler: StepSampler, world: Wo
     if not model.packs_up_to(config.max_length):
         why_not = model.why_not or "its attention window is below --max_length"
         print(f"  one sequence per row, because {why_not}: slower")
+    limit = model.alone_above()
+    if limit is not None and config.max_length > limit:
+        print(f"  sequences above {limit:,} tokens are computed one at a time, because the model changes there: slower")
     if not world.is_alone:
         print(f"processes: {world.size}, {'FSDP2' if world.is_sharded else 'DDP'}")
     steps = f"{sampler.total_steps:,} steps of {config.examples_per_step} {config.unit}"

@@ -1,5 +1,7 @@
 """packing.py: a step cut into micro-batches, packed tensors."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -205,6 +207,18 @@ def test_separate_rows_are_the_plain_sequences_padded_on_the_right(tmp_path):
         assert batch.input_ids.numel() <= 500 and len(batch.indices) <= 6
         seen += batch.indices.tolist()
     assert sorted(seen) == list(range(20))
+
+
+@pytest.mark.parametrize("crossover_length", [3840.0, math.inf, None])
+def test_an_example_with_a_longer_sequence_gets_a_micro_batch_of_its_own(crossover_length):
+    dataset, indices = random_completions(40, 2), np.random.default_rng(1).permutation(40)
+    longest = dataset.lengths[:, 0] + dataset.lengths[:, 1:].max(axis=1)
+    plans = packing.plan_step(dataset, indices, 600, 6, crossover_length, alone_above=30)
+    assert sorted(np.concatenate([plan.indices for plan in plans])) == list(range(40))
+    alone = [plan for plan in plans if longest[plan.indices].max() > 30]
+    assert 2 < len(alone) < len(plans) and all(plan.num_examples == 1 and not plan.is_packed for plan in alone)
+    together = packing.plan_step(dataset, indices[longest[indices] <= 30], 600, 6, crossover_length)
+    assert [plan.indices.tolist() for plan in plans[len(alone) :]] == [plan.indices.tolist() for plan in together]
 
 
 @pytest.mark.parametrize("crossover_length", [3840.0, None])

@@ -53,6 +53,19 @@ def test_with_adapters_the_frozen_norms_get_no_gradients(base, tokenizer):
         assert (gradient - wanted[path]).norm() <= 1e-5 * wanted[path].norm() + 1e-9, path
 
 
+def test_dropout_in_trained_adapters_of_an_mlp_does_not_decide_whether_it_is_fused(base, tokenizer):
+    """A resumed run, whose adapters have learned, would compute otherwise than the run it goes on with."""
+    model = models.RewardModel.create(
+        base, tokenizer, 0, models.LoraSettings(target_modules=("up_proj", "down_proj"))
+    ).train()
+    with torch.no_grad():
+        for name, parameter in model.hf_model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    assert fused.fuse_layers(model) == model.text_config.num_hidden_layers
+    assert all(module.training for module in model.hf_model.modules())
+
+
 def test_in_bf16_results_are_as_near_to_fp32_as_before(base, tokenizer):
     model, batches = make_model(base, tokenizer).train(), packed_batches(random_pairs(24))
     exact = rewards_of(model, batches).detach()

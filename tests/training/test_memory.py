@@ -4,6 +4,7 @@ import gc
 import json
 import types
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -67,6 +68,15 @@ def test_the_tightest_process_decides_for_all(batcher, pairs, optimizer, monkeyp
     memory_of(monkeypatch, bytes_a_token=10, limit=10**12)
     batcher.world.smallest = lambda number: min(number, 1500)
     assert memory.find_max_tokens_per_batch(batcher, pairs, optimizer) == (1500, False)
+
+
+def test_an_example_that_is_computed_alone_does_not_hide_how_the_others_grow(batcher, pairs):
+    lengths = np.sort(pairs.longest_sides())
+    batcher.alone_above = int(lengths[-4])  # fewer than four pairs are longer
+    computed = [memory.largest_micro_batch(batcher, pairs, budget)[0] for budget in (20, 500, 1000)]
+    assert [plan.is_packed for plan in computed] == [False, True, True]
+    assert computed[0].num_examples == 1 and computed[0].width == lengths[-1]
+    assert computed[0].computed_tokens < computed[1].computed_tokens < computed[2].computed_tokens
 
 
 @pytest.fixture
