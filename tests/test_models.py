@@ -1,6 +1,7 @@
 """models.py: packed scoring against plain forwards, checkpoints that anyone can load, odd tokenizers, the policy."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,9 +31,9 @@ class PairsFromIds(data.PairDataset):
         prefixes = [tokenization.shared_prefix(c, r) for c, r in sequences]
         self.lengths = np.array([(p, len(c) - p, len(r) - p) for p, (c, r) in zip(prefixes, sequences, strict=True)])
         self.packed_lengths = self.lengths.sum(axis=1)
-        self._tokens = np.concatenate(
-            [np.concatenate([c, r[p:]]) for p, (c, r) in zip(prefixes, sequences, strict=True)]
-        )
+        packed = [np.concatenate([c, r[p:]]) for p, (c, r) in zip(prefixes, sequences, strict=True)]
+        self.parts = [SimpleNamespace(token_ids=np.concatenate(packed))]
+        self.sources = np.zeros(len(pairs), np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self.packed_lengths)])
         self.label_margins = np.linspace(0, 1, len(pairs), dtype=np.float32)
         self.kinds, self.kind_names = np.zeros(len(pairs), np.int32), [""]
