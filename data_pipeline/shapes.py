@@ -19,12 +19,19 @@ Row = dict[str, Any]
 
 PROMPT_COLUMNS = (
     "prompt", "messages", "conversations", "conversation", "context", "history", "question", "query", "instruction",
+    "trajectory", "problem", "user_prompt", "input", "info",
 )  # fmt: skip
-SYSTEM_COLUMNS = ("system", "system_prompt")
+SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
+# what sets call the scores of the chosen and of the rejected reply
+SCORES = (
+    ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"),
+    ("chosen_avg_rating", "rejected_avg_rating"), ("chosen-rating", "rejected-rating"),
+)  # fmt: skip
 # columns of these names look like part of a dialogue
 DIALOGUE_COLUMNS = (
-    *PROMPT_COLUMNS, *SYSTEM_COLUMNS, "input", "tools", "functions", "documents", "turns", "dialogue", "dialog",
-    "reasoning", "reasoning_content", "thinking", "response", "reply", "completion", "output", "answer",
+    *(name for name in PROMPT_COLUMNS if name != "info"), *SYSTEM_COLUMNS, "tools", "functions", "documents", "turns",
+    "dialogue", "dialog", "reasoning", "reasoning_content", "thinking", "response", "reply", "completion", "output",
+    "answer",
 )  # fmt: skip
 STRENGTH = "strength"  # by how much the chosen reply is better, in `--columns margin=strength`
 NAMES = ("prompt", "chosen", "rejected", "margin", "kind", "system", "tools", "messages", "reply", "replies", "subset")
@@ -52,8 +59,17 @@ class Shape:
     views: Callable[[Row], Iterator[tuple[Any, Any, float | None]]]
 
 
-def _chosen_and_rejected(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
-    yield row["chosen"], row["rejected"], None
+def _pair(chosen: str, rejected: str) -> Callable[[Row], Iterator[tuple]]:
+    """Two columns; the strength is the difference of the replies' scores where a row has them."""
+
+    def views(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
+        names = next((names for names in SCORES if all(row.get(name) is not None for name in names)), None)
+        strength = None
+        if names is not None and row.get("margin") is _TAKES_STRENGTH:
+            strength = _number(row, names[0]) - _number(row, names[1])
+        yield row[chosen], row[rejected], strength
+
+    return views
 
 
 def _number(row: Row, column: str) -> float:
@@ -91,7 +107,9 @@ def _arena(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
     if not isinstance(row["winner"], str):
         raise ValueError(f"'winner' is {row['winner']!r}, not a text")
     if row["winner"] not in sides:
-        raise NoPreference  # tie, tie (bothbad), both_bad
+        if "tie" in row["winner"] or "bad" in row["winner"]:  # tie, tie (bothbad), both_bad
+            raise NoPreference
+        raise ValueError(f"'winner' is {row['winner']!r}, not model_a, model_b or a tie")
     chosen, rejected = sides[row["winner"]]
     yield row[chosen], row[rejected], None
 
@@ -101,12 +119,27 @@ def _shp(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
     yield (first, second, None) if _zero_or_one(row, "labels") else (second, first, None)
 
 
-def _ranked(column: str, text: str, rank: str, is_best_first: bool) -> Callable[[Row], Iterator[tuple]]:
-    """The best of several replies against each other one that is worse."""
+def _summaries(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
+    better = _zero_or_one(row, "choice")
+    texts = [summary["text"] for summary in row["summaries"]]
+    if len(texts) != 2:
+        raise ValueError(f"'summaries' holds {len(texts)}, not two")
+    yield texts[better], texts[1 - better], None
+
+
+def _ranked(column: str, *keys: tuple[str, str, bool]) -> Callable[[Row], Iterator[tuple]]:
+    """The best of several replies against each other one that is worse.
+
+    `keys` are what sets call a reply's text and its rank, and whether the lowest rank is the best.
+    """
 
     def views(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
         if not isinstance(row[column], list) or not row[column]:
             raise ValueError(f"{column!r} is not a list with replies")
+        first = row[column][0]
+        text, rank, is_best_first = next(
+            (key for key in keys if isinstance(first, dict) and {*key[:2]} <= {*first}), keys[0]
+        )
         if any(not isinstance(reply, dict) or not {text, rank} <= reply.keys() for reply in row[column]):
             raise ValueError(f"{column!r} holds something that is not a reply with {text!r} and {rank!r}")
         # as numbers: the text "10" would come before "9"
@@ -123,7 +156,14 @@ def _ranked(column: str, text: str, rank: str, is_best_first: bool) -> Callable[
 
 
 SHAPES = (
-    Shape("chosen and rejected replies", ("chosen", "rejected"), _chosen_and_rejected),
+    Shape("chosen and rejected replies", ("chosen", "rejected"), _pair("chosen", "rejected")),
+    *(
+        Shape(f"{chosen} and {rejected}", (chosen, rejected), _pair(chosen, rejected))
+        for chosen, rejected in (
+            ("chosen_response", "rejected_response"), ("response_chosen", "response_rejected"),
+            ("preferred", "dispreferred"), ("accepted", "rejected"),
+        )
+    ),
     Shape(
         "PKU-SafeRLHF: better_response_id picks chosen", ("response_0", "response_1", "better_response_id"), _safe_rlhf
     ),
@@ -132,6 +172,12 @@ SHAPES = (
         ("response1", "response2", "overall_preference"),
         lambda row: _better(row["response2"], row["response1"], _number(row, "overall_preference")),
     ),
+    Shape(
+        "HelpSteer2: the sign of preference_strength picks chosen",
+        ("response_1", "response_2", "preference_strength"),
+        lambda row: _better(row["response_2"], row["response_1"], _number(row, "preference_strength")),
+    ),
+    Shape("Summaries from feedback: choice picks chosen", ("summaries", "choice"), _summaries),
     Shape("Chatbot Arena: winner picks chosen", ("conversation_a", "conversation_b", "winner"), _arena),
     Shape("SHP: labels picks chosen", ("human_ref_A", "human_ref_B", "labels"), _shp),
     Shape(
@@ -142,12 +188,12 @@ SHAPES = (
         ),
     ),
     Shape(
-        "Nectar: the best ranked of answers against each other one", ("answers",),
-        _ranked("answers", "answer", "rank", is_best_first=True),
+        "Nectar and Stack Exchange: the best ranked of answers against each worse one", ("answers",),
+        _ranked("answers", ("answer", "rank", True), ("text", "pm_score", False), ("text", "score", False)),
     ),
     Shape(
-        "UltraFeedback: the best scored of completions against each other one", ("completions",),
-        _ranked("completions", "response", "overall_score", is_best_first=False),
+        "UltraFeedback: the best scored of completions against each worse one", ("completions",),
+        _ranked("completions", ("response", "overall_score", False)),
     ),
 )  # fmt: skip
 
@@ -174,14 +220,19 @@ def views(row: Row, shape: Shape) -> list[Row]:
 
 def prompt_of(row: Row) -> Any:
     """The prompt of a row, by whatever name; "" if all that it has are empty, None if it has none."""
-    name = _filled(row, PROMPT_COLUMNS)
+    name = _prompt_column(row)
     if name is None:
         return "" if any(row.get(name) == "" for name in PROMPT_COLUMNS) else None
     prompt = row[name]
-    if isinstance(prompt, dict) and "full_text" in prompt:  # WebGPT's
-        prompt = prompt["full_text"]
+    if isinstance(prompt, dict):  # WebGPT's, and that of the summaries from feedback
+        prompt = next((prompt[key] for key in ("full_text", "post", "article") if prompt.get(key)), prompt)
     more = row.get("input")
     return f"{prompt}\n\n{more}" if name == "instruction" and isinstance(prompt, str) and more else prompt
+
+
+def _prompt_column(row: Row) -> str | None:
+    name = _filled(row, PROMPT_COLUMNS)
+    return None if name == "info" and not isinstance(row["info"], dict) else name
 
 
 def system_of(row: Row) -> Any:
@@ -200,7 +251,7 @@ def unused_columns(row: Row, read: tuple[str, ...], dialogues: list[Any]) -> tup
 
     `read` are columns that were read, beside those of the prompt and of the system turn.
     """
-    prompt = _filled(row, PROMPT_COLUMNS)
+    prompt = _prompt_column(row)
     used = {*read, prompt, _filled(row, SYSTEM_COLUMNS), "tools", *(["input"] * (prompt == "instruction"))}
     unused = [name for name in DIALOGUE_COLUMNS if name in row and name not in used and _texts(row[name])]
     if not unused or not dialogues:

@@ -36,6 +36,22 @@ SAME = {
         "chosen": {"from": "gpt", "value": GOOD},
         "rejected": {"from": "gpt", "value": POOR},
     },
+    "an input": {"input": ASKED, "chosen": GOOD, "rejected": POOR},
+    "a trajectory": {"trajectory": [{"from": "user", "value": ASKED}], "chosen": GOOD, "rejected": POOR},
+    "chosen_response": {"instruction": ASKED, "chosen_response": GOOD, "rejected_response": POOR},
+    "response_chosen": {"prompt": ASKED, "response_chosen": GOOD, "response_rejected": POOR},
+    "preferred": {"prompt": ASKED, "preferred": [YES], "dispreferred": [NO]},
+    "accepted": {"prompt": ASKED, "accepted": GOOD, "rejected": POOR},
+    "HelpSteer2": {"prompt": ASKED, "response_1": POOR, "response_2": GOOD, "preference_strength": 2},
+    "HelpSteer2, the other way round": {
+        "prompt": ASKED, "response_1": GOOD, "response_2": POOR, "preference_strength": -1,
+    },
+    "summaries": {
+        "info": {"post": ASKED, "title": "x"}, "summaries": [{"text": POOR}, {"text": GOOD}], "choice": 1,
+    },
+    "Stack Exchange": {
+        "question": ASKED, "answers": [{"text": POOR, "pm_score": 0}, {"text": GOOD, "pm_score": 4}],
+    },
     "other names of roles": {
         "chosen": [{"role": "Human", "content": ASKED}, {"role": "bot", "content": GOOD}],
         "rejected": [{"role": "USER", "content": ASKED}, {"role": "Model", "content": POOR}],
@@ -156,6 +172,8 @@ def test_the_best_of_ranked_replies_is_chosen_over_each_worse_one(write_rows):
         ({"history": ASKED, "human_ref_A": POOR, "human_ref_B": GOOD, "labels": 0.5}, "'labels' is 0.5, not 0 or 1"),
         ({"prompt": ASKED, "answers": ["A", "B"]}, "not a reply with 'answer' and 'rank'"),
         ({"prompt": ASKED, "answers": [{"answer": "A", "rank": 1}, {"answer": "B", "rank": None}]}, "'rank' is 'None'"),
+        ({"winner": "modelA", "conversation_a": [QUESTION, NO], "conversation_b": [QUESTION, YES]}, "not model_a"),
+        ({"info": {"post": ASKED}, "summaries": [{"text": POOR}], "choice": 0}, "'summaries' holds 1, not two"),
         ({"winner": [1], "conversation_a": [QUESTION, NO], "conversation_b": [QUESTION, YES]}, "'winner' is"),
         ({"prompt": ASKED, "response_0": POOR, "response_1": GOOD, "better_response_id": math.inf}, "not 0 or 1"),
         ({"context": ASKED, "response1": POOR, "response2": GOOD, "overall_preference": 10**400}, "not a finite"),
@@ -251,6 +269,8 @@ def test_columns_of_other_names_are_read_under_ours():
         ({"context": ASKED, "response1": POOR, "response2": GOOD, "overall_preference": 2}, 2.0),
         ({"question": ASKED, "answer_0": POOR, "answer_1": GOOD, "score_0": -0.5, "score_1": 0.5}, 1.0),
         ({"prompt": ASKED, "answers": [{"answer": GOOD, "rank": 1}, {"answer": POOR, "rank": 4}]}, 3.0),
+        ({"prompt": ASKED, "chosen": GOOD, "rejected": POOR, "score_chosen": 8.5, "score_rejected": 7}, 1.5),
+        ({"prompt": ASKED, "response_1": GOOD, "response_2": POOR, "preference_strength": -2}, 2.0),
     ],
 )
 def test_the_strength_of_a_preference_can_be_the_margin(row, margin):
@@ -339,7 +359,8 @@ def rows_of_shapes(draw):
     choices = {
         "better_response_id": st.integers(0, 1), "overall_preference": st.integers(-2, 2), "labels": st.integers(0, 1),
         "winner": st.sampled_from(["model_a", "model_b", "tie"]), "score_0": st.integers(0, 2),
-        "score_1": st.integers(0, 2),
+        "score_1": st.integers(0, 2), "preference_strength": st.integers(-3, 3), "choice": st.integers(0, 1),
+        "summaries": st.lists(st.fixed_dictionaries({"text": WORDS}), min_size=2, max_size=2),
     }  # fmt: skip
     for column, keys in (("answers", ("answer", "rank")), ("completions", ("response", "overall_score"))):
         replies = st.fixed_dictionaries({keys[0]: WORDS, keys[1]: st.integers(0, 3)})
