@@ -23,7 +23,8 @@ ROLES = {
     "tool": ("tool", "function", "observation", "tool_response", "function_response"),
 }
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
-NOT_TEXT = ("type", "id", "tool_call_id", "name")  # of what a message carries, these need not be read by the model
+NOT_TEXT = ("type", "id", "tool_call_id")  # of what a message carries, these need not be read by the model,
+NOT_TEXT_OF_A_MESSAGE = (*NOT_TEXT, "name")  # nor who a message is from
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 # ChatML, which Qwen and others render a dialogue into
 _CHATML_TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>\s*|\Z)", re.DOTALL)
@@ -186,7 +187,8 @@ def is_rendered(dialogues: list[Messages], tools: Any, texts: list[str]) -> bool
     for dialogue, text in zip(dialogues, texts, strict=True):
         for message in dialogue:
             if not is_text(message):
-                extras = {key: value for key, value in message.items() if key not in ("role", "content")}
+                left_out = ("role", "content", *NOT_TEXT_OF_A_MESSAGE)
+                extras = {key: value for key, value in message.items() if key not in left_out}
                 wanted += [(part, text) for part in texts_of(without_keys(extras, NOT_TEXT)) if part.strip()]
     return all(part.strip() in text or json.dumps(part)[1:-1] in text for part, text in wanted)
 

@@ -130,7 +130,7 @@ class BadRow(UserError):
 
     def __init__(self, key: str, problem: str, place: str, expected: str):
         super().__init__(f"a row of the data cannot be used: {problem}", where=place, next=f"expected: {expected}")
-        self.key, self.reason = key, f"{key}: {problem}"
+        self.key, self.problem, self.reason = key, problem, f"{key}: {problem}"
 
 
 def read_pairs(source: Source) -> Iterator[Parsed]:
@@ -192,8 +192,10 @@ def parse_row(row: Any, row_error: RowError, columns: Columns = ()) -> list[Pair
         pairs = [parse_pair(view, row_error) for view in shapes.views(row, shape)]
     except shapes.NoPreference:
         return ["no_preference"]
-    except UserError:
-        raise
+    except BadRow as error:
+        if shape is shapes.SHAPES[0]:
+            raise
+        raise row_error(f"read as {shape.name}, {error.problem}", error.key) from error
     except (KeyError, TypeError, ValueError) as error:
         raise row_error(f"read as {shape.name}, {first_line(error)}", "no_choice") from error
     name = "" if shape is shapes.SHAPES[0] else shape.name

@@ -264,7 +264,7 @@ def unused_columns(row: Row, read: tuple[str, ...], dialogues: list[Any]) -> tup
 
 def _texts(value: Any) -> list[str]:
     """The texts in a value, without the names of speakers, spaces as they come from `split`."""
-    texts = messages.texts_of(messages.without_keys(value, (*messages.ROLE_KEYS, *messages.NOT_TEXT)))
+    texts = messages.texts_of(messages.without_keys(value, (*messages.ROLE_KEYS, *messages.NOT_TEXT_OF_A_MESSAGE)))
     parts = [" ".join(part.split()) for text in texts for part in _TURN.split(text)]
     return [part for part in parts if part]
 

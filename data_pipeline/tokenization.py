@@ -142,12 +142,18 @@ def _rendered(source: Source, tokenizer: Any) -> Iterator[Chunk]:
 def render(dialogues: list[Messages], tokenizer: Any, tools: Any = None) -> list[str] | str:
     """Dialogues as the chat template writes them, or the reason for skipping them if it rejects one."""
     try:
-        return tokenizer.apply_chat_template(dialogues, tokenize=False, **({"tools": tools} if tools else {}))
+        texts = tokenizer.apply_chat_template(dialogues, tokenize=False, **({"tools": tools} if tools else {}))
     except Exception as error:  # templates raise anything; only their own complaint is about the dialogue
         # jinja2's and those derived from it, which need not be imported for this
         if all(kind.__name__ != "TemplateError" for kind in type(error).__mro__):
             raise
         return f'template: it says "{first_line(error)}"'
+    for dialogue, text in zip(dialogues, texts, strict=True):
+        if dialogue[-1].get("tool_calls") and not dialogue[-1]["content"].strip():
+            without = [*dialogue[:-1], {"role": dialogue[-1]["role"], "content": dialogue[-1]["content"]}]
+            if render([without], tokenizer, tools) == [text]:
+                return "no_reply: the chat template leaves out the tool call that is all of it"
+    return texts
 
 
 def encode_groups(groups: list[list[str]], backend: Any, cut_tokens: list[str]) -> list[list[np.ndarray]]:

@@ -626,6 +626,26 @@ def test_every_reason_is_counted_with_its_rows(load, base):
     assert "  skipped 1: a null in place of a text (row 8; the first: 'chosen' is null)" in lines
 
 
+def test_a_tool_call_that_the_template_leaves_out_is_counted_and_no_reply_if_it_is_all(load, base):
+    plain = models.load_tokenizer(base)
+    plain.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "thermometer", "arguments": {}}}]}
+    unseen = {**call, "tool_calls": [{"function": {"name": "oven", "arguments": {}}}]}  # which the question names
+    rows = [
+        {"prompt": [QUESTION], "chosen": [{**call, "content": "Let me see."}], "rejected": [NO]},
+        {"prompt": [QUESTION], "chosen": [call], "rejected": [NO]},
+        {"prompt": [QUESTION], "chosen": [unseen], "rejected": [NO]},
+    ]
+    pairs = load([GOOD_ROW, *rows], tokenizer=plain)
+    assert pairs.counts.first_rows == {"not_rendered": [2], "no_reply": [3, 4]} and pairs.rows.tolist() == [1, 2]
+    assert "leaves out the tool call that is all of it" in pairs.parts[0].counts.lines()[0]
+    plain.chat_template = plain.chat_template.replace(
+        "{{ message.content }}", "{{ message.content }}{{ message.tool_calls }}"
+    )
+    pairs = load([GOOD_ROW, *rows], tokenizer=plain)
+    assert pairs.rows.tolist() == [1, 2, 3, 4] and not pairs.counts.count
+
+
 def test_a_template_that_is_broken_is_not_blamed_on_the_rows(load, base):
     broken = models.load_tokenizer(base)
     broken.chat_template = "{% for message in messages %}{{ message.content + 1 }}{% endfor %}"

@@ -172,6 +172,7 @@ def test_the_best_of_ranked_replies_is_chosen_over_each_worse_one(write_rows):
         ({"history": ASKED, "human_ref_A": POOR, "human_ref_B": GOOD, "labels": 0.5}, "'labels' is 0.5, not 0 or 1"),
         ({"prompt": ASKED, "answers": ["A", "B"]}, "not a reply with 'answer' and 'rank'"),
         ({"prompt": ASKED, "answers": [{"answer": "A", "rank": 1}, {"answer": "B", "rank": None}]}, "'rank' is 'None'"),
+        ({"prompt": ASKED, "response_0": 5, "response_1": GOOD, "better_response_id": 0}, "PKU-SafeRLHF.* a number"),
         ({"winner": "modelA", "conversation_a": [QUESTION, NO], "conversation_b": [QUESTION, YES]}, "not model_a"),
         ({"info": {"post": ASKED}, "summaries": [{"text": POOR}], "choice": 0}, "'summaries' holds 1, not two"),
         ({"winner": [1], "conversation_a": [QUESTION, NO], "conversation_b": [QUESTION, YES]}, "'winner' is"),
