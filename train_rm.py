@@ -373,7 +373,7 @@ def figures(metrics: dict[str, float]) -> tuple[str, ...]:
 
 def summary(run: runs.Run, evaluation: Evaluation | None) -> str:
     """The end of a run: how good the model is, where it was saved, what to type next."""
-    lines = [f"done: {run.step:,} steps, {run.examples_seen(run.step):,} pairs"]
+    lines = [f"done: {utils.counted(run.step, 'step')}, {utils.counted(run.examples_seen(run.step), 'pair')}"]
     if run.skipped_steps:
         lines.append(f"{run.skipped_steps:,} of these steps were skipped: their loss or gradient was not finite")
     if evaluation:

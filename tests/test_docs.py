@@ -224,7 +224,7 @@ def test_commands_for_several_processes_run_as_written(reader):
         results = [agent.wait() for agent in agents]
         assert [result.returncode for result in results] == [0] * machines, (words, results)
         output = "".join(result.stdout for result in results)
-        assert "processes: 2" in output and ("done: 1 steps" in output or "nothing to do" in output), output
+        assert "processes: 2" in output and ("done: 1 step," in output or "nothing to do" in output), output
 
 
 def test_managing_commands_run_as_written(reader):

@@ -221,7 +221,7 @@ def describe(config: TrainingConfig, model: Any, sampler: StepSampler, world: Wo
         print(f"  sequences above {limit:,} tokens are computed one at a time, because the model changes there: slower")
     if not world.is_alone:
         print(f"processes: {world.size}, {'FSDP2' if world.is_sharded else 'DDP'}")
-    steps = f"{sampler.total_steps:,} steps of {config.examples_per_step} {config.unit}"
+    steps = f"{utils.counted(sampler.total_steps, 'step')} of {config.examples_per_step} {config.unit}"
     of_head = f", of the head {config.head_lr:g}" if getattr(config, "head_lr", 0.0) else ""
     print(f"plan: {steps}, learning rate {config.lr:g}{of_head}", flush=True)
 

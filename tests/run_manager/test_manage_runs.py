@@ -272,7 +272,7 @@ def test_a_run_that_crashed_before_its_first_save_can_be_started_again_under_its
     for step in step_folders(folder):
         shutil.rmtree(step)
     again = train(work, *small_flags, "--run_name", "crashed", "--max_steps", "1")
-    assert "done: 1 steps" in again.communicate()
+    assert "done: 1 step," in again.communicate()
     assert scanned(work)["crashed"].state == "finished"
 
 

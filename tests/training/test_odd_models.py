@@ -143,7 +143,7 @@ def test_system_turns_count_as_moved_wherever_dialogues_are_read(run_script, bas
     answers = [json.loads(line) for line in scored.stdout.splitlines()]
     assert answers[0]["reward"] is not None and answers[1]["reward"] is None
     assert answers[1]["left_out"] == "refused by the model's chat template, which said: not here"
-    assert f"1 {moved}" in scored.stderr and "1 rows scored, 1 skipped" in scored.stderr
+    assert f"1 {moved}" in scored.stderr and "1 row scored, 1 skipped" in scored.stderr
 
 
 @pytest.mark.parametrize("architecture", ["Llama", "GPT2"])
