@@ -54,6 +54,7 @@ class SourcePairs:
         here = self._is_here(np.load(folder / "held_out.npy"))  # (M,)
         fits = here & (longest_sequences(lengths) <= (max_length or np.iinfo(np.int32).max))
         self.counts = self._count(report, rows, here, fits, np.load(folder / "notes.npy"), folder)
+        self.unusable_share = self._unusable_share(folder, rows, longest_sequences(lengths) > (max_length or np.inf))
         self.lengths, self.rows, self.starts = lengths[fits], rows[fits], starts[:-1][fits]
         self.label_margins = np.load(folder / "margins.npy")[fits]  # (N,)
         self.kinds, self.kind_names = np.load(folder / "kinds.npy")[fits], report["kinds"]  # (N,) index into names
@@ -80,6 +81,17 @@ class SourcePairs:
         unused = np.load(folder / "unused.npy")[fits]
         counts.unused += Counter({name: int(unused[:, at].sum()) for at, name in enumerate(DIALOGUE_COLUMNS)})
         return counts
+
+    @staticmethod
+    def _unusable_share(folder: Path, rows: np.ndarray, is_too_long: np.ndarray) -> float:
+        """Which share of a source's rows cannot be used, in both parts of one that is split: one may be small.
+
+        Votes for neither side do not count.
+        """
+        skipped, keys = np.load(folder / "skipped_rows.npy"), np.load(folder / "skipped_keys.npy")
+        unusable = skipped[keys != list(SKIP_REASONS).index("no_preference")]
+        total = len(np.unique(np.concatenate([rows, skipped])))
+        return len(np.unique(np.concatenate([unusable, rows[is_too_long]]))) / max(1, total)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -155,12 +167,11 @@ class PairDataset:
         return split_sequences(self.tokens(index), self.lengths[index])
 
     def check_skipped(self) -> None:
-        """Raise UserError if more than a tenth of a source's rows are unusable; votes for neither side do not count."""
+        """Raise UserError if more than a tenth of a source's rows are unusable."""
         for part in self.parts:
-            unusable = part.counts.skipped - part.counts.count["no_preference"]
-            if unusable > MAX_SKIPPED * part.counts.rows:
+            if part.unusable_share > MAX_SKIPPED:
                 raise utils.UserError(
-                    f"{unusable / part.counts.rows:.0%} of the rows would be skipped",
+                    f"{part.unusable_share:.0%} of the rows would be skipped",
                     where=part.name,
                     found="\n".join(["", *part.counts.lines()]).replace("\n", "\n  "),
                     next="fix the data, raise --max_length, or accept it with --bad_rows skip",
@@ -379,6 +390,7 @@ def main(argv: list[str]) -> None:
             pairs.check_skipped()
         except utils.UserError as error:
             print(f"\n{name}: {error.what}: train_rm.py stops, unless --bad_rows skip is given")
+            break  # the two parts of a file have one share
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import ast
 import contextlib
 import csv
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -94,16 +95,26 @@ def _parse_json(place: str, text: bytes) -> Any:
 def _json_list(path: Path) -> Rows:
     with _open(path) as file:
         text = file.read().removeprefix(b"\xef\xbb\xbf")
-    if text.lstrip()[:1] == b"{" and b"\n" in text.strip():  # lines of JSON under another name
+    if text.lstrip()[:1] == b"{" and not _is_one_value(text):  # lines of JSON under another name
         yield from parse_json_lines(text.splitlines(), f"{path}:{{}}".format)
         return
     content = _parse_json(str(path), text)
+    if isinstance(content, dict) and len(content) == 1:  # {"data": [...]}
+        (content,) = content.values()
     if not isinstance(content, list):
         raise UserError(
             "a .json file must hold one list of rows", where=path, found=type(content).__name__,
             next="for one row per line, name the file .jsonl",
         )  # fmt: skip
     yield from enumerate(content, start=1)
+
+
+def _is_one_value(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _csv(path: Path) -> Rows:
@@ -113,7 +124,9 @@ def _csv(path: Path) -> Rows:
     try:
         with _open(path) as file:
             lines = (line.decode("utf-8-sig" if at == 0 else "utf-8") for at, line in enumerate(file))
-            reader = csv.reader(lines, strict=True)
+            first = next(lines, "")
+            separator = max(",;\t", key=first.count)
+            reader = csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True)
             columns = next(reader, [])
             if len(set(columns)) < len(columns):
                 raise UserError("the data file has two columns of one name", where=path, found=", ".join(columns))

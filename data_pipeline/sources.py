@@ -128,10 +128,11 @@ def dataset_names(text: str) -> list[str]:
 def without_subset(spec: DataSpec) -> DataSpec:
     """`NAME:SUBSET` as a name with a subset, where NAME alone is no file or folder of that spelling."""
     name, colon, subset = spec.dataset.rpartition(":")
-    if not colon or not subset or Path(spec.dataset).expanduser().exists():
+    is_drive = len(name) == 1  # C:\\pairs
+    if not colon or not subset or is_drive or Path(spec.dataset).expanduser().exists():
         return spec
     if hub.looks_like_a_path(name) and not Path(name).expanduser().exists():
-        return spec  # C:\folder, or a path that is not there
+        return spec  # a path that is not there
     if spec.subset not in (None, subset):
         raise UserError(f"--subset {spec.subset} and --dataset {spec.dataset} name two subsets", next="leave one out")
     return dataclasses.replace(spec, dataset=name, subset=subset)
@@ -223,12 +224,12 @@ def train_and_test(subset: str, splits: dict[str, Source], spec: DataSpec) -> tu
         wanted = getattr(spec, name)
         if wanted and wanted not in splits:
             raise UserError(
-                f"--{name} {wanted}: no such split{nearest(wanted, splits)}", where=where, found=_some(splits)
+                f"--{name} {wanted}: no such split{nearest(wanted, splits)}", where=where, found=_named(splits)
             )
     train = spec.split or best_split(splits, "train")
     if train is None:
         raise UserError(
-            "--dataset has no training data", where=where, found=_some(splits) or "no data files",
+            "--dataset has no training data", where=where, found=_named(splits),
             next=f"--split NAME takes one of these; data files end in {', '.join(reading.SUFFIXES)}",
         )  # fmt: skip
     test = spec.test_split or best_split(splits, "test", train)
@@ -240,6 +241,10 @@ def train_and_test(subset: str, splits: dict[str, Source], spec: DataSpec) -> tu
         parts = (dataclasses.replace(splits[train], part=part) for part in ("train", "test"))
         return (*parts, notes)
     return splits[train], splits[test], notes
+
+
+def _named(splits: Iterable[str]) -> str:
+    return _some(filter(None, splits)) or "files whose names are of no split"
 
 
 def best_split(splits: Iterable[str], role: str, beside: str | None = None) -> str | None:
@@ -292,7 +297,8 @@ def _splits_in(folder: Path) -> dict[str, dict[str, Source]]:
     subsets: dict[str, dict[str, Source]] = {}
     for (subset, split), paths in groups.items():
         _check_shards(paths, split or "data")
-        subsets.setdefault(subset, {})[split] = Source(_common_name(paths), tuple(paths))
+        name = str(paths[0]) + f" and {len(paths) - 1} more" * (len(paths) > 1)
+        subsets.setdefault(subset, {})[split] = Source(name, tuple(paths))
     if not subsets:
         inside = sorted(path.name for path in folder.iterdir())
         raise UserError(
@@ -355,10 +361,6 @@ def _check_shards(paths: list[Path], split: str) -> None:
 def _has_whole(paths: list[Path], marks: list[Any], split: str) -> bool:
     """Whether a file is the split itself and not one of its shards."""
     return any(mark is None and _stem(path) == split for path, mark in zip(paths, marks, strict=True))
-
-
-def _common_name(paths: list[Path]) -> str:
-    return str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
 
 
 def _saved_splits(folder: Path) -> dict[str, Source]:

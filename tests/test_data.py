@@ -707,12 +707,25 @@ def test_pairs_that_are_too_long_count_as_skipped(load):
 def test_one_row_above_a_tenth_of_a_thousand_is_refused():
     pairs = data.PairDataset.__new__(data.PairDataset)
     part = data.SourcePairs.__new__(data.SourcePairs)
-    part.name, part.counts = "made up", data.Counts(1000, Counter(identical=100), {"identical": [1]})
-    pairs.parts = [part]
+    part.name, part.counts = "made up", data.Counts(1000, Counter(identical=101), {"identical": [1]})
+    pairs.parts, part.unusable_share = [part], 100 / 1000
     pairs.check_skipped()
-    part.counts.add("identical", 7)
+    part.unusable_share = 101 / 1000
     with pytest.raises(UserError, match="skipped 101: "):
         pairs.check_skipped()
+
+
+def test_a_tenth_is_one_of_the_file_and_not_of_its_small_held_out_part(tmp_path, tokenizer):
+    rows = [{"prompt": f"Is oven {n} hot?", "chosen": "Yes, it is.", "rejected": "No."} for n in range(60)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *[{"foo": 1}] * 5]))  # all on one side
+    for pairs in data.load_pairs(str(path), tokenizer):
+        pairs.check_skipped()
+        assert pairs.parts[0].unusable_share == 5 / 65
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *[{"foo": 1}] * 7]))
+    for pairs in data.load_pairs(str(path), tokenizer):
+        with pytest.raises(UserError, match="10% of the rows would be skipped"):
+            pairs.check_skipped()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -479,6 +479,12 @@ def test_what_is_no_gzip_file_is_named(tmp_path, content):
     assert str(path) in str(caught.value)
 
 
+def test_a_json_file_may_hold_its_rows_under_one_key(tmp_path):
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps({"data": [GOOD_ROW]}, indent=2))
+    assert read_all(path) == [(1, parse(**GOOD_ROW))]
+
+
 @pytest.mark.parametrize(
     "content, kind", [(GOOD_LINE, "dict"), (b'"text"', "str"), (b"null", "NoneType"), (b"3", "int")]
 )
