@@ -3,8 +3,6 @@
 Letters: N pairs.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,20 +36,11 @@ class Texts:
     def of(cls, rows: Iterable[Pair]) -> "Texts":
         found = cls()
         for pair in rows:
-            chosen, rejected = _hash(pair.chosen), _hash(pair.rejected)
+            chosen, rejected = parsing.digest_of(pair.chosen), parsing.digest_of(pair.rejected)
             found.pairs.append(chosen + rejected)
             found.swapped.add(rejected + chosen)
-            found.prompts.add(_hash(pair.chosen[:-1]))
+            found.prompts.add(parsing.digest_of(pair.chosen[:-1]))
         return found
-
-
-def _hash(dialogue: Messages) -> bytes:
-    content = [[message["role"], " ".join(message["content"].split()), _extras(message)] for message in dialogue]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()[:16]
-
-
-def _extras(message: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in message.items() if key not in ("role", "content")}
 
 
 def texts_of(sources: Iterable[Source], pairs: Any) -> Texts:

@@ -6,6 +6,8 @@ two equal sides, a null, a wrong type) is skipped and counted under one of `SKIP
 hold what is in shapes.py, which forms messages have in messages.py.
 """
 
+import hashlib
+import json
 import math
 import re
 from collections import Counter
@@ -36,6 +38,7 @@ SKIP_REASONS = {
     "no_columns": "other columns than a preference has",
     "template": "refused by the model's chat template",
     "too_long": "too long",
+    "trained_on": "a model was trained on it",
 }
 EXPECTED_ROW = (
     "chosen and rejected (text or messages), often with prompt;\n          "
@@ -259,6 +262,12 @@ def parse_pair(row: dict[str, Any], row_error: RowError) -> Pair | str:
     warnings = ("merged",) * was_merged + ("prompts_differ",) * (chosen[:-1] != rejected[:-1])
     warnings += ("margin_is_text",) * is_margin_text
     return Pair(chosen, rejected, margin, kind, warnings, messages.checked_tools(row.get("tools"), row_error))
+
+
+def digest_of(dialogue: Messages) -> bytes:
+    """Identifies a dialogue by speakers and texts, however they are spaced, and what else its messages carry."""
+    content = [[{**message, "content": " ".join(message["content"].split())}] for message in dialogue]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()[:16]
 
 
 def with_system(side: Messages, system: Any, row_error: RowError) -> Messages:

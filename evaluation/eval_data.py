@@ -33,6 +33,7 @@ class Part:
 
     name: str
     source: Source
+    seen: frozenset[bytes] = frozenset()  # pairs that a model was trained on, which are skipped; see `_digests`
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Data:
     def fingerprint(self) -> list[Any]:
         """Changes whenever the rows, their order or their selection change."""
         chosen = None if self.chosen_rows is None else sorted(self.chosen_rows)
-        return [[part.source.fingerprint() for part in self.parts], self.subset_column, chosen]
+        seen = [sorted(digest.hex() for digest in part.seen) for part in self.parts]
+        return [[part.source.fingerprint() for part in self.parts], seen, self.subset_column, chosen]
 
     def read(self) -> Iterator[Row]:
         """The rows in order. UserError says what is broken and where."""
@@ -106,7 +108,10 @@ class Data:
                     is_whole = part.source.part == "all"
                     is_wanted = is_whole or part.source.includes(*sampler.digests(row, prompt_of(content)))
                 if is_wanted:
-                    yield part_number, number, row, content
+                    is_known = (
+                        part.seen and not isinstance(content, str) and not part.seen.isdisjoint(_digests(content))
+                    )
+                    yield part_number, number, row, "trained_on" if is_known else content
 
     def _parsed(self, part: Part) -> Iterator[tuple[int, Any, Comparison | str]]:
         parse = functools.partial(self._parse, part)
@@ -168,6 +173,12 @@ def _comparison(
     )
 
 
+def _digests(content: Comparison) -> list[bytes]:
+    """A digest of each pair of a chosen and a rejected reply."""
+    chosen, rejected = (list(map(parsing.digest_of, side)) for side in (content.chosen, content.rejected))
+    return [one + other for one in chosen for other in rejected]
+
+
 def prompt_of(content: Comparison | str) -> Messages | None:
     return None if isinstance(content, str) else content.chosen[0][:-1]
 
@@ -196,8 +207,8 @@ def is_of_benchmark(row: Any) -> bool:
 def find(spec: DataSpec, split: str, subset_column: str | None, trained: Iterable[DataSpec] = ()) -> Data:
     """The files or hub splits that `--dataset` and `--split` name; "all" means every row.
 
-    `trained` says what the models were trained on: rows of that are never scored as "test", and a file that no model
-    was trained on is scored whole. Of a folder without training data all files are read.
+    `trained` says what the models were trained on: rows of that are never scored as "test", under whatever name they
+    come. Of other files every row is scored. Of a folder without training data all files are read.
     """
     trained = tuple(trained)
     parts: list[Part] = []
@@ -207,10 +218,10 @@ def find(spec: DataSpec, split: str, subset_column: str | None, trained: Iterabl
         hub.check_path_exists(one.dataset, "--dataset")
         path = Path(one.dataset).expanduser()
         found = _in_file(path, one, split) if path.is_file() else _in_folder(one, split, notes)
-        known = [source for other in trained for source in _training_sources(other, one)]
+        known = [sources_of for other in trained for sources_of in _training_sources(other, one)]
         for part in found:
-            source = _unless_trained_on(replace(part.source, columns=spec.columns), split, known, notes)
-            parts.append(replace(part, source=source))
+            part = replace(part, source=replace(part.source, columns=spec.columns))
+            parts.append(_unless_trained_on(part, split, known, notes))
     if len(parts) == 1:
         parts = [replace(parts[0], name="")]
     return Data(spec.dataset, split, tuple(parts), subset_column, notes=tuple(notes)).with_held_out()
@@ -269,37 +280,55 @@ def _in_folder(spec: DataSpec, split: str, notes: list[str]) -> list[Part]:
     return parts
 
 
-def _training_sources(trained: DataSpec, evaluated: DataSpec) -> tuple[Source, ...]:
+def _training_sources(trained: DataSpec, evaluated: DataSpec) -> Iterator[sources.Found]:
     """What a model was trained on, as far as it is still here; the hub is only asked about a set that is evaluated."""
-    found: list[Source] = []
     for name in sources.dataset_names(trained.dataset):
         one = sources.without_subset(replace(trained, dataset=name))
         if hub.looks_like_a_path(one.dataset) or one.dataset == evaluated.dataset:
             with contextlib.suppress(UserError, OSError):  # it may have moved, or changed
-                found += sources.find_sources(one).train
-    return tuple(found)
+                yield sources.find_sources(one)
 
 
-def _unless_trained_on(source: Source, split: str, trained: list[Source], notes: list[str]) -> Source:
-    """A source, or the part of it that no model was trained on."""
-    known = next((other for other in trained if other.shares_files_with(source)), None)
-    if known is None and source.part != "all" and split == "test":
-        notes.append(f"{source.name}: scored whole, because no training on it is known")
-        return replace(source, part="all")
-    if known is None or split == "all":
-        return source
-    if known.part == "all":  # the training had a test split elsewhere
+def _unless_trained_on(part: Part, split: str, known: list[sources.Found], notes: list[str]) -> Part:
+    """A part, or those of its rows that no model was trained on."""
+    source = part.source
+    trained = next((other for found in known for other in found.train if other.shares_files_with(source)), None)
+    if split == "all" or (trained is None and split != "test"):
+        return part
+    if trained is None:
+        is_own_test = any(other.shares_files_with(source) for found in known for other in found.test)
+        seen = frozenset() if is_own_test else _pairs_of(source for found in known for source in found.train)
+        if source.part != "all":
+            notes.append(f"{source.name}: scored whole, " + ("but for what was trained on" if known else
+                         "because no training on it is known"))  # fmt: skip
+        return replace(part, source=replace(source, part="all"), seen=seen)
+    if trained.part == "all":  # the training had a test split elsewhere
         if split == "test":
             raise UserError(
                 "these rows are what the model was trained on, so they cannot test it", where=source.name,
                 safe="nothing was scored", next="--dataset with its test split, or --split train to score them as such",
             )  # fmt: skip
-        return replace(source, part="all")
-    part = "test" if split == "test" else "train" if split == "train" else source.part
-    if part != "all":
+        return replace(part, source=replace(source, part="all"))
+    if split in SPLITS:
         held_out = f"1 in {sources.HELD_OUT_IN} is held out, as in train_rm.py"
         notes.append(f"the {split} split of {source.name}: {held_out}; --split all takes every row")
-    return replace(source, part=part)
+        return replace(part, source=replace(source, part=split))
+    return part
+
+
+def _pairs_of(trained: Iterable[Source]) -> frozenset[bytes]:
+    """Digests of all pairs that sources train on."""
+    found = set()
+    for source in trained:
+        pairs = [(row, _digests_of(row.pair)) for row in parsing.read_pairs(source) if not isinstance(row.pair, str)]
+        shares = sampler.shares_prompts((row.row, row.digests[0]) for row, _ in pairs)
+        source = replace(source, holds_out_rows=source.part != "all" and shares)
+        found |= {digest for row, digest in pairs if source.includes(*row.digests)}
+    return frozenset(found)
+
+
+def _digests_of(pair: parsing.Pair) -> bytes:
+    return parsing.digest_of(pair.chosen) + parsing.digest_of(pair.rejected)
 
 
 def stem(path: Path) -> str:

@@ -95,7 +95,9 @@ def test_of_a_file_that_was_trained_on_only_the_held_out_part_is_scored(
 @pytest.mark.usefixtures("undrawn")
 def test_a_file_that_was_not_trained_on_is_scored_whole(evaluate, length_model, demo_folder, tmp_path, capsys):
     model = trained_on(length_model, tmp_path / "trained", demo_folder[1] / "train.jsonl")
-    assert evaluate(model, dataset=demo_folder[1] / "test.jsonl")["rows"]["read"] == 400
+    assert evaluate(model, dataset=demo_folder[1] / "test.jsonl")["n"] == 400
+    assert "scored whole, but for what was trained on" in capsys.readouterr().out
+    assert evaluate(length_model, dataset=demo_folder[1] / "test.jsonl")["n"] == 400
     assert "scored whole, because no training on it is known" in capsys.readouterr().out
 
 
@@ -115,11 +117,39 @@ def test_what_was_trained_on_whole_is_never_scored_as_test(evaluate, length_mode
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("is_split", [True, False], ids=["split by hash", "beside a test file"])
+def test_single_rows_that_were_trained_on_are_skipped_under_whatever_name_they_come(
+    evaluate, length_model, tmp_path, is_split
+):
+    rows = [{"prompt": f"Hello {n}?", "chosen": "a long reply", "rejected": "no"} for n in range(60)]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("".join(lines[:40]))
+    if not is_split:
+        (tmp_path / "set" / "val.jsonl").write_text("".join(lines[40:50]))
+    model = trained_on(length_model, tmp_path / "trained", tmp_path / "set")
+    trained = evaluate(model, "--split", "train", dataset=None)["rows"]["read"]
+    assert (trained < 40) == is_split
+    # the file grew, and is now one of messages
+    as_messages = [
+        {side: [{"role": "human", "content": row["prompt"]}, {"role": "gpt", "content": row[side]}]
+         for side in ("chosen", "rejected")}
+        for row in rows
+    ]  # fmt: skip
+    (tmp_path / "grown.jsonl").write_text("".join(json.dumps(row) + "\n" for row in as_messages))
+    found = evaluate(model, dataset=tmp_path / "grown.jsonl")
+    assert found["rows"]["why"] == {"trained_on": trained} and found["n"] == 60 - trained
+    assert any("a model was trained on it" in line for line in found["rows"]["in_words"])
+    assert evaluate(model, "--split", "all", dataset=tmp_path / "grown.jsonl")["n"] == 60
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_the_data_of_a_checkpoint_is_its_own_with_subset_split_and_columns(evaluate, length_model, tmp_path):
-    rows = [{"question": f"Hello {n}", "good": "a long reply", "bad": "no"} for n in range(6)]
-    for name, count in (("train_prefs", 6), ("train_sft", 6), ("test_prefs", 4), ("test_sft", 5)):
+    rows = [{"question": f"Hello {n}", "good": "a long reply", "bad": "no"} for n in range(15)]
+    places = {"train_prefs": (0, 6), "train_sft": (0, 6), "test_prefs": (6, 10), "test_sft": (10, 15)}
+    for name, (start, end) in places.items():
         (tmp_path / "set" / "inner").mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(row) + "\n" for row in rows[:count])
+        text = "".join(json.dumps(row) + "\n" for row in rows[start:end])
         (tmp_path / "set" / "inner" / f"{name}.jsonl").write_text(text)
     columns = "prompt=question,chosen=good,rejected=bad"
     settings = {"subset": "inner", "split": "train_sft", "columns": columns}
