@@ -371,7 +371,7 @@ class LookConfig:
 
 
 def main(argv: list[str]) -> None:
-    given, problems = flags.read_flags(LookConfig, argv, __doc__.split("\n\n")[1])
+    given, problems = flags.read_flags(LookConfig, argv, "Look at preference data before training on it.")
     config = flags.build_config(LookConfig, given, problems)
     from modeling.pretrained import load_tokenizer
 
