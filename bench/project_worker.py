@@ -152,11 +152,12 @@ def evaluate(run: Any, channel: harness.Channel) -> None:
 
 def score_file(run: Any, channel: harness.Channel) -> None:
     """What `eval_rm.py` does with the test file, from its bytes to all metrics, but without drawing the report."""
+    from data_pipeline.sources import DataSpec
     from evaluation import analysis, eval_data, scores
     from modeling.scorer import Scorer, ScoringConfig
 
     clock = harness.Clock(run.model.device)
-    data = eval_data.find(run.config.dataset, "test", None)
+    data = eval_data.find(DataSpec(run.config.dataset), "test", None)
     scorer = Scorer(run.model, ScoringConfig())
     while channel.receive()["do"] != "end":
         clock.start()

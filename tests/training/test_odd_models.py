@@ -136,13 +136,14 @@ def test_system_turns_count_as_moved_wherever_dialogues_are_read(run_script, bas
     assert found.returncode == 0, found.stderr
     words_of_report = "\n".join(read_json(tmp_path / "out/report.json")["rows"]["in_words"])
     assert f"kept 20: {moved} (rows 2, 4, 6, 8, 10, …)" in words_of_report
-    assert 'skipped 1: refused by the model\'s chat template, which said "not here" (row 41)' in words_of_report
+    said = 'refused by the model\'s chat template (row 41; the first: it says "not here")'
+    assert f"skipped 1: {said}" in words_of_report
 
     lines = write_rows([{"messages": rows[1]["chosen"]}, {"messages": rows[-1]["chosen"]}], "in.jsonl")
     scored = run_script("eval_rm.py", "--model", step, "--score", lines)
     answers = [json.loads(line) for line in scored.stdout.splitlines()]
     assert answers[0]["reward"] is not None and answers[1]["reward"] is None
-    assert answers[1]["left_out"] == "refused by the model's chat template, which said: not here"
+    assert answers[1]["left_out"] == 'refused by the model\'s chat template: it says "not here"'
     assert f"1 {moved}" in scored.stderr and "1 row scored, 1 skipped" in scored.stderr
 
 
