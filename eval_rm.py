@@ -196,8 +196,8 @@ def score_lines(config: EvalConfig) -> None:
     print(f"{utils.counted(counts.scored, 'row')} scored{skipped}", file=sys.stderr)
     for reason, count in sorted(counts.skipped.items()):
         print(f"  {count:,} {parsing.SKIP_REASONS[reason]}", file=sys.stderr)
-    if counts.moved_system_turns:
-        print(f"  {counts.moved_system_turns:,} {parsing.WARNINGS['system_moved']}", file=sys.stderr)
+    for warning, count in sorted((+counts.warnings).items()):
+        print(f"  {count:,} {parsing.WARNINGS[warning]}", file=sys.stderr)
     for column, count in sorted(counts.unused.items()):
         what = f"column {column!r} of {utils.counted(count, 'row')} looks like part of the dialogue"
         print(f"  not used: {what} (--columns says what columns are)", file=sys.stderr)

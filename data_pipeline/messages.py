@@ -182,10 +182,11 @@ def template_marker(text: str) -> str | None:
 
 
 def is_rendered(dialogues: list[Messages], tools: Any, texts: list[str]) -> bool:
-    """Whether rendered texts hold what the messages carry beside their texts, and the tools."""
+    """Whether rendered texts hold the texts of all messages, what these carry besides, and the tools."""
     wanted = [(name, text) for text in texts for name in texts_of(without_keys(tools, NOT_TEXT)) if name]
     for dialogue, text in zip(dialogues, texts, strict=True):
         for message in dialogue:
+            wanted.append((message["content"], text))
             if not is_text(message):
                 left_out = ("role", "content", *NOT_TEXT_OF_A_MESSAGE)
                 extras = {key: value for key, value in message.items() if key not in left_out}

@@ -52,7 +52,7 @@ WARNINGS = {
     "merged": "turns of the same speaker in a row, merged into one",
     "prompts_differ": "the two sides answer different prompts",
     "margin_is_text": "the margin is text, and was read as a number",
-    "not_rendered": "the model's chat template leaves out a part of the dialogue: a tool call, tools or reasoning",
+    "not_rendered": "the model's chat template leaves out a part: a turn, a tool call, tools or reasoning",
     "system_moved": "system turn put into the first user turn: the model's chat template takes none",
 }
 

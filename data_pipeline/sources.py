@@ -210,10 +210,8 @@ def splits_of(spec: DataSpec, roles: tuple[str, ...] = ("train",)) -> tuple[dict
     usable = {name: splits for name, splits in subsets.items() if any(_role(split) in roles for split in splits)}
     usable = usable or subsets
     # preferences before anything else; what lies in the folder itself or is the default before what lies deeper
-    for is_wanted in (lambda name: "pref" in name.lower(), lambda name: name in ("", "default")):
-        if wanted := {name: splits for name, splits in usable.items() if is_wanted(name)}:
-            usable = wanted
-            break
+    preferred = {name: splits for name, splits in usable.items() if "pref" in name.lower()}
+    usable = preferred or {name: usable[name] for name in ("", "default") if name in usable} or usable
     return usable, sorted(name or "the files in the folder itself" for name in subsets.keys() - usable.keys())
 
 
@@ -235,8 +233,8 @@ def train_and_test(subset: str, splits: dict[str, Source], spec: DataSpec) -> tu
     test = spec.test_split or best_split(splits, "test", train)
     if test == train:
         raise UserError(f"--test_split {test} is the training data", where=where, found=_some(splits))
-    aside = sorted(name for name in splits if name not in (train, test))
-    notes = [f"left aside in {where}: {_some(aside)} (--split and --test_split take one)"] if aside else []
+    aside = _some(sorted(name for name in splits if name not in (train, test)))
+    notes = [f"left aside in {where}: {aside} (--split and --test_split take one)"] * bool(aside)
     if test is None:
         parts = (dataclasses.replace(splits[train], part=part) for part in ("train", "test"))
         return (*parts, notes)
@@ -320,6 +318,8 @@ def _data_files(folder: Path) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.startswith(".") and depth < DEEPEST]
         for name in names:
             if name.endswith(reading.SUFFIXES) and not name.startswith(".") and name not in NOT_DATA:
+                if not (Path(at) / name).exists():
+                    raise UserError("a link leads nowhere", where=Path(at) / name, next="restore or remove it")
                 yield Path(at) / name
 
 

@@ -268,6 +268,7 @@ class TokenizedGroup:
 
     ids: list[np.ndarray]
     reply_lengths: list[int]
+    is_whole: bool = True  # whether the chat template wrote every part of the dialogues
 
 
 def tokenize_groups(
@@ -286,11 +287,12 @@ def tokenize_groups(
     results: list[TokenizedGroup | str] = [found if isinstance(found, str) else nothing for found in texts]
     backend = tokenizer.backend_tokenizer
     encoded = encode_groups(list(rendered.values()), backend, cut_tokens(tokenizer))
-    replies = [messages[-1]["content"] for at in rendered for messages in groups[at]]
+    replies = [dialogue[-1]["content"] for at in rendered for dialogue in groups[at]]
     reply_encodings = iter(backend.encode_batch_fast(replies, add_special_tokens=False))
     for at, ids in zip(rendered, encoded, strict=True):
         reply_lengths = [len(next(reply_encodings).ids) for _ in ids]
         if all(map(len, ids)):  # a template may write nothing
             is_too_long = max(map(len, ids)) > max_length
-            results[at] = "too_long" if is_too_long else TokenizedGroup(ids, reply_lengths)
+            is_whole = messages.is_rendered(groups[at], tools[at], rendered[at])
+            results[at] = "too_long" if is_too_long else TokenizedGroup(ids, reply_lengths, is_whole)
     return results

@@ -124,7 +124,7 @@ class ScoreCounts:
 
     scored: int = 0
     skipped: Counter = field(default_factory=Counter)  # by key of SKIP_REASONS
-    moved_system_turns: int = 0  # the chat template takes none, see tokenization.take_system_turns
+    warnings: Counter = field(default_factory=Counter)  # by key of WARNINGS
     unused: Counter = field(default_factory=Counter)  # by column that looks like part of a dialogue
 
 
@@ -142,7 +142,8 @@ def score(scorer: Scorer, lines: Iterator[Line], best_of: bool, waits: bool, out
         for at, line in enumerate(chunk):
             if at in rewards:
                 counts.scored += 1
-                counts.moved_system_turns += moves_system_turn(scorer.model.tokenizer, line.dialogues)
+                counts.warnings["system_moved"] += moves_system_turn(scorer.model.tokenizer, line.dialogues)
+                counts.warnings["not_rendered"] += not found[at].is_whole
             else:
                 counts.skipped[found[at].partition(": ")[0]] += 1
             counts.unused.update(line.unused)

@@ -154,6 +154,7 @@ class RowColumns:
     keys: dict[int, str] = field(default_factory=dict)  # by position, of rows with lists of replies only
     unused: Counter = field(default_factory=Counter)  # rows by column, of columns like those of a dialogue
     shape: str = ""  # what the rows were read as
+    not_whole: set[int] = field(default_factory=set)  # positions where the chat template left something out
 
     def add(self, row: Row, is_moved: bool = False) -> None:
         content = None if isinstance(row.content, str) else row.content
@@ -178,6 +179,7 @@ def build_table(log: ScoreLog, columns: RowColumns, fingerprint: str) -> ScoreTa
             counts.add(found, number)
             continue
         counts.add("system_moved", *[number] * is_moved)
+        counts.add("not_rendered", *[number] * (position in columns.not_whole))
         values, tokens = found
         scored.append(position)
         margins.append(min(values[:n]) - max(values[n:]))
@@ -245,7 +247,9 @@ def score_rows(
                 break
         tools = [None if isinstance(row.content, str) else row.content.tools for row in chunk]
         found = tokenize_groups([row.dialogues for row in chunk], tokenizer, scorer.max_length, tools)
-        return [(row.position, _unless_identical(row, tokens)) for row, tokens in zip(chunk, found, strict=True)]
+        read = list(zip(chunk, found, strict=True))
+        columns.not_whole |= {row.position for row, tokens in read if not getattr(tokens, "is_whole", True)}
+        return [(row.position, _unless_identical(row, tokens)) for row, tokens in read]
 
     with ThreadPoolExecutor(1) as reader:
         ahead, done = reader.submit(next_chunk), log.found

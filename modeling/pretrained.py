@@ -136,7 +136,9 @@ def _fit_to_embedding(tokenizer: Any, rows: int) -> None:
 
 def _ids_of_a_dialogue(tokenizer: Any) -> list[int]:
     try:
-        return tokenizer.apply_chat_template(DIALOGUE, return_dict=False)
+        if ids := tokenizer.apply_chat_template(DIALOGUE, return_dict=False):
+            return ids
+        raise ValueError("it writes nothing")
     except Exception as error:  # a template is a program, and can raise anything
         raise UserError(
             "the model's chat template does not take a plain question and answer",

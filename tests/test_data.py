@@ -646,6 +646,18 @@ def test_a_tool_call_that_the_template_leaves_out_is_counted_and_no_reply_if_it_
     assert pairs.rows.tolist() == [1, 2, 3, 4] and not pairs.counts.count
 
 
+def test_a_turn_that_the_template_leaves_out_is_counted(load, base):
+    without_system = models.load_tokenizer(base)
+    without_system.chat_template = (
+        "{% for message in messages if message.role != 'system' %}{{ message.content }}\n{% endfor %}"
+    )
+    row = {"chosen": [SYSTEM, QUESTION, YES], "rejected": [SYSTEM, QUESTION, NO]}
+    pairs = load([GOOD_ROW, row], tokenizer=without_system)
+    assert len(pairs) == 2 and pairs.counts.first_rows == {"not_rendered": [2]}
+    found = tokenization.tokenize_groups([[row["chosen"]], [row["chosen"][1:]]], without_system, 100)
+    assert [group.is_whole for group in found] == [False, True]
+
+
 def test_a_template_that_is_broken_is_not_blamed_on_the_rows(load, base):
     broken = models.load_tokenizer(base)
     broken.chat_template = "{% for message in messages %}{{ message.content + 1 }}{% endfor %}"

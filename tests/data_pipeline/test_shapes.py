@@ -243,8 +243,9 @@ def test_messages_with_more_than_text_are_not_merged():
 def test_a_template_that_leaves_a_part_out_is_found_out():
     calls = [QUESTION, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
     assert not messages.is_rendered([calls], None, ["user: Is the oven hot?"])
-    assert messages.is_rendered([calls], None, ['{"name": "oven", "arguments": {"unit": "C"}}'])
-    assert messages.is_rendered([[QUESTION, YES]], None, ["anything"])
+    assert messages.is_rendered([calls], None, ['Is the oven hot?\n{"name": "oven", "arguments": {"unit": "C"}}'])
+    assert messages.is_rendered([[QUESTION, YES]], None, ["Is the oven hot?\nYes, it is."])
+    assert not messages.is_rendered([[BRIEF, QUESTION, YES]], None, ["Is the oven hot?\nYes, it is."])
 
 
 # -- Columns of other names --------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import os
 
 import pytest
 
@@ -217,6 +218,17 @@ def test_rows_of_shards_go_on_counting_and_keep_their_places(tmp_path):
     assert {number: train.place(number) for number in (2, 4)} == {
         2: f"{tmp_path / 'train-00000-of-00002.jsonl'}:2", 4: f"{tmp_path / 'train-00001-of-00002.jsonl'}:2",
     }  # fmt: skip
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows lets only administrators make links")
+def test_links_are_followed_and_those_that_lead_nowhere_named(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").symlink_to(write_as(tmp_path / "pairs.jsonl", [GOOD_ROW]))
+    (tmp_path / "set" / "again").symlink_to(tmp_path / "set")
+    assert find(tmp_path / "set")[0].files == (tmp_path / "set" / "train.jsonl",)
+    (tmp_path / "pairs.jsonl").unlink()
+    with pytest.raises(UserError, match=r"leads nowhere(.|\n)*train\.jsonl"):
+        find(tmp_path / "set")
 
 
 def test_a_missing_shard_is_named(tmp_path):

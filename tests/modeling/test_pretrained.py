@@ -110,6 +110,11 @@ def test_a_fixed_date_is_saved_with_the_template_and_read_by_any_tool(save_token
     assert again.chat_template == tokenizer.chat_template and capsys.readouterr().out == ""
 
 
+def test_a_template_that_writes_nothing_is_named(save_tokenizer):
+    with pytest.raises(UserError, match=r"does not take a plain question and answer(.|\n)*it writes nothing"):
+        pretrained.load_tokenizer(save_tokenizer("{# nothing #}"))
+
+
 def test_a_conversation_has_todays_date(save_tokenizer, set_clock):
     tokenizer = pretrained.load_tokenizer(save_tokenizer(DATED))
     for day in (DAY, DAY + datetime.timedelta(days=1)):
