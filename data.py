@@ -10,6 +10,7 @@ Letters: N pairs.
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import itertools
 import os
@@ -33,7 +34,6 @@ from data_pipeline.shapes import DIALOGUE_COLUMNS, parse_columns
 from data_pipeline.sources import HELD_OUT_IN, DataSpec, Source, find_sources
 from data_pipeline.tokenization import longest_sequences, shared_prefix, split_sequences, tokenized_chunks
 
-CACHE_VERSION = 6  # increase it when parsing, tokenizing or the files change
 MAX_SKIPPED = 0.10  # of a dataset's rows
 DEAD_AFTER_SECONDS = 24 * 3600
 DETAILS_KEPT = 100  # rows of a reason whose own words are kept
@@ -204,7 +204,7 @@ def cache_root() -> Path:
 
 
 def _cached(source: Source, tokenizer: Any, tokenizer_hash: str) -> Path:
-    key = hashlib.sha256(f"{CACHE_VERSION}/{source.cache_key()}/{tokenizer_hash}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{_code_hash()}/{source.cache_key()}/{tokenizer_hash}".encode()).hexdigest()[:32]
     folder = cache_root() / key
     if not _is_intact(folder):
         shutil.rmtree(folder, ignore_errors=True)
@@ -222,6 +222,13 @@ def _cached(source: Source, tokenizer: Any, tokenizer_hash: str) -> Path:
                 next=f"{utils.disk_advice(error.errno)}, or set RL_WITH_RM_CACHE to another folder",
             ) from error  # fmt: skip
     return folder
+
+
+@functools.cache
+def _code_hash() -> str:
+    """Of the code that makes the entries: what an older version of it made is made again."""
+    files = [Path(__file__), *sorted((Path(__file__).parent / "data_pipeline").glob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _remove_dead_entries() -> None:

@@ -4,6 +4,7 @@ Roles and keys go by several names, a content may be a list of parts, and a mess
 calls, reasoning): whole messages are kept and handed to the chat template.
 """
 
+import ast
 import itertools
 import json
 import operator
@@ -159,7 +160,7 @@ def parse_chatml(text: str) -> Messages | None:
     if not text.lstrip().startswith("<|im_start|>"):
         return None
     turns = list(_CHATML_TURN.finditer(text))
-    if not turns or text[: turns[0].start()].strip():
+    if not turns or _CHATML_TURN.sub("", text).strip():  # there is text between or behind the turns
         return None
     messages = [{"role": turn.group(1), "content": turn.group(2).strip()} for turn in turns]
     if any(message["role"].lower() not in ROLE_OF for message in messages):
@@ -168,6 +169,25 @@ def parse_chatml(text: str) -> Messages | None:
     if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
         messages.pop()
     return messages or None
+
+
+def parse_list(text: str) -> Any:
+    """Messages that a text holds, as JSON or as Python writes a list; None if it holds none."""
+    if text.lstrip()[:1] in ("[", "{") and ("role" in text or "from" in text):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                value = read(text.strip())
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+            first = value[0] if isinstance(value, list) and value else value
+            if isinstance(first, dict) and any(key in first for key in ROLE_KEYS):
+                return value
+    return None
+
+
+def is_list_of_numpy(text: str) -> bool:
+    """Whether a text is a list of messages as numpy prints arrays: without commas between them."""
+    return re.match(r"\s*\[\{'(role|content|from|value)': ", text) is not None and text.rstrip().endswith("}]")
 
 
 def without_end_of_turn(reply: str) -> str:

@@ -244,7 +244,7 @@ def parse_pair(row: dict[str, Any], row_error: RowError) -> Pair | str:
     prompt = None if row.get("prompt") in (None, "") else prompt_messages(row["prompt"], row_error)
     is_prompt_empty = row.get("prompt") == ""
     sides = [
-        _side_messages(row[column], prompt, is_prompt_empty, column, row_error) for column in ("chosen", "rejected")
+        side_messages(row[column], prompt, is_prompt_empty, column, row_error) for column in ("chosen", "rejected")
     ]
     if None in sides:
         return "no_dialogue"
@@ -288,7 +288,7 @@ def skip_reason(dialogue: Messages) -> str | None:
     return None if dialogue[-1]["content"].strip() or dialogue[-1].get("tool_calls") else "no_reply"
 
 
-def _side_messages(
+def side_messages(
     value: Any, prompt: Messages | None, is_prompt_empty: bool, column: str, row_error: RowError
 ) -> Messages | None:
     """The whole dialogue of one side; None for a text that holds none."""
@@ -314,6 +314,10 @@ def prompt_messages(value: Any, row_error: RowError) -> Messages:
 
 def _read_back(text: str, column: str, row_error: RowError) -> Messages | None:
     """Text that a chat template has rendered already, as messages; None for other text."""
+    if listed := messages.parse_list(text):
+        return messages.normalized(listed, column, row_error)
+    if messages.is_list_of_numpy(text):
+        raise row_error(f"{column!r} is a list of messages as numpy prints it, which has lost its commas")
     found = messages.parse_chatml(text)
     if found is None and (marker := messages.template_marker(text)):
         raise row_error(
@@ -334,6 +338,8 @@ def parse_prompt(text: str) -> Messages:
 
 def parse_transcript(text: str) -> Messages | None:
     """HH-RLHF's form, `"\\n\\nHuman: …\\n\\nAssistant: …"`, as messages; None if it does not start with a turn."""
+    if "\r\n\r\nHuman:" in text or "\r\n\r\nAssistant:" in text:
+        text = text.replace("\r\n", "\n")
     first = _FIRST_TURN.match(text)
     if first is None:
         return None

@@ -4,7 +4,6 @@ A broken file (invalid JSON, a truncated archive, a pointer of Git LFS in its pl
 and reason.
 """
 
-import ast
 import contextlib
 import csv
 import gzip
@@ -118,7 +117,7 @@ def _is_one_value(text: bytes) -> bool:
 
 
 def _csv(path: Path) -> Rows:
-    """Cells are text, but those that hold messages, as JSON or as pandas writes lists, are read."""
+    """Cells are text, or None where they are empty; a margin is a number."""
     csv.field_size_limit(LONGEST_CELL)
     number = 0
     try:
@@ -136,7 +135,7 @@ def _csv(path: Path) -> Rows:
                     raise UserError(
                         "a row of the data is not whole", where=f"{path}, row {number}", found=found, next=FIX
                     )
-                row = dict(zip(columns, map(_cell, cells), strict=True))
+                row = {column: cell or None for column, cell in zip(columns, cells, strict=True)}
                 if row.get("margin"):
                     with contextlib.suppress(ValueError):  # which is for the row to answer for
                         row["margin"] = float(row["margin"])
@@ -145,19 +144,6 @@ def _csv(path: Path) -> Rows:
         raise UserError(
             "the data is not CSV in UTF-8", where=f"{path}, after row {number}", found=error, next=FIX
         ) from error
-
-
-def _cell(text: str) -> Any:
-    """Messages where a cell holds them, else its text; None for an empty one."""
-    if text[:1] in ("[", "{") and ("role" in text or "from" in text):
-        for read in (json.loads, ast.literal_eval):
-            try:
-                value = read(text)
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-            if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
-                return value
-    return text or None
 
 
 def _parquet(path: Path) -> Rows:

@@ -31,7 +31,8 @@ SCORES = (
 DIALOGUE_COLUMNS = (
     *(name for name in PROMPT_COLUMNS if name != "info"), *SYSTEM_COLUMNS, "tools", "functions", "documents", "turns",
     "dialogue", "dialog", "reasoning", "reasoning_content", "thinking", "response", "reply", "completion", "output",
-    "answer",
+    "answer", "chat_history", "document", "passage", "article", "post", "title", "system_instruction", "System",
+    "additional_context",
 )  # fmt: skip
 STRENGTH = "strength"  # by how much the chosen reply is better, in `--columns margin=strength`
 NAMES = ("prompt", "chosen", "rejected", "margin", "kind", "system", "tools", "messages", "reply", "replies", "subset")
@@ -225,9 +226,15 @@ def prompt_of(row: Row) -> Any:
         return "" if any(row.get(name) == "" for name in PROMPT_COLUMNS) else None
     prompt = row[name]
     if isinstance(prompt, dict):  # WebGPT's, and that of the summaries from feedback
-        prompt = next((prompt[key] for key in ("full_text", "post", "article") if prompt.get(key)), prompt)
-    more = row.get("input")
-    return f"{prompt}\n\n{more}" if name == "instruction" and isinstance(prompt, str) and more else prompt
+        texts = [prompt[key] for key in ("title", "full_text", "post", "article") if isinstance(prompt.get(key), str)]
+        prompt = "\n\n".join(texts) if prompt.keys() & {"full_text", "post", "article"} else prompt
+    return f"{prompt}\n\n{row['input']}" if _takes_input(row, name) else prompt
+
+
+def _takes_input(row: Row, prompt: str | None) -> bool:
+    """Whether a row has an `input` beside an `instruction`, as alpaca's kin have."""
+    texts = row.get("instruction"), row.get("input")
+    return prompt == "instruction" and all(isinstance(text, str) and text.strip() for text in texts)
 
 
 def _prompt_column(row: Row) -> str | None:
@@ -252,7 +259,7 @@ def unused_columns(row: Row, read: tuple[str, ...], dialogues: list[Any]) -> tup
     `read` are columns that were read, beside those of the prompt and of the system turn.
     """
     prompt = _prompt_column(row)
-    used = {*read, prompt, _filled(row, SYSTEM_COLUMNS), "tools", *(["input"] * (prompt == "instruction"))}
+    used = {*read, prompt, _filled(row, SYSTEM_COLUMNS), "tools", *(["input"] * _takes_input(row, prompt))}
     unused = [name for name in DIALOGUE_COLUMNS if name in row and name not in used and _texts(row[name])]
     if not unused or not dialogues:
         return ()

@@ -59,7 +59,8 @@ class Source:
 
     def cache_key(self) -> str:
         """Changes whenever the rows do; both parts of a source that is split have the same."""
-        content = [sha256_of(path) for path in self.files] if self.files else [self.hub_rows._fingerprint]
+        files = [sha256_of(path) + path.name.rpartition(".")[2] for path in self.files]
+        content = files or [self.hub_rows._fingerprint]
         return "/".join([*content, str(self.columns), "all" if self.part == "all" else "split"])
 
     def rows(self) -> Iterator[tuple[int, Any]]:
@@ -342,13 +343,17 @@ def _check_shards(paths: list[Path], split: str) -> None:
     """UserError if shards are missing, or if files of one name are not shards of one whole."""
     stems = [_stem(path) for path in paths]
     marks = [_SHARD.search(stem) for stem in stems]
-    if split != "data" and len(paths) > 1 and (len(set(stems)) < len(stems) or _has_whole(paths, marks, split)):
+    is_twice = len(set(stems)) < len(stems) or split in stems  # in two formats, or whole beside shards
+    if split != "data" and len(paths) > 1 and is_twice:
         raise UserError(
             f"--dataset has more than one {split} file", where=paths[0].parent, found=_some(p.name for p in paths),
             next="keep one of them there, or name the file itself",
         )  # fmt: skip
     counted = [mark for mark in marks if mark and mark.group(2)]
     totals = {int(mark.group(2)) for mark in counted}
+    if len(totals) > 1 or len({mark.group(1) for mark in counted}) < len(counted):
+        found, advice = _some(path.name for path in paths), "keep one whole set of them there"
+        raise UserError(f"--dataset has shards of {split} twice", where=paths[0].parent, found=found, next=advice)
     here = {int(mark.group(1)) for mark in counted}
     for total in totals:
         if missing := sorted(set(range(total)) - here):
@@ -356,11 +361,6 @@ def _check_shards(paths: list[Path], split: str) -> None:
                 f"--dataset lacks {len(missing)} of the {total} files of {split}", where=paths[0].parent,
                 found=f"missing: {split}-{missing[0]:05}-of-{total:05}", next="download the whole set again",
             )  # fmt: skip
-
-
-def _has_whole(paths: list[Path], marks: list[Any], split: str) -> bool:
-    """Whether a file is the split itself and not one of its shards."""
-    return any(mark is None and _stem(path) == split for path, mark in zip(paths, marks, strict=True))
 
 
 def _saved_splits(folder: Path) -> dict[str, Source]:

@@ -42,7 +42,7 @@ class Line:
 
     row: Any
     dialogues: list[Messages] | str
-    has_replies: bool = False
+    replies: list[Any] | None = None  # if there may be several
     tools: Any = None  # what the assistant could call
     unused: tuple[str, ...] = ()  # columns like those of a dialogue that are not in it
 
@@ -84,15 +84,16 @@ def parse(row: Any, row_error: RowError, columns: Columns = ()) -> Line:
         raise row_error("it holds a number that is not finite, which JSON does not allow") from None
     column = next((name for name in (*REPLY_COLUMNS, "replies") if view.get(name) is not None), None)
     if column is None and view.get("messages") is not None:
-        dialogues, has_replies = [messages.normalized(view["messages"], "messages", row_error)], False
+        dialogues, replies = [messages.normalized(view["messages"], "messages", row_error)], None
     else:
-        dialogues, has_replies = _prompt_with_replies(view, column, row_error), column == "replies"
+        dialogues = _prompt_with_replies(view, column, row_error)
+        replies = view["replies"] if column == "replies" else None
     dialogues = [parsing.with_system(dialogue, shapes.system_of(view), row_error) for dialogue in dialogues]
     dialogues = [messages.merge_same_speaker(dialogue) for dialogue in dialogues]
     faults = [fault for dialogue in dialogues if (fault := parsing.skip_reason(dialogue))]
     tools = messages.checked_tools(view.get("tools"), row_error)
     unused = shapes.unused_columns(view, (column or "messages",), dialogues)
-    return Line(row, faults[0] if faults else dialogues, has_replies, tools, unused)
+    return Line(row, faults[0] if faults else dialogues, replies, tools, unused)
 
 
 def _prompt_with_replies(row: dict[str, Any], column: str | None, row_error: RowError) -> list[Messages]:
@@ -110,12 +111,7 @@ def _prompt_with_replies(row: dict[str, Any], column: str | None, row_error: Row
     if wrong := [reply for reply in replies if not isinstance(reply, str | dict | list)]:
         raise row_error(f"{column!r} holds {messages.kind_of(wrong[0])}, not text or messages")
     before = parsing.prompt_messages(prompt, row_error)
-    return [
-        [*before, {"role": "assistant", "content": reply}]
-        if isinstance(reply, str)
-        else messages.joined(before, messages.normalized(reply, column, row_error))
-        for reply in replies
-    ]
+    return [parsing.side_messages(reply, before, False, column, row_error) for reply in replies]
 
 
 @dataclass
@@ -160,11 +156,11 @@ def _answer(line: Line, rewards: list[float] | None, found: TokenizedGroup | str
     answer = dict(line.row) if isinstance(line.row, dict) else {"row": line.row}
     answer.pop("left_out", None)  # of an earlier pass
     best = rewards and rewards.index(max(rewards))  # the first of equals
-    if line.has_replies:
+    if line.replies is not None:
         answer["rewards"] = rewards
-    if line.has_replies and best_of:
-        answer |= {"best": best, "reply": None if best is None else line.row["replies"][best]}
-    if best_of or not line.has_replies:
+    if line.replies is not None and best_of:
+        answer |= {"best": best, "reply": None if best is None else line.replies[best]}
+    if best_of or not line.replies is not None:
         answer["reward"] = rewards and rewards[best]
     return answer if rewards else answer | {"left_out": parsing.reason_in_words(found)}
 

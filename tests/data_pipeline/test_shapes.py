@@ -47,7 +47,7 @@ SAME = {
         "prompt": ASKED, "response_1": GOOD, "response_2": POOR, "preference_strength": -1,
     },
     "summaries": {
-        "info": {"post": ASKED, "title": "x"}, "summaries": [{"text": POOR}, {"text": GOOD}], "choice": 1,
+        "info": {"post": ASKED, "id": "x"}, "summaries": [{"text": POOR}, {"text": GOOD}], "choice": 1,
     },
     "Stack Exchange": {
         "question": ASKED, "answers": [{"text": POOR, "pm_score": 0}, {"text": GOOD, "pm_score": 4}],
@@ -206,6 +206,38 @@ def test_tool_calls_tools_and_reasoning_reach_the_chat_template():
     assert pair.rejected == [QUESTION, thinks] and pair.tools == TOOLS
 
 
+def test_titles_inputs_and_messages_as_text_are_part_of_the_dialogue():
+    def first(**row):
+        (pair,) = parsed(**row, chosen=GOOD, rejected=POOR)
+        return pair.chosen[0]["content"]
+
+    assert first(prompt={"title": "Ovens", "post": ASKED}) == f"Ovens\n\n{ASKED}"
+    assert first(instruction=ASKED, input=math.nan) == first(instruction=ASKED, input=" ") == ASKED
+    assert parsed(instruction=[QUESTION], input="a list", chosen=GOOD, rejected=POOR)[0].unused == ("input",)
+    for write in (json.dumps, repr):
+        (pair,) = parsed(prompt=ASKED, chosen=write([QUESTION, YES]), rejected=write([NO]))
+        assert pair == Pair([QUESTION, YES], [QUESTION, NO])
+    with pytest.raises(UserError, match="lost its commas"):
+        parsed(prompt=ASKED, chosen=f"[{YES}\n {NO}]", rejected=POOR)
+
+
+def test_text_between_or_behind_turns_of_chatml_is_not_dropped():
+    turns = "<|im_start|>user\nHi<|im_end|>\n"
+    assert messages.parse_chatml(turns + "<|im_start|>assistant\nYes<|im_end|>\n")
+    for text in (
+        turns + "STRAY <|im_start|>assistant\nYes<|im_end|>",
+        turns + "<|im_start|>assistant\nYes<|im_end|> TAIL",
+    ):
+        assert messages.parse_chatml(text) is None
+        with pytest.raises(UserError, match="rendered already"):
+            parsed(prompt=text, chosen=GOOD, rejected=POOR)
+
+
+def test_windows_line_ends_between_turns_are_line_ends():
+    text = "\r\n\r\nHuman: Hi\r\nthere\r\n\r\nAssistant: Yes."
+    assert [turn["content"] for turn in parsing.parse_transcript(text)] == ["Hi\nthere", "Yes."]
+
+
 def test_a_reply_may_be_a_tool_call_alone_but_not_nothing():
     calls = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     (pair,) = parsed(prompt=[QUESTION], chosen=[calls], rejected=[NO])
@@ -343,6 +375,9 @@ CHOICES = {
     "winner",
     "score_0",
     "score_1",
+    "preference_strength",
+    "summaries",
+    "choice",
 }
 NAMES = sorted({*shapes.KNOWN_NAMES, *shapes.DIALOGUE_COLUMNS, "anything"})
 

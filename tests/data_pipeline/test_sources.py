@@ -238,6 +238,20 @@ def test_a_missing_shard_is_named(tmp_path):
         find(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-00000-of-00001.parquet", "train-00000-of-00002.parquet", "train-00001-of-00002.parquet"],
+        ["train-00000-of-00001-aa11.parquet", "train-00000-of-00001-bb22.parquet"],
+    ],
+)
+def test_two_generations_of_shards_are_refused(tmp_path, names):
+    for name in names:
+        write_as(tmp_path / name, [GOOD_ROW])
+    with pytest.raises(UserError, match=r"shards of train twice(.|\n)*keep one whole set"):
+        find(tmp_path)
+
+
 def test_hh_rlhfs_own_folders_are_read_all_or_one(tmp_path):
     for folder in ("harmless-base", "helpful-base"):
         (tmp_path / folder).mkdir()

@@ -105,7 +105,9 @@ def test_order_is_kept_whatever_the_lengths(score, own_rewards):
     rows = [{"prompt": f"Hello {n}?", "reply": "word " * (1 + n * 37 % 50)} for n in range(200)]
     found, _ = score(rows, "--tokens_per_batch", "300")
     assert [{key: one[key] for key in ("prompt", "reply")} for one in found] == rows
-    dialogues = [[{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["reply"]}] for r in rows]
+    dialogues = [
+        [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["reply"].strip()}] for r in rows
+    ]
     assert [one["reward"] for one in found] == pytest.approx(own_rewards(dialogues), abs=1e-4)
 
 
@@ -165,6 +167,15 @@ def test_lines_whose_columns_are_not_known_are_refused_with_the_flag(score):
     found, _ = score([{"q": "Hello?", "a": "Good day."}], "--columns", "prompt=q,reply=a")
     (plain,), _ = score([{"prompt": "Hello?", "reply": "Good day."}])
     assert found == [{"q": "Hello?", "a": "Good day.", "reward": plain["reward"]}]
+
+
+def test_replies_may_have_another_name_and_are_read_as_in_training(score):
+    rows = [{"question": "Hello?", "answers": ["Good day.", "no"]}]
+    (found,), _ = score(rows, "--columns", "prompt=question,replies=answers", "--best_of")
+    assert found["reply"] == found["answers"][found["best"]]
+    replies = ["Hello", " Hello \n", "Hello<|im_end|>", "Assistant: Hello"]
+    found, _ = score([{"prompt": "Hi", "reply": reply} for reply in replies])
+    assert len({one["reward"] for one in found}) == 1
 
 
 def test_a_column_like_a_dialogues_that_is_not_used_is_named_once(score):
