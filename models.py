@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from data_pipeline import packing
 from modeling import attention, devices, flex, generation, lengths, pretrained, speedups
 from modeling.pretrained import LoraSettings, load_tokenizer
-from utils import CheckpointError, UserError
+from utils import CheckpointError, UserError, read_json
 
 HEAD_SCALE = 1.0  # of a new head, relative to Stiennon et al.'s
 
@@ -264,7 +264,14 @@ class RewardModel(PretrainedModel):
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             if not any("score" in key or "classifier" in key for key in file.keys()):  # noqa: SIM118
                 raise CheckpointError("the adapter holds no reward head", where=folder, found="only LoRA matrices")
-        return cls(classifier, tokenizer, pretrained.open_adapter(classifier, folder, name))
+        model = cls(classifier, tokenizer, pretrained.open_adapter(classifier, folder, name))
+        state = folder / "training_state.json"  # a training's checkpoint remembers its base
+        known = read_json(state).get("base_fingerprint") if state.is_file() else None
+        if known not in (None, model.base_fingerprint()):
+            what, found = "the adapter was trained on another base model", f"{name} has changed: its weights differ"
+            advice = "restore the old base model, or name its new place"
+            raise CheckpointError(what, where=folder, found=found, next=advice)
+        return model
 
     def try_packing(self, backward: bool = False) -> str:
         return super().try_packing(backward) if self._has_score_head() else "its head reads more than the last token"

@@ -23,7 +23,6 @@ TEST_NAMES = ("test", "validation", "valid", "val", "eval", "dev")
 HELD_OUT_IN = 20  # without a test split, one prompt in 20 is held out
 NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 DEEPEST = 3  # folders below --dataset
-SHOWN = 8  # names in a message
 Columns = tuple[tuple[str, str], ...]  # (name that we use, name in the data)
 
 _SHARD = re.compile(r"[-_.](\d+)-of-(\d+)(-[0-9a-f]+)?$|(?:^|[-_.])\d+$")
@@ -76,19 +75,22 @@ class Source:
                 number = self.starts[-1] + at
                 yield number, row
 
+    def position(self, row: int) -> tuple[int, int]:  # (index into files, row there) of a row that was read
+        at = max((at for at, start in enumerate(self.starts) if start < row), default=0)
+        return at, row - self.starts[at] if self.starts else row
+
     def place(self, row: int) -> str:
         """`file:line`, or the row number where there are no lines."""
         if not self.files:
             return f"{self.name}, row {row}"
-        at = max((at for at, start in enumerate(self.starts) if start < row), default=0)
-        path, number = self.files[at], row - self.starts[at] if self.starts else row
+        path, number = self.files[self.position(row)[0]], self.position(row)[1]
         return f"{path}:{number}" if reading.has_lines(path) else f"{path}, row {number}"
 
     def shares_files_with(self, other: "Source") -> bool:
         """Whether two sources read a file, or a split on the hub, of the same content."""
         if not (self.files and other.files):
             return not self.files and not other.files and self.hub_rows._fingerprint == other.hub_rows._fingerprint
-        return any(_is_same_file(mine, yours) for mine in self.files for yours in other.files)
+        return any(is_same_file(mine, yours) for mine in self.files for yours in other.files)
 
     def includes(self, prompt_digest: int, row_digest: int) -> bool:
         """Whether a row belongs to this part of the data."""
@@ -151,7 +153,6 @@ def from_anywhere(dataset: str) -> str:
 
 
 def seen_from_here(dataset: str) -> str:
-    """The names of `--dataset` with paths as short as they are from the working folder."""
     return ",".join(utils.seen_from_here(name) for name in dataset_names(dataset))
 
 
@@ -196,8 +197,7 @@ def check_is_data(path: Path, flag: str) -> None:
 def splits_of(spec: DataSpec, roles: tuple[str, ...] = ("train",)) -> tuple[dict[str, dict[str, Source]], list[str]]:
     """The splits of each subset that a folder's or hub id's settings mean, by name, and the subsets left aside.
 
-    Those without a split for any of `roles` are left aside if others have one.
-    """
+    Those without a split for any of `roles` are left aside if others have one."""
     path = Path(spec.dataset).expanduser()
     subsets = _splits_in(path) if path.is_dir() else {spec.subset or "": _splits_on_hub(spec)}
     if spec.subset and path.is_dir():
@@ -409,7 +409,7 @@ def hub_splits(spec: DataSpec) -> Any:
         ) from error  # fmt: skip
 
 
-def _is_same_file(first: Path, second: Path) -> bool:
+def is_same_file(first: Path, second: Path) -> bool:
     if first.stat().st_size != second.stat().st_size:
         return False
     return first.samefile(second) or sha256_of(first) == sha256_of(second)
@@ -417,4 +417,4 @@ def _is_same_file(first: Path, second: Path) -> bool:
 
 def _some(names: Iterable[str]) -> str:
     names = list(names)
-    return ", ".join(names[:SHOWN]) + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)
+    return ", ".join(names[:8]) + f" and {len(names) - 8} more" * (len(names) > 8)

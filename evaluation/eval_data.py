@@ -34,6 +34,7 @@ class Part:
     name: str
     source: Source
     seen: frozenset[bytes] = frozenset()  # pairs that a model was trained on, which are skipped; see `_digests`
+    seen_rows: frozenset[tuple[int, int]] = frozenset()  # (file, row) that a model was trained on: not of this part
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Data:
         """Changes whenever the rows, their order or their selection change."""
         chosen = None if self.chosen_rows is None else sorted(self.chosen_rows)
         seen = [sorted(digest.hex() for digest in part.seen) for part in self.parts]
-        return [[part.source.fingerprint() for part in self.parts], seen, self.subset_column, chosen]
+        rows = [sorted(part.seen_rows) for part in self.parts]
+        return [[part.source.fingerprint() for part in self.parts], seen, rows, self.subset_column, chosen]
 
     def read(self) -> Iterator[Row]:
         """The rows in order. UserError says what is broken and where."""
@@ -107,6 +109,7 @@ class Data:
                 else:
                     is_whole = part.source.part == "all"
                     is_wanted = is_whole or part.source.includes(*sampler.digests(row, prompt_of(content)))
+                    is_wanted = is_wanted and part.source.position(number) not in part.seen_rows
                 if is_wanted:
                     is_known = (
                         part.seen and not isinstance(content, str) and not part.seen.isdisjoint(_digests(content))
@@ -309,22 +312,44 @@ def _unless_trained_on(part: Part, split: str, known: list[sources.Found], notes
                 safe="nothing was scored", next="--dataset with its test split, or --split train to score them as such",
             )  # fmt: skip
         return replace(part, source=replace(source, part="all"))
-    if split in SPLITS:
-        held_out = f"1 in {sources.HELD_OUT_IN} is held out, as in train_rm.py"
-        notes.append(f"the {split} split of {source.name}: {held_out}; --split all takes every row")
+    if split not in SPLITS:
+        return part
+    held_out = f"1 in {sources.HELD_OUT_IN} is held out, as in train_rm.py"
+    notes.append(f"the {split} split of {source.name}: {held_out}; --split all takes every row")
+    if split == "train":
         return replace(part, source=replace(source, part=split))
-    return part
+    # not decided anew: of one file among several, or with other columns, other rows could be drawn
+    return replace(part, source=replace(source, part="all"), seen_rows=_rows_of(trained, source))
+
+
+def _rows_of(trained: Source, source: Source) -> frozenset[tuple[int, int]]:
+    """(file, row) of a source that another, which shares files with it, trains on."""
+    same = [
+        (mine, yours)
+        for mine, path in enumerate(source.files)
+        for yours, other in enumerate(trained.files)
+        if sources.is_same_file(path, other)
+    ]
+    if not source.files:
+        same = [(0, 0)]
+    found = {trained.position(row) for row, _ in _training_pairs(trained, is_whole_rows=True)}
+    return frozenset((mine, number) for mine, yours in same for at, number in found if at == yours)
+
+
+def _training_pairs(source: Source, is_whole_rows: bool = False) -> Iterator[tuple[int, bytes]]:
+    """(row, digest) of the pairs that a source trains on; with `is_whole_rows` of rows without a pair too."""
+    rows = [(row, row.pair) for row in parsing.read_pairs(source)]
+    prompts = ((row.row, row.digests[0]) for row, pair in rows if not isinstance(pair, str))
+    shares = source.part != "all" and sampler.shares_prompts(prompts)
+    source = replace(source, holds_out_rows=shares)
+    for row, pair in rows:
+        if source.includes(*row.digests) and (is_whole_rows or not isinstance(pair, str)):
+            yield row.row, b"" if isinstance(pair, str) else _digests_of(pair)
 
 
 def _pairs_of(trained: Iterable[Source]) -> frozenset[bytes]:
     """Digests of all pairs that sources train on."""
-    found = set()
-    for source in trained:
-        pairs = [(row, _digests_of(row.pair)) for row in parsing.read_pairs(source) if not isinstance(row.pair, str)]
-        shares = sampler.shares_prompts((row.row, row.digests[0]) for row, _ in pairs)
-        source = replace(source, holds_out_rows=source.part != "all" and shares)
-        found |= {digest for row, digest in pairs if source.includes(*row.digests)}
-    return frozenset(found)
+    return frozenset(digest for source in trained for _, digest in _training_pairs(source))
 
 
 def _digests_of(pair: parsing.Pair) -> bytes:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline import sources
+from tests.data_pipeline.rows import read_part
 from tests.evaluation.conftest import FP32, lines_of
 from tests.reward_models import save_length_model
 from utils import DiskOrNetworkError, UserError
@@ -141,6 +143,31 @@ def test_single_rows_that_were_trained_on_are_skipped_under_whatever_name_they_c
     assert found["rows"]["why"] == {"trained_on": trained} and found["n"] == 60 - trained
     assert any("a model was trained on it" in line for line in found["rows"]["in_words"])
     assert evaluate(model, "--split", "all", dataset=tmp_path / "grown.jsonl")["n"] == 60
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_was_held_out_is_not_decided_anew_for_one_of_several_files_or_for_other_columns(
+    evaluate, length_model, tmp_path
+):
+    (tmp_path / "set").mkdir()
+    many = [{"prompt": f"Hello {n}?", "other": "Hi", "chosen": "a long reply", "rejected": "no"} for n in range(100)]
+    one = [{"prompt": "The same?", "other": "Hi", "chosen": f"a long reply {n}", "rejected": "no"} for n in range(60)]
+    for name, rows in (("many", many), ("one", one)):
+        (tmp_path / "set" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = trained_on(length_model, tmp_path / "trained", tmp_path / "set")
+    held_out = {}
+    for name in ("many", "one"):
+        for columns in ("", "prompt=other"):
+            flags = ["--columns", columns] if columns else []
+            try:
+                found = evaluate(model, *flags, "--scores_out", "s.jsonl", dataset=tmp_path / "set" / f"{name}.jsonl")
+                held_out[name, columns] = found["rows"]["read"]
+            except UserError as error:
+                assert "nothing to score" in str(error) or "no row" in str(error), error
+                held_out[name, columns] = 0
+    (test,) = sources.find_sources(sources.DataSpec(str(tmp_path / "set"))).test
+    assert held_out["many", ""] == held_out["many", "prompt=other"] == len(read_part(test)) > 0
+    assert held_out["one", ""] == held_out["one", "prompt=other"] == 0, "all of its rows were trained on"
 
 
 @pytest.mark.usefixtures("undrawn")
