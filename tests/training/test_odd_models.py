@@ -79,7 +79,7 @@ def test_a_run_goes_on_the_next_day_as_if_it_were_the_same(run_script, phi, smal
 
     # an evaluation and a pipeline read the same rewards on both days, and so does the page's model
     rows = tmp_path / "in.jsonl"
-    texts = ["Yes.", "Yes. " * SWITCH]
+    texts = ["Yes.", "Yes. " * SWITCH + "Yes."]
     rows.write_text("".join(json.dumps({"prompt": "Is it fresh?", "reply": text}) + "\n" for text in texts))
     model = ["--model", runs / "straight/step-8"]
     scored = [run_script("eval_rm.py", *model, "--score", rows, env=env) for env in (None, tomorrow)]
