@@ -30,8 +30,9 @@ from common.flags import flag
 from common.progress import ProgressBar
 from data_pipeline import inspection, parsing, sampler
 from data_pipeline.parsing import SKIP_REASONS, WARNINGS, Counts, Pair, Parsed
-from data_pipeline.shapes import DIALOGUE_COLUMNS, parse_columns
-from data_pipeline.sources import HELD_OUT_IN, DataSpec, Source, find_sources
+from data_pipeline.reading import HELD_OUT_IN, Source
+from data_pipeline.shapes import DIALOGUE_COLUMNS, column_problems
+from data_pipeline.sources import DataSpec, find_sources
 from data_pipeline.tokenization import longest_sequences, shared_prefix, split_sequences, tokenized_chunks
 
 MAX_SKIPPED = 0.10  # of a dataset's rows
@@ -52,9 +53,18 @@ class SourcePairs:
         # an empty file cannot be mapped
         self.token_ids = np.memmap(folder / "tokens.bin", np.int32, "r") if starts[-1] else np.zeros(0, np.int32)
         here = self._is_here(np.load(folder / "held_out.npy"))  # (M,)
-        fits = here & (longest_sequences(lengths) <= (max_length or np.iinfo(np.int32).max))
-        self.counts = self._count(report, rows, here, fits, np.load(folder / "notes.npy"), folder)
-        self.unusable_share = self._unusable_share(folder, rows, longest_sequences(lengths) > (max_length or np.inf))
+        is_too_long = longest_sequences(lengths) > (max_length or np.inf)  # (M,)
+        fits = here & ~is_too_long
+        skipped = tuple(np.load(folder / f"skipped_{name}.npy") for name in ("rows", "keys", "held_out"))
+        self.counts = self._count(report, skipped, rows, here, is_too_long)
+        for warning, has_it in zip(WARNINGS, np.load(folder / "notes.npy").T, strict=True):
+            self.counts.add(warning, *rows[fits & has_it].tolist())
+        unused = np.load(folder / "unused.npy")[fits].sum(axis=0).tolist()  # of each of DIALOGUE_COLUMNS
+        self.counts.unused += Counter(dict(zip(DIALOGUE_COLUMNS, unused, strict=True)))
+        # in both parts of a source that is split, for one may be small; votes for neither side do not count
+        unusable = [skipped[0][skipped[1] != list(SKIP_REASONS).index("no_preference")], rows[is_too_long]]
+        total = len(np.unique(np.concatenate([rows, skipped[0]])))
+        self.unusable_share = len(np.unique(np.concatenate(unusable))) / max(1, total)  # of the source's rows
         self.lengths, self.rows, self.starts = lengths[fits], rows[fits], starts[:-1][fits]
         self.label_margins = np.load(folder / "margins.npy")[fits]  # (N,)
         self.kinds, self.kind_names = np.load(folder / "kinds.npy")[fits], report["kinds"]  # (N,) index into names
@@ -65,33 +75,17 @@ class SourcePairs:
         return np.full(len(held_out), True) if self.part == "all" else held_out == (self.part == "test")
 
     def _count(
-        self, report: dict, rows: np.ndarray, here: np.ndarray, fits: np.ndarray, notes: np.ndarray, folder: Path
+        self, report: dict, skipped: tuple[np.ndarray, ...], rows: np.ndarray, here: np.ndarray, is_too_long: np.ndarray
     ) -> Counts:
-        skipped_rows, skipped_keys = np.load(folder / "skipped_rows.npy"), np.load(folder / "skipped_keys.npy")
-        skipped_here = self._is_here(np.load(folder / "skipped_held_out.npy"))
-        num_rows = len(np.unique(np.concatenate([rows[here], skipped_rows[skipped_here]])))
-        counts = Counts(num_rows, shape=report["shape"])
+        """The rows of this part and why some are skipped. `skipped` are their numbers, reasons and sides of a split."""
+        numbers, keys = skipped[0][self._is_here(skipped[2])], skipped[1][self._is_here(skipped[2])]
+        counts = Counts(len(np.unique(np.concatenate([rows[here], numbers]))), shape=report["shape"])
         for at, key in enumerate(SKIP_REASONS):
-            its_rows = skipped_rows[skipped_here & (skipped_keys == at)].tolist()
+            its_rows = numbers[keys == at].tolist()
             detail = report["details"].get(key, {}).get(str(its_rows[0]), "") if its_rows else ""
             counts.add(f"{key}: {detail}", *its_rows)
-        counts.add("too_long", *rows[here & ~fits].tolist())
-        for warning, has_it in zip(WARNINGS, notes.T, strict=True):
-            counts.add(warning, *rows[fits & has_it].tolist())
-        unused = np.load(folder / "unused.npy")[fits]
-        counts.unused += Counter({name: int(unused[:, at].sum()) for at, name in enumerate(DIALOGUE_COLUMNS)})
+        counts.add("too_long", *rows[here & is_too_long].tolist())
         return counts
-
-    @staticmethod
-    def _unusable_share(folder: Path, rows: np.ndarray, is_too_long: np.ndarray) -> float:
-        """Which share of a source's rows cannot be used, in both parts of one that is split: one may be small.
-
-        Votes for neither side do not count.
-        """
-        skipped, keys = np.load(folder / "skipped_rows.npy"), np.load(folder / "skipped_keys.npy")
-        unusable = skipped[keys != list(SKIP_REASONS).index("no_preference")]
-        total = len(np.unique(np.concatenate([rows, skipped])))
-        return len(np.unique(np.concatenate([unusable, rows[is_too_long]]))) / max(1, total)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -179,13 +173,10 @@ class PairDataset:
 
 
 def load_pairs(
-    dataset: str, tokenizer: Any, max_length: int | None = None, **settings: Any
+    dataset: str | DataSpec, tokenizer: Any, max_length: int | None = None
 ) -> tuple[PairDataset, PairDataset]:
-    """The train and test pairs of a dataset, tokenized now or read from the cache; `max_length` in tokens a side.
-
-    `settings` are those of `sources.DataSpec` beside the dataset: subset, split, test_split, columns.
-    """
-    found = find_sources(DataSpec(dataset, **settings))
+    """The train and test pairs of a dataset, tokenized now or read from the cache; `max_length` in tokens a side."""
+    found = find_sources(DataSpec(dataset) if isinstance(dataset, str) else dataset)
     backend = tokenizer.backend_tokenizer
     backend.no_padding()  # some published tokenizers pad and truncate by default
     backend.no_truncation()
@@ -370,11 +361,7 @@ class LookConfig:
 
     def problems(self) -> list[str]:
         """Settings that cannot be read."""
-        try:
-            parse_columns(self.columns)
-        except ValueError as error:
-            return [f"--columns: {error}"]
-        return []
+        return column_problems(self.columns)
 
 
 def main(argv: list[str]) -> None:
@@ -383,11 +370,10 @@ def main(argv: list[str]) -> None:
     from modeling.pretrained import load_tokenizer
 
     tokenizer = load_tokenizer(config.model, datetime.datetime.now())
-    settings = {name: getattr(config, name) for name in ("subset", "split", "test_split")}
-    settings["columns"] = parse_columns(config.columns)
-    train, test = load_pairs(config.dataset, tokenizer, config.max_length, **settings)
+    spec = DataSpec.of(config)
+    train, test = load_pairs(spec, tokenizer, config.max_length)
     print("\n".join([*train.notes, *train.lines("train", "pairs"), *test.lines("test", "pairs")]))
-    found = find_sources(DataSpec(config.dataset, **settings))
+    found = find_sources(spec)
     texts = [inspection.texts_of(chosen, pairs) for chosen, pairs in ((found.train, train), (found.test, test))]
     print("\n".join([*inspection.repetitions(*texts), "", *inspection.lengths(train, config.max_length)]))
     for lines in inspection.dialogues(found.train, train, tokenizer, config.show, sys.stdout.isatty()):

@@ -14,6 +14,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import utils
@@ -65,10 +66,7 @@ class EvalConfig:
         found = []
         if self.model is None:
             found.append("--model: expected a reward model, such as ./checkpoints/rm/RUN")
-        try:
-            shapes.parse_columns(self.columns)
-        except ValueError as error:
-            found.append(f"--columns: {error}")
+        found += shapes.column_problems(self.columns)
         if self.best_of and self.score is None:
             found.append("--best_of: needs --score")
         if self.score is not None:
@@ -148,9 +146,9 @@ def trained_on(settings: dict[str, Any]) -> sources.DataSpec | None:
     """The data that a checkpoint's settings name, if they are a training's."""
     if not isinstance(settings.get("dataset"), str):
         return None
-    names = {name: settings.get(name) for name in ("subset", "split", "test_split", "columns")}
-    texts = {name: value if isinstance(value, str) else None for name, value in names.items()}
-    return sources.DataSpec(settings["dataset"], **texts | {"columns": shapes.parse_columns(texts["columns"])})
+    values = {name: settings.get(name) for name in ("dataset", "subset", "split", "test_split", "columns")}
+    texts = {name: value if isinstance(value, str) else None for name, value in values.items()}
+    return sources.DataSpec.of(SimpleNamespace(**texts))
 
 
 def replacement_note(report_dir: Path, data: eval_data.Data) -> str | None:

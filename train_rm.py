@@ -246,7 +246,7 @@ def open_parts(config: RewardTrainingConfig, resumed_from: Path | None, world: d
     date = pretrained.UNKNOWN_DATE if resumed_from else world.broadcast(datetime.datetime.now())
     with world.first_on_each_machine():  # it fills the token cache
         tokenizer = pretrained.load_tokenizer(str(resumed_from or config.model), date)
-        train_pairs, test_pairs = data.load_pairs(config.dataset, tokenizer, config.max_length, **config.data_settings)
+        train_pairs, test_pairs = data.load_pairs(sources.DataSpec.of(config), tokenizer, config.max_length)
     setup.check_data(config, world, train_pairs, test_pairs)
     if resumed_from:
         model = models.RewardModel.restore(resumed_from, config.model if config.lora else None)
@@ -264,8 +264,7 @@ def train_to_the_end(run: runs.Run, resumed_from: Path | None) -> tuple[Path, An
     print(summary(run, last), flush=True)
     if last is None or not run.world.is_main or not run.config.report:
         return None
-    spec = sources.DataSpec(run.config.dataset, **run.config.data_settings)
-    return run.folder, spec, run.eval_data.places(evaluated_pairs(run))
+    return run.folder, sources.DataSpec.of(run.config), run.eval_data.places(evaluated_pairs(run))
 
 
 def train(run: runs.Run, stop: StopRequest) -> Evaluation | None:

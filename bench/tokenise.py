@@ -49,7 +49,7 @@ def cpu_seconds() -> float:
 
 def write_pairs(real: Path, folder: Path, count: int) -> None:
     """Write `count` real pairs, shuffled and repeated as needed, and the same pairs as messages for TRL."""
-    from data_pipeline import parsing, sources
+    from data_pipeline import parsing, reading
 
     folder.mkdir()
     lines: list[bytes] = []
@@ -65,7 +65,7 @@ def write_pairs(real: Path, folder: Path, count: int) -> None:
     with gzip.open(folder / "test.jsonl.gz", "wb") as file:
         file.write(lines[0])
     with (folder / "messages.json").open("w", encoding="utf-8") as file:
-        for _, pair, _ in parsing.read_pairs(sources.Source("train", (folder / "train.jsonl.gz",))):
+        for _, pair, _ in parsing.read_pairs(reading.Source("train", (folder / "train.jsonl.gz",))):
             if not isinstance(pair, str):
                 file.write(json.dumps({"chosen": pair.chosen, "rejected": pair.rejected}) + "\n")
 

@@ -12,7 +12,7 @@ import numpy as np
 from data_pipeline import parsing, sampler
 from data_pipeline.messages import Messages
 from data_pipeline.parsing import Pair
-from data_pipeline.sources import Source
+from data_pipeline.reading import Source
 from data_pipeline.tokenization import longest_sequences, render
 from utils import counted, printable
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from data_pipeline import messages, shapes
 from data_pipeline.messages import Messages, RowError, merge_same_speaker
+from data_pipeline.reading import Columns, Source
 from data_pipeline.sampler import digests
-from data_pipeline.sources import Columns, Source
 from utils import UserError, counted, first_line, nearest
 
 # Every row is either kept or counted under exactly one of these.

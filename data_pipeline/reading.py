@@ -1,4 +1,4 @@
-"""The rows of data files, whatever their format: JSON lines, JSON, parquet or CSV, compressed or not.
+"""A source of rows and how it is read: files of JSON lines, JSON, parquet or CSV, compressed or not, or a hub split.
 
 A broken file (invalid JSON, a truncated archive, a pointer of Git LFS in its place) is an error that names file, line
 and reason.
@@ -11,12 +11,13 @@ import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common import hub
 from common.json_records import reject_repeated_keys
-from utils import UserError
+from utils import UserError, sha256_of
 
 SUFFIXES = hub.DATA_SUFFIXES
 FIX = "fix this place in the file, then run the same command again"
@@ -24,7 +25,84 @@ AGAIN = "download or write the file again"
 LFS_POINTER = b"version https://git-lfs"
 LONGEST_CELL = 2**31 - 1  # characters in a cell of a CSV file
 
+HELD_OUT_IN = 20  # without a test split, one prompt in 20 is held out
 Rows = Iterator[tuple[int, Any]]
+Columns = tuple[tuple[str, str], ...]  # (name that we use, name in the data)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split of a dataset: local files that follow one another, or a split on the hub."""
+
+    name: str
+    files: tuple[Path, ...] = ()
+    part: str = "all"  # "all", or "train" / "test" of rows that are split by hash
+    hub_rows: Any = None  # a datasets.Dataset
+    columns: Columns = ()  # what `--columns` renames
+    holds_out_rows: bool = False  # the hash is of the row and not of its prompt; see sampler.shares_prompts
+    # numbers of rows before each file that was begun; a copy has its own
+    starts: list[int] = field(default_factory=list, init=False, compare=False, repr=False)
+
+    def fingerprint(self) -> str:
+        """Changes whenever the rows of this part do."""
+        return f"{self.cache_key()}/{self.part}/{self.holds_out_rows}"
+
+    def cache_key(self) -> str:
+        """Changes whenever the rows do; both parts of a source that is split have the same."""
+        files = [sha256_of(path) + path.name.rpartition(".")[2] for path in self.files]
+        content = files or [self.hub_rows._fingerprint]
+        return "/".join([*content, str(self.columns), "all" if self.part == "all" else "split"])
+
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        """Yield (number from 1, row); where there are several files, the numbers go on. UserError: what is broken."""
+        if not self.files:
+            yield from enumerate(self.hub_rows, start=1)
+            return
+        number = 0
+        self.starts.clear()
+        for path in self.files:
+            self.starts.append(number)
+            for at, row in rows_of(path):
+                number = self.starts[-1] + at
+                yield number, row
+
+    def position(self, row: int) -> tuple[int, int]:
+        """Where a row is that was read: (index into files, number there)."""
+        at = max((at for at, start in enumerate(self.starts) if start < row), default=0)
+        return at, row - self.starts[at] if self.starts else row
+
+    def place(self, row: int) -> str:
+        """`file:line`, or the row number where there are no lines."""
+        if not self.files:
+            return f"{self.name}, row {row}"
+        at, number = self.position(row)
+        return f"{self.files[at]}:{number}" if has_lines(self.files[at]) else f"{self.files[at]}, row {number}"
+
+    def files_shared_with(self, other: "Source") -> list[tuple[int, int]]:
+        """(index into files, index into the other's) of files of the same content; of one split on the hub, 0 and 0."""
+        if not self.files or not other.files:
+            is_same = not self.files and not other.files and self.hub_rows._fingerprint == other.hub_rows._fingerprint
+            return [(0, 0)] * is_same
+        return [
+            (mine, yours)
+            for mine, path in enumerate(self.files)
+            for yours, other_path in enumerate(other.files)
+            if _is_same_file(path, other_path)
+        ]
+
+    def includes(self, prompt_digest: int, row_digest: int) -> bool:
+        """Whether a row belongs to this part of the data."""
+        digest = row_digest if self.holds_out_rows else prompt_digest
+        return self.part == "all" or (self.part == "test") == (digest % HELD_OUT_IN == 0)
+
+
+def _is_same_file(first: Path, second: Path) -> bool:
+    if first.stat().st_size != second.stat().st_size:
+        return False
+    return first.samefile(second) or sha256_of(first) == sha256_of(second)
+
+
+# -- Formats -----------------------------------------------------------------------------------------------------------
 
 
 def rows_of(path: Path) -> Rows:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.sources import HELD_OUT_IN
+from data_pipeline.reading import HELD_OUT_IN
 
 
 @dataclass(frozen=True)

@@ -288,6 +288,15 @@ def mapped(row: Row, columns: tuple[tuple[str, str], ...]) -> Row:
     return {key: value for key, value in row.items() if key not in taken} | renamed
 
 
+def column_problems(text: str | None) -> list[str]:
+    """What is wrong with `--columns`, for the list of all problems with flags."""
+    try:
+        parse_columns(text)
+    except ValueError as error:
+        return [f"--columns: {error}"]
+    return []
+
+
 def parse_columns(text: str | None) -> tuple[tuple[str, str], ...]:
     """`prompt=question,chosen=good` as pairs of our name and the data's; ValueError says what is wrong."""
     pairs = [tuple(part.strip() for part in item.split("=", 1)) for item in (text or "").split(",") if item.strip()]

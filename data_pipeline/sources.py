@@ -1,4 +1,4 @@
-"""Where preference data is: the files or hub splits that `--dataset` means, and which of their rows are held out.
+"""Where preference data is: the files or hub splits that `--dataset` means, for training and for testing.
 
 `find_sources` looks in local files and folders as they lie, such as a copy of a hub repository, and on the hub. What it
 leaves aside (another split, another subset) it says.
@@ -9,21 +9,20 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import utils
 from common import hub
-from data_pipeline import reading
-from utils import UserError, nearest, sha256_of
+from data_pipeline import reading, shapes
+from data_pipeline.reading import Columns, Source
+from utils import UserError, nearest
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "validation", "valid", "val", "eval", "dev")
-HELD_OUT_IN = 20  # without a test split, one prompt in 20 is held out
 NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 DEEPEST = 3  # folders below --dataset
-Columns = tuple[tuple[str, str], ...]  # (name that we use, name in the data)
 
 _SHARD = re.compile(r"[-_.](\d+)-of-(\d+)(-[0-9a-f]+)?$|(?:^|[-_.])\d+$")
 _ROLE = re.compile(rf"(?:(.*)[-_. ])?({'|'.join(TRAIN_NAMES + TEST_NAMES)})(?:[-_. ](.*))?", re.IGNORECASE)
@@ -39,63 +38,11 @@ class DataSpec:
     test_split: str | None = None
     columns: Columns = ()
 
-
-@dataclass(frozen=True)
-class Source:
-    """One split of a dataset: local files that follow one another, or a split on the hub."""
-
-    name: str
-    files: tuple[Path, ...] = ()
-    part: str = "all"  # "all", or "train" / "test" of rows that are split by hash
-    hub_rows: Any = None  # a datasets.Dataset
-    columns: Columns = ()  # what `--columns` renames
-    holds_out_rows: bool = False  # the hash is of the row and not of its prompt; see sampler.shares_prompts
-    starts: list[int] = field(default_factory=list, compare=False, repr=False)  # of each file that was begun
-
-    def fingerprint(self) -> str:
-        """Changes whenever the rows of this part do."""
-        return f"{self.cache_key()}/{self.part}/{self.holds_out_rows}"
-
-    def cache_key(self) -> str:
-        """Changes whenever the rows do; both parts of a source that is split have the same."""
-        files = [sha256_of(path) + path.name.rpartition(".")[2] for path in self.files]
-        content = files or [self.hub_rows._fingerprint]
-        return "/".join([*content, str(self.columns), "all" if self.part == "all" else "split"])
-
-    def rows(self) -> Iterator[tuple[int, Any]]:
-        """Yield (number from 1, row); where there are several files, the numbers go on. UserError: what is broken."""
-        if not self.files:
-            yield from enumerate(self.hub_rows, start=1)
-            return
-        number = 0
-        self.starts.clear()
-        for path in self.files:
-            self.starts.append(number)
-            for at, row in reading.rows_of(path):
-                number = self.starts[-1] + at
-                yield number, row
-
-    def position(self, row: int) -> tuple[int, int]:  # (index into files, row there) of a row that was read
-        at = max((at for at, start in enumerate(self.starts) if start < row), default=0)
-        return at, row - self.starts[at] if self.starts else row
-
-    def place(self, row: int) -> str:
-        """`file:line`, or the row number where there are no lines."""
-        if not self.files:
-            return f"{self.name}, row {row}"
-        path, number = self.files[self.position(row)[0]], self.position(row)[1]
-        return f"{path}:{number}" if reading.has_lines(path) else f"{path}, row {number}"
-
-    def shares_files_with(self, other: "Source") -> bool:
-        """Whether two sources read a file, or a split on the hub, of the same content."""
-        if not (self.files and other.files):
-            return not self.files and not other.files and self.hub_rows._fingerprint == other.hub_rows._fingerprint
-        return any(is_same_file(mine, yours) for mine in self.files for yours in other.files)
-
-    def includes(self, prompt_digest: int, row_digest: int) -> bool:
-        """Whether a row belongs to this part of the data."""
-        digest = row_digest if self.holds_out_rows else prompt_digest
-        return self.part == "all" or (self.part == "test") == (digest % HELD_OUT_IN == 0)
+    @classmethod
+    def of(cls, config: Any) -> "DataSpec":
+        """Of a config with these settings; `--columns` is a text there."""
+        columns = shapes.parse_columns(config.columns)
+        return cls(config.dataset, config.subset, config.split, config.test_split, columns)
 
 
 class Found(NamedTuple):
@@ -307,7 +254,7 @@ def _splits_in(folder: Path) -> dict[str, dict[str, Source]]:
     if any(name and _role(name) == "train" for splits in subsets.values() for name in splits):
         # beside files that say what they are for, others are something else
         subsets = {
-            subset: {name or _stem(source.files[0]): source for name, source in splits.items()}
+            subset: {name or stem(source.files[0]): source for name, source in splits.items()}
             for subset, splits in subsets.items()
         }
     return subsets
@@ -324,7 +271,7 @@ def _data_files(folder: Path) -> Iterator[Path]:
                 yield Path(at) / name
 
 
-def _stem(path: Path) -> str:
+def stem(path: Path) -> str:
     return path.name.removesuffix(next(suffix for suffix in reading.SUFFIXES if path.name.endswith(suffix)))
 
 
@@ -332,7 +279,7 @@ def _subset_and_split(path: Path) -> tuple[str, str]:
     """`data/train_prefs-00000-of-00002.parquet` -> ("", "train_prefs"); `harmless-base/test.jsonl` -> ("harmless-base",
     "test"); `default/train/0.parquet` -> ("default", "train"); `pairs.jsonl` -> ("", "")."""
     folders = list(path.parts[:-1])
-    split = _SHARD.sub("", _stem(path))
+    split = _SHARD.sub("", stem(path))
     if not _role(split) or not split:
         at = next((at for at in reversed(range(len(folders))) if folders[at] and _role(folders[at])), None)
         split = folders.pop(at) if at is not None else ""
@@ -341,7 +288,7 @@ def _subset_and_split(path: Path) -> tuple[str, str]:
 
 def _check_shards(paths: list[Path], split: str) -> None:
     """UserError if shards are missing, or if files of one name are not shards of one whole."""
-    stems = [_stem(path) for path in paths]
+    stems = [stem(path) for path in paths]
     marks = [_SHARD.search(stem) for stem in stems]
     is_twice = len(set(stems)) < len(stems) or split in stems  # in two formats, or whole beside shards
     if split != "data" and len(paths) > 1 and is_twice:
@@ -407,12 +354,6 @@ def hub_splits(spec: DataSpec) -> Any:
             "--dataset cannot be opened", where=spec.dataset, found=f"{type(error).__name__}: {error}",
             next="if it has several configurations, --subset NAME takes one",
         ) from error  # fmt: skip
-
-
-def is_same_file(first: Path, second: Path) -> bool:
-    if first.stat().st_size != second.stat().st_size:
-        return False
-    return first.samefile(second) or sha256_of(first) == sha256_of(second)
 
 
 def _some(names: Iterable[str]) -> str:

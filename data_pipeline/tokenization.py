@@ -14,7 +14,7 @@ from common.prefetch import prefetched
 from data_pipeline import messages
 from data_pipeline.messages import Messages
 from data_pipeline.parsing import Pair, Parsed, read_pairs
-from data_pipeline.sources import Source
+from data_pipeline.reading import Source
 from utils import UserError, first_line
 
 ROWS_AT_A_TIME = 500  # rows of a chunk; two or three chunks are in memory at once

@@ -15,7 +15,8 @@ from typing import Any
 from common import hub
 from data_pipeline import parsing, sampler, sources
 from data_pipeline.messages import Messages, RowError
-from data_pipeline.sources import DataSpec, Source
+from data_pipeline.reading import HELD_OUT_IN, Source
+from data_pipeline.sources import DataSpec
 from evaluation import reward_bench
 from utils import UserError, nearest
 
@@ -244,8 +245,8 @@ def _in_file(path: Path, spec: DataSpec, split: str) -> list[Part]:
         raise UserError(f"--split {split}: a single file has train, test and all", where=path)
     first = next((row for _, row in itertools.islice(test.rows(), 1)), None)
     if split == "all" or is_of_benchmark(first):  # training never holds out a part of a benchmark
-        return [Part(stem(path), replace(test, part="all"))]
-    return [Part(stem(path), train if split == "train" else test)]
+        return [Part(sources.stem(path), replace(test, part="all"))]
+    return [Part(sources.stem(path), train if split == "train" else test)]
 
 
 def _in_folder(spec: DataSpec, split: str, notes: list[str]) -> list[Part]:
@@ -279,7 +280,7 @@ def _in_folder(spec: DataSpec, split: str, notes: list[str]) -> list[Part]:
                 f"--dataset has no {split} data", where=path, found=", ".join(splits), next="--split NAME takes one"
             )
     if len(parts) == 1 and len(files := parts[0].source.files) > 1 and "" in next(iter(subsets.values())):
-        return [Part(stem(file), replace(parts[0].source, name=str(file), files=(file,))) for file in files]
+        return [Part(sources.stem(file), replace(parts[0].source, name=str(file), files=(file,))) for file in files]
     return parts
 
 
@@ -295,11 +296,11 @@ def _training_sources(trained: DataSpec, evaluated: DataSpec) -> Iterator[source
 def _unless_trained_on(part: Part, split: str, known: list[sources.Found], notes: list[str]) -> Part:
     """A part, or those of its rows that no model was trained on."""
     source = part.source
-    trained = next((other for found in known for other in found.train if other.shares_files_with(source)), None)
+    trained = next((other for found in known for other in found.train if other.files_shared_with(source)), None)
     if split == "all" or (trained is None and split != "test"):
         return part
     if trained is None:
-        is_own_test = any(other.shares_files_with(source) for found in known for other in found.test)
+        is_own_test = any(other.files_shared_with(source) for found in known for other in found.test)
         seen = frozenset() if is_own_test else _pairs_of(source for found in known for source in found.train)
         if source.part != "all":
             notes.append(f"{source.name}: scored whole, " + ("but for what was trained on" if known else
@@ -314,7 +315,7 @@ def _unless_trained_on(part: Part, split: str, known: list[sources.Found], notes
         return replace(part, source=replace(source, part="all"))
     if split not in SPLITS:
         return part
-    held_out = f"1 in {sources.HELD_OUT_IN} is held out, as in train_rm.py"
+    held_out = f"1 in {HELD_OUT_IN} is held out, as in train_rm.py"
     notes.append(f"the {split} split of {source.name}: {held_out}; --split all takes every row")
     if split == "train":
         return replace(part, source=replace(source, part=split))
@@ -324,16 +325,10 @@ def _unless_trained_on(part: Part, split: str, known: list[sources.Found], notes
 
 def _rows_of(trained: Source, source: Source) -> frozenset[tuple[int, int]]:
     """(file, row) of a source that another, which shares files with it, trains on."""
-    same = [
-        (mine, yours)
-        for mine, path in enumerate(source.files)
-        for yours, other in enumerate(trained.files)
-        if sources.is_same_file(path, other)
-    ]
-    if not source.files:
-        same = [(0, 0)]
     found = {trained.position(row) for row, _ in _training_pairs(trained, is_whole_rows=True)}
-    return frozenset((mine, number) for mine, yours in same for at, number in found if at == yours)
+    return frozenset(
+        (mine, number) for mine, yours in source.files_shared_with(trained) for at, number in found if at == yours
+    )
 
 
 def _training_pairs(source: Source, is_whole_rows: bool = False) -> Iterator[tuple[int, bytes]]:
@@ -354,10 +349,6 @@ def _pairs_of(trained: Iterable[Source]) -> frozenset[bytes]:
 
 def _digests_of(pair: parsing.Pair) -> bytes:
     return parsing.digest_of(pair.chosen) + parsing.digest_of(pair.rejected)
-
-
-def stem(path: Path) -> str:
-    return path.name.removesuffix(next(suffix for suffix in hub.DATA_SUFFIXES if path.name.endswith(suffix)))
 
 
 def sample(data: Data, size: int) -> Data:

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from data_pipeline import messages, parsing, reading, shapes, sources
 from data_pipeline.messages import Messages, RowError
-from data_pipeline.sources import Columns
+from data_pipeline.reading import Columns
 from data_pipeline.tokenization import TokenizedGroup, moves_system_turn, tokenize_groups
 from modeling.scorer import Scorer
 from utils import UserError, nearest
@@ -64,7 +64,7 @@ def read(name: str, columns: Columns = ()) -> Iterator[Line]:
     return (line if isinstance(line, Line) else Line(row, line) for _, row, line in lines)
 
 
-def _source(path: Path) -> sources.Source:
+def _source(path: Path) -> reading.Source:
     if not path.exists():
         siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"--score names no file{nearest(path.name, siblings)}", where=path.absolute(), next=WANTS_FILE)
@@ -72,7 +72,7 @@ def _source(path: Path) -> sources.Source:
         found = "a folder" if path.is_dir() else "not a regular file"
         raise UserError(f"--score is {found}", where=path.absolute(), next=WANTS_FILE)
     sources.check_is_data(path, "--score")
-    return sources.Source(str(path), (path,))
+    return reading.Source(str(path), (path,))
 
 
 def parse(row: Any, row_error: RowError, columns: Columns = ()) -> Line:

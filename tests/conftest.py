@@ -150,7 +150,7 @@ def dataset_of(folder, pairs, margins=None):
     """A PairDataset of given token ids, through files like the cache's."""
     import data
     import utils
-    from data_pipeline import parsing, shapes, sources, tokenization
+    from data_pipeline import parsing, reading, shapes, tokenization
 
     folder.mkdir()
     prefixes = [tokenization.shared_prefix(np.array(c), np.array(r)) for c, r in pairs]
@@ -168,7 +168,7 @@ def dataset_of(folder, pairs, margins=None):
         np.save(folder / f"{name}.npy", np.zeros(0, bool if name == "skipped_held_out" else np.int64))
     report = {"shape": "", "holds_out_rows": False, "details": {}, "kinds": [""], "tokens_sha256": {"all": "x"}}
     utils.write_json(folder / "report.json", report)
-    return data.PairDataset([data.SourcePairs(folder, sources.Source("made up"), None)])
+    return data.PairDataset([data.SourcePairs(folder, reading.Source("made up"), None)])
 
 
 class Completions:

@@ -19,7 +19,7 @@ import pytest
 import data
 import models
 from common import progress
-from data_pipeline import inspection, parsing, sampler, sources, tokenization
+from data_pipeline import inspection, parsing, reading, sampler, sources, tokenization
 from tests.conftest import ROOT, dataset_of, micro_batches_of
 from utils import DiskOrNetworkError, UserError
 
@@ -239,7 +239,7 @@ def assert_files_are_the_plain_ones(source, tokenizer, tmp_path):
 
 def test_the_cache_holds_what_row_by_row_gives_byte_for_byte(tmp_path, tokenizer, write_rows, monkeypatch):
     monkeypatch.setattr(tokenization, "ROWS_AT_A_TIME", 3)
-    source = sources.Source("made up", (write_rows([row for form in FORMS for row in (form[0], IDENTICAL_ROW)]),))
+    source = reading.Source("made up", (write_rows([row for form in FORMS for row in (form[0], IDENTICAL_ROW)]),))
     assert_files_are_the_plain_ones(source, tokenizer, tmp_path)
 
 

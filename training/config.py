@@ -95,10 +95,7 @@ class TrainingConfig:
         for name in ("output_dir", "log_dir"):
             if Path(getattr(self, name)).is_file():
                 found.append(f"--{name}: {getattr(self, name)} is a file, expected a folder")
-        try:
-            shapes.parse_columns(self.columns)
-        except ValueError as error:
-            found.append(f"--columns: {error}")
+        found += shapes.column_problems(self.columns)
         if not all(name.strip() for name in self.lora_target_modules.split(",")):
             found.append(f"--lora_target_modules: got {self.lora_target_modules!r}, expected names separated by commas")
         if self.demo and self.resume_from:
@@ -108,12 +105,6 @@ class TrainingConfig:
     @property
     def examples_per_step(self) -> int:
         return self.batch_size * self.grad_accum
-
-    @property
-    def data_settings(self) -> dict[str, Any]:
-        """Which data, beside the dataset: what `data.load_pairs` takes."""
-        settings = {name: getattr(self, name) for name in ("subset", "split", "test_split")}
-        return settings | {"columns": shapes.parse_columns(self.columns)}
 
     def learning_rate(self, step: int, total_steps: int) -> float:
         """The rate of one step (from 1): a linear warm-up, then constant, linear or cosine decay towards 0."""

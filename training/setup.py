@@ -165,13 +165,6 @@ def go_back_to(folder: Path, run: Run) -> memory.Choices:
             found=f"{count:,} {run.config.unit}, " + ("with other tokens" if is_same_count else f"was {before:,}"),
             next="restore the old data, or add --allow_data_change to go on with this",
         )
-    if state.base_fingerprint != run.base_fingerprint:
-        raise utils.CheckpointError(
-            "the adapter was trained on another base model",
-            where=folder,
-            found=f"{run.config.model} has changed: its weights differ",
-            next="restore the old base model, or name its new place with --model",
-        )
     checkpoint.restore_optimizer(folder, run.model, run.optimizer, run.world)
     run.step = run.saved_step = state.step
     run.random_state, run.skipped_steps = checkpoint.read_random_state(folder), state.skipped_steps

@@ -7,7 +7,7 @@ import io
 import json
 
 from data_pipeline import parsing, sampler
-from data_pipeline.sources import Source
+from data_pipeline.reading import Source
 from utils import UserError
 
 QUESTION = {"role": "user", "content": "Is the oven hot?"}

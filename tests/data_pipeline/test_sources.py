@@ -213,8 +213,8 @@ def test_rows_of_shards_go_on_counting_and_keep_their_places(tmp_path):
     for shard in range(2):
         rows = [numbered_row(2 * shard), {**GOOD_ROW, "chosen": None}]
         write_as(tmp_path / f"train-{shard:05}-of-00002.jsonl", rows)
-    train, _ = find(tmp_path)
-    assert [number for number, _ in read_part(dataclasses.replace(train, part="all"))] == [1, 2, 3, 4]
+    train = dataclasses.replace(find(tmp_path)[0], part="all")
+    assert [number for number, _ in read_part(train)] == [1, 2, 3, 4]
     assert {number: train.place(number) for number in (2, 4)} == {
         2: f"{tmp_path / 'train-00000-of-00002.jsonl'}:2", 4: f"{tmp_path / 'train-00001-of-00002.jsonl'}:2",
     }  # fmt: skip
