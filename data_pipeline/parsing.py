@@ -202,6 +202,8 @@ def parse_row(row: Any, row_error: RowError, columns: Columns = ()) -> list[Pair
     except (KeyError, TypeError, ValueError) as error:
         raise row_error(f"read as {shape.name}, {first_line(error)}", "no_choice") from error
     name = "" if shape is shapes.SHAPES[0] else shape.name
+    if empty := [name for name in shapes.PROMPT_COLUMNS if name in row and row[name] is None]:
+        pairs = [f"null: {empty[0]!r} is null" if pair == "no_dialogue" else pair for pair in pairs]
     dialogues = [[pair.chosen, pair.rejected] for pair in pairs if not isinstance(pair, str)]
     unused = shapes.unused_columns(row, shape.columns, dialogues)
     return [pair if isinstance(pair, str) else replace(pair, shape=name, unused=unused) for pair in pairs]
@@ -242,9 +244,12 @@ def parse_pair(row: dict[str, Any], row_error: RowError) -> Pair | str:
     with different prompts are kept, because two whole dialogues were compared.
     """
     prompt = None if row.get("prompt") in (None, "") else prompt_messages(row["prompt"], row_error)
+    if prompt and prompt[-1]["role"] == "assistant" and prompt[-1]["content"] in map(_reply_of, _sides(row)):
+        prompt.pop()  # it is the whole dialogue, up to one of the replies
     is_prompt_empty = row.get("prompt") == ""
     sides = [
-        side_messages(row[column], prompt, is_prompt_empty, column, row_error) for column in ("chosen", "rejected")
+        side_messages(value, prompt, is_prompt_empty, column, row_error)
+        for column, value in zip(("chosen", "rejected"), _sides(row), strict=True)
     ]
     if None in sides:
         return "no_dialogue"
@@ -286,6 +291,19 @@ def skip_reason(dialogue: Messages) -> str | None:
     if dialogue[-1]["role"] != "assistant":
         return "wrong_last_speaker"
     return None if dialogue[-1]["content"].strip() or dialogue[-1].get("tool_calls") else "no_reply"
+
+
+def _sides(row: dict[str, Any]) -> tuple[Any, Any]:
+    return row["chosen"], row["rejected"]
+
+
+def _reply_of(side: Any) -> str | None:
+    """The reply of a side that is nothing else: a text, or one message."""
+    if isinstance(side, list) and len(side) == 1:
+        (side,) = side
+    if isinstance(side, dict):
+        side = next((side[key] for key in messages.CONTENT_KEYS if key in side), None)
+    return messages.without_end_of_turn(side).strip() if isinstance(side, str) else None
 
 
 def side_messages(

@@ -22,7 +22,10 @@ from utils import UserError, nearest
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "validation", "valid", "val", "eval", "dev")
 NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+OTHER_SUFFIXES = (".ndjson", ".tsv", ".zst", ".xz", ".bz2", ".zip", ".tar.gz", ".arrow", ".feather", ".xlsx", ".pkl")
 DEEPEST = 3  # folders below --dataset
+READ = f"{', '.join(reading.SUFFIXES)}, at most {DEEPEST} folders deep"
+HUB = "https://huggingface.co/datasets/"
 
 _SHARD = re.compile(r"[-_.](\d+)-of-(\d+)(-[0-9a-f]+)?$|(?:^|[-_.])\d+$")
 _ROLE = re.compile(rf"(?:(.*)[-_. ])?({'|'.join(TRAIN_NAMES + TEST_NAMES)})(?:[-_. ](.*))?", re.IGNORECASE)
@@ -77,6 +80,8 @@ def dataset_names(text: str) -> list[str]:
 
 def without_subset(spec: DataSpec) -> DataSpec:
     """`NAME:SUBSET` as a name with a subset, where NAME alone is no file or folder of that spelling."""
+    if spec.dataset.startswith(HUB):  # as a browser shows it
+        return dataclasses.replace(spec, dataset="/".join(spec.dataset.removeprefix(HUB).split("/")[:2]))
     name, colon, subset = spec.dataset.rpartition(":")
     is_drive = len(name) == 1  # C:\\pairs
     if not colon or not subset or is_drive or Path(spec.dataset).expanduser().exists():
@@ -110,13 +115,10 @@ def _find(spec: DataSpec) -> Found:
     if path.is_file():
         found = _in_file(path, spec)
     else:
-        subsets, aside = splits_of(spec)
+        subsets, notes = splits_of(spec)
         parts = [train_and_test(name, splits, spec) for name, splits in subsets.items()]
         train, test = (tuple(one[at] for one in parts) for at in (0, 1))
-        notes = [note for one in parts for note in one[2]]
-        if aside:
-            notes.append(f"left aside in {spec.dataset}: {_some(aside)} (--subset takes one)")
-        found = Found(train, test, tuple(notes))
+        found = Found(train, test, (*(note for one in parts for note in one[2]), *notes))
     return found._replace(**{
         name: tuple(dataclasses.replace(source, columns=spec.columns) for source in getattr(found, name))
         for name in ("train", "test")
@@ -142,11 +144,13 @@ def check_is_data(path: Path, flag: str) -> None:
 
 
 def splits_of(spec: DataSpec, roles: tuple[str, ...] = ("train",)) -> tuple[dict[str, dict[str, Source]], list[str]]:
-    """The splits of each subset that a folder's or hub id's settings mean, by name, and the subsets left aside.
+    """The splits of each subset that a folder's or hub id's settings mean, by name, and notes on what is left aside.
 
     Those without a split for any of `roles` are left aside if others have one."""
     path = Path(spec.dataset).expanduser()
     subsets = _splits_in(path) if path.is_dir() else {spec.subset or "": _splits_on_hub(spec)}
+    unread = _unread_files(path) if path.is_dir() else []
+    notes = [f"not read in {spec.dataset}: {_some(unread)} (only {READ})"] * bool(unread)
     if spec.subset and path.is_dir():
         inside = {name: splits for name, splits in subsets.items() if spec.subset in (name, name.split("/")[-1])}
         if not inside:
@@ -154,13 +158,15 @@ def splits_of(spec: DataSpec, roles: tuple[str, ...] = ("train",)) -> tuple[dict
                 f"--subset {spec.subset}: no such folder{nearest(spec.subset, subsets)}", where=path,
                 found=_some(filter(None, subsets)) or "no folders with data",
             )  # fmt: skip
-        return inside, []
+        return inside, notes
     usable = {name: splits for name, splits in subsets.items() if any(_role(split) in roles for split in splits)}
     usable = usable or subsets
     # preferences before anything else; what lies in the folder itself or is the default before what lies deeper
     preferred = {name: splits for name, splits in usable.items() if "pref" in name.lower()}
     usable = preferred or {name: usable[name] for name in ("", "default") if name in usable} or usable
-    return usable, sorted(name or "the files in the folder itself" for name in subsets.keys() - usable.keys())
+    if aside := sorted(name or "the files in the folder itself" for name in subsets.keys() - usable.keys()):
+        notes.insert(0, f"left aside in {spec.dataset}: {_some(aside)} (--subset takes one)")
+    return usable, notes
 
 
 def train_and_test(subset: str, splits: dict[str, Source], spec: DataSpec) -> tuple[Source, Source, list[str]]:
@@ -180,7 +186,10 @@ def train_and_test(subset: str, splits: dict[str, Source], spec: DataSpec) -> tu
         )  # fmt: skip
     test = spec.test_split or best_split(splits, "test", train)
     if test == train:
-        raise UserError(f"--test_split {test} is the training data", where=where, found=_some(splits))
+        raise UserError(
+            f"the split {test} cannot be training and test data at once", where=where, found=_named(splits),
+            next="another --split or --test_split",
+        )  # fmt: skip
     aside = _some(sorted(name for name in splits if name not in (train, test)))
     notes = [f"left aside in {where}: {aside} (--split and --test_split take one)"] * bool(aside)
     if test is None:
@@ -248,7 +257,8 @@ def _splits_in(folder: Path) -> dict[str, dict[str, Source]]:
     if not subsets:
         inside = sorted(path.name for path in folder.iterdir())
         raise UserError(
-            "--dataset is a folder without data files", where=folder, found=_some(inside) or "nothing",
+            "--dataset is a folder without data files", where=folder,
+            found=_some(_unread_files(folder) or inside) or "nothing",
             next=f"data files end in {', '.join(reading.SUFFIXES)}",
         )  # fmt: skip
     if any(name and _role(name) == "train" for splits in subsets.values() for name in splits):
@@ -260,15 +270,30 @@ def _splits_in(folder: Path) -> dict[str, dict[str, Source]]:
     return subsets
 
 
-def _data_files(folder: Path) -> Iterator[Path]:
+def _files_below(folder: Path, deepest: int) -> Iterator[tuple[int, str, str]]:
+    """(depth, folder, name) of files in and below a folder, but of hidden ones."""
     for at, folders, names in os.walk(folder, followlinks=True):
         depth = len(Path(at).relative_to(folder).parts)
-        folders[:] = [name for name in folders if not name.startswith(".") and depth < DEEPEST]
-        for name in names:
-            if name.endswith(reading.SUFFIXES) and not name.startswith(".") and name not in NOT_DATA:
-                if not (Path(at) / name).exists():
-                    raise UserError("a link leads nowhere", where=Path(at) / name, next="restore or remove it")
-                yield Path(at) / name
+        folders[:] = [name for name in folders if not name.startswith(".") and depth < deepest]
+        yield from ((depth, at, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _unread_files(folder: Path) -> list[str]:
+    """Files that look like data, and are not read: of another type, with capitals, or too deep."""
+    return sorted(
+        Path(at, name).relative_to(folder).as_posix()
+        for depth, at, name in _files_below(folder, DEEPEST + 2)
+        if name.lower().endswith((*reading.SUFFIXES, *OTHER_SUFFIXES)) and name not in NOT_DATA
+        and (depth > DEEPEST or not name.endswith(reading.SUFFIXES))
+    )  # fmt: skip
+
+
+def _data_files(folder: Path) -> Iterator[Path]:
+    for _, at, name in _files_below(folder, DEEPEST):
+        if name.endswith(reading.SUFFIXES) and name not in NOT_DATA:
+            if not (path := Path(at, name)).exists():
+                raise UserError("a link leads nowhere", where=path, next="restore or remove it")
+            yield path
 
 
 def stem(path: Path) -> str:

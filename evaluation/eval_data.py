@@ -252,9 +252,8 @@ def _in_file(path: Path, spec: DataSpec, split: str) -> list[Part]:
 def _in_folder(spec: DataSpec, split: str, notes: list[str]) -> list[Part]:
     """The parts of a folder, or of a dataset on the hub."""
     path = Path(spec.dataset).expanduser()
-    subsets, aside = sources.splits_of(spec, roles=SPLITS)
-    if aside:
-        notes.append(f"left aside: {', '.join(aside)} (--subset takes one)")
+    subsets, more = sources.splits_of(spec, roles=SPLITS)
+    notes += more
     parts = []
     for subset, splits in subsets.items():
         name, wanted = subset or Path(spec.dataset).name, spec.test_split if split == "test" else spec.split

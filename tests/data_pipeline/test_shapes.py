@@ -221,6 +221,22 @@ def test_titles_inputs_and_messages_as_text_are_part_of_the_dialogue():
         parsed(prompt=ASKED, chosen=f"[{YES}\n {NO}]", rejected=POOR)
 
 
+def test_a_prompt_that_ends_in_one_of_the_replies_is_the_dialogue_before_it():
+    for last in (YES, NO):
+        for sides in ((GOOD, POOR), ([YES], [NO]), (YES, NO)):
+            (pair,) = parsed(messages=[QUESTION, last], chosen=sides[0], rejected=sides[1])
+            assert pair == Pair([QUESTION, YES], [QUESTION, NO])
+    other = {"role": "assistant", "content": "Let me see."}
+    (pair,) = parsed(messages=[QUESTION, other], chosen=GOOD, rejected=POOR)
+    assert pair.chosen[-1]["content"] == f"Let me see.\n\n{GOOD}"
+
+
+def test_a_prompt_that_is_null_is_named():
+    assert parsed(prompt=None, chosen=GOOD, rejected=POOR) == ["null: 'prompt' is null"]
+    assert parsed(chosen=GOOD, rejected=POOR) == ["no_dialogue"]
+    assert parsed(prompt=None, chosen=f"{PROMPT} {GOOD}", rejected=f"{PROMPT} {POOR}")[0].chosen == [QUESTION, YES]
+
+
 def test_text_between_or_behind_turns_of_chatml_is_not_dropped():
     turns = "<|im_start|>user\nHi<|im_end|>\n"
     assert messages.parse_chatml(turns + "<|im_start|>assistant\nYes<|im_end|>\n")

@@ -231,6 +231,35 @@ def test_links_are_followed_and_those_that_lead_nowhere_named(tmp_path):
         find(tmp_path / "set")
 
 
+def test_files_that_look_like_data_and_are_not_read_are_named(tmp_path):
+    write_as(tmp_path / "train.jsonl", [GOOD_ROW])
+    for name in ("b.JSONL", "c.ndjson", "d.tsv", "e.jsonl.zst", "README.md", ".hidden.tsv"):
+        (tmp_path / name).write_text("{}")
+    deep = tmp_path / "1/2/3/4/5"
+    deep.mkdir(parents=True)
+    write_as(deep / "train.jsonl", [GOOD_ROW])
+    (note,) = sources.find_sources(sources.DataSpec(str(tmp_path))).notes
+    assert "not read" in note and "1/2/3/4/5/train.jsonl, b.JSONL, c.ndjson, d.tsv, e.jsonl.zst (" in note
+    with pytest.raises(UserError, match=r"without data files(.|\n)*5/train\.jsonl"):
+        find(tmp_path / "1")
+
+
+def test_the_address_of_a_set_on_the_hub_is_its_id(monkeypatch):
+    fake_hub(monkeypatch, train=[GOOD_ROW], test=[GOOD_ROW])
+    for address in (
+        "https://huggingface.co/datasets/somebody/pairs",
+        "https://huggingface.co/datasets/somebody/pairs/tree/main",
+    ):
+        assert find(address)[0].name == "somebody/pairs train"
+
+
+def test_one_split_cannot_be_both(tmp_path):
+    for split in ("train", "test"):
+        write_as(tmp_path / f"{split}.jsonl", [GOOD_ROW])
+    with pytest.raises(UserError, match=r"test cannot be training and test data at once(.|\n)*--test_split"):
+        find(tmp_path, split="test")
+
+
 def test_a_missing_shard_is_named(tmp_path):
     write_as(tmp_path / "train-00000-of-00003.parquet", [GOOD_ROW])
     write_as(tmp_path / "train-00002-of-00003.parquet", [GOOD_ROW])

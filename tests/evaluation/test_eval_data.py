@@ -36,7 +36,7 @@ def test_a_folder_of_folders_is_broken_down_by_folder(evaluate, constant_model, 
     (tmp_path / "hh" / "red-team-attempts" / "red_team_attempts.jsonl").write_text('{"transcript": "no pair"}')
     found = evaluate(constant_model, dataset=tmp_path / "hh")
     assert {name: one["n"] for name, one in found["by_subset"].items()} == {"harmless-base": 3, "helpful-online": 2}
-    assert "left aside: red-team-attempts (--subset takes one)" in capsys.readouterr().out
+    assert ": red-team-attempts (--subset takes one)" in capsys.readouterr().out
     assert evaluate(constant_model, "--split", "train", dataset=tmp_path / "hh")["n"] == 15
     assert evaluate(constant_model, "--split", "all", dataset=tmp_path / "hh")["n"] == 20
 
