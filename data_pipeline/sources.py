@@ -146,7 +146,8 @@ def check_is_data(path: Path, flag: str) -> None:
 def splits_of(spec: DataSpec, roles: tuple[str, ...] = ("train",)) -> tuple[dict[str, dict[str, Source]], list[str]]:
     """The splits of each subset that a folder's or hub id's settings mean, by name, and notes on what is left aside.
 
-    Those without a split for any of `roles` are left aside if others have one."""
+    Those without a split for any of `roles` are left aside if others have one.
+    """
     path = Path(spec.dataset).expanduser()
     subsets = _splits_in(path) if path.is_dir() else {spec.subset or "": _splits_on_hub(spec)}
     unread = _unread_files(path) if path.is_dir() else []
