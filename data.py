@@ -367,7 +367,7 @@ class LookConfig:
 def main(argv: list[str]) -> None:
     given, problems = flags.read_flags(LookConfig, argv, "Look at preference data before training on it.")
     config = flags.build_config(LookConfig, given, problems)
-    from modeling.pretrained import load_tokenizer
+    from modeling.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(config.model, datetime.datetime.now())
     spec = DataSpec.of(config)

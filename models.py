@@ -18,8 +18,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from data_pipeline import packing
-from modeling import attention, devices, flex, generation, lengths, pretrained, speedups
-from modeling.pretrained import LoraSettings, load_tokenizer
+from modeling import attention, devices, flex, generation, lengths, pretrained, speedups, tokenizers
+from modeling.pretrained import LoraSettings
+from modeling.tokenizers import load_tokenizer
 from utils import CheckpointError, UserError, read_json
 
 HEAD_SCALE = 1.0  # of a new head, relative to Stiennon et al.'s
@@ -59,7 +60,7 @@ class PretrainedModel(nn.Module):
         pretrained.save_weights(folder, self.hf_model, self.peft_model, state)
 
     def save_tokenizer(self, folder: Path) -> None:
-        pretrained.save_tokenizer(folder, self.tokenizer)
+        tokenizers.save_tokenizer(folder, self.tokenizer)
 
     def check_saved(self, folder: Path) -> None:
         """Raise ValueError unless what was saved there opens as what is in memory; weights are not looked at."""
@@ -221,7 +222,7 @@ class PretrainedModel(nn.Module):
 
     def check_token(self, largest: int) -> None:
         """UserError if the largest of some token ids has no embedding: on a GPU that could not be recovered from."""
-        pretrained.check_token(self.tokenizer, largest, len(self.hf_model.get_input_embeddings().weight))
+        tokenizers.check_token(self.tokenizer, largest, len(self.hf_model.get_input_embeddings().weight))
 
     def most_positions(self) -> int | None:
         """The longest sequence, in tokens, that the architecture has positions for; None if it has no such limit."""
@@ -254,7 +255,7 @@ class RewardModel(PretrainedModel):
 
         `base` is where an adapter's base model is now, if it has moved.
         """
-        tokenizer = load_tokenizer(str(folder), pretrained.UNKNOWN_DATE)
+        tokenizer = load_tokenizer(str(folder), tokenizers.UNKNOWN_DATE)
         name = (base or pretrained.base_of_adapter(folder)) if pretrained.is_adapter(folder) else str(folder)
         opened = pretrained.open_classifier(name, tokenizer)
         classifier = opened.model

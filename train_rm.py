@@ -40,7 +40,7 @@ with utils.lazy_imports():  # --help must not wait for torch
     from checkpointing import checkpoint
     from data_pipeline import packing, sampler, sources
     from evaluation import evaluator
-    from modeling import devices, pretrained, speedups
+    from modeling import devices, speedups, tokenizers
     from training import distributed, logger, setup
     from training import run as runs
 
@@ -243,9 +243,9 @@ def main(argv: list[str]) -> None:
 def open_parts(config: RewardTrainingConfig, resumed_from: Path | None, world: distributed.World) -> setup.Parts:
     """The pairs and the reward model of a run; everything else of it is the same for every training."""
     # what a chat template writes as today's date is fixed when a run begins, and then in its checkpoints' own templates
-    date = pretrained.UNKNOWN_DATE if resumed_from else world.broadcast(datetime.datetime.now())
+    date = tokenizers.UNKNOWN_DATE if resumed_from else world.broadcast(datetime.datetime.now())
     with world.first_on_each_machine():  # it fills the token cache
-        tokenizer = pretrained.load_tokenizer(str(resumed_from or config.model), date)
+        tokenizer = tokenizers.load_tokenizer(str(resumed_from or config.model), date)
         train_pairs, test_pairs = data.load_pairs(sources.DataSpec.of(config), tokenizer, config.max_length)
     setup.check_data(config, world, train_pairs, test_pairs)
     if resumed_from:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import needed_arithmetic
-from modeling import fused, pretrained, speedups
+from modeling import fused, pretrained, speedups, tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -91,7 +91,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         write_small_base(config_folder, Path(folder), arguments.hidden)
-        tokenizer = pretrained.load_tokenizer(folder)
+        tokenizer = tokenizers.load_tokenizer(folder)
         lora = pretrained.LoraSettings() if arguments.lora else None
         model = models.RewardModel.create(folder, tokenizer, 0, lora).to(devices.pick_device()).train()
     devices.keep_heap(model.device)

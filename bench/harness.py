@@ -138,7 +138,7 @@ def write_base(qwen3: str, folder: Path, shape: Shape) -> Path:
 
 def write_pretrained_base(model: str, folder: Path) -> Path:
     """The same of a pretrained model: a reward model with its weights in fp32 and the project's new head."""
-    from modeling.pretrained import load_tokenizer
+    from modeling.tokenizers import load_tokenizer
     from models import RewardModel
 
     RewardModel.create(model, load_tokenizer(model), seed=0).save(folder)

@@ -68,8 +68,8 @@ def main() -> None:
     arguments = parser.parse_args()
     dataset = os.environ.get("HH_RLHF_DIR") or sys.exit("set HH_RLHF_DIR to the folder of HH-RLHF's files")
     import data
-    from modeling.pretrained import load_tokenizer
     from modeling.scorer import Scorer, ScoringConfig
+    from modeling.tokenizers import load_tokenizer
     from models import RewardModel
 
     model = RewardModel.create(arguments.model, load_tokenizer(arguments.model), seed=0)

@@ -18,7 +18,7 @@ import numpy as np
 
 import harness
 import utils
-from modeling import pretrained
+from modeling import tokenizers
 
 
 def load_pairs(dataset: str, base: str) -> tuple[Any, Any]:
@@ -26,7 +26,7 @@ def load_pairs(dataset: str, base: str) -> tuple[Any, Any]:
     import data
     import train_rm
 
-    return data.load_pairs(dataset, pretrained.load_tokenizer(base), train_rm.RewardTrainingConfig().max_length)
+    return data.load_pairs(dataset, tokenizers.load_tokenizer(base), train_rm.RewardTrainingConfig().max_length)
 
 
 def pairs_of_steps(num_pairs: int, pairs_per_step: int, steps: int) -> list[np.ndarray]:

@@ -31,7 +31,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from modeling import pretrained
+from modeling import tokenizers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -73,7 +73,7 @@ def write_pairs(real: Path, folder: Path, count: int) -> None:
 def measure(way: str, folder: Path) -> tuple[int, float, float]:
     """Tokenize in one way, in this process; returns (pairs, seconds, CPU seconds)."""
 
-    tokenizer = pretrained.load_tokenizer(os.environ["QWEN3_DIR"])
+    tokenizer = tokenizers.load_tokenizer(os.environ["QWEN3_DIR"])
     if way == "ours":
         import data
 

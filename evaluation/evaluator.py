@@ -20,8 +20,9 @@ from data_pipeline.sources import DataSpec
 from evaluation import analysis, eval_data, html_report, metrics, plots, report
 from evaluation.scores import ScoreTable, score_dataset
 from modeling import devices
-from modeling.pretrained import UNKNOWN_DATE, base_of_adapter, is_adapter, load_tokenizer
+from modeling.pretrained import base_of_adapter, is_adapter
 from modeling.scorer import Scorer, ScoringConfig
+from modeling.tokenizers import UNKNOWN_DATE, load_tokenizer
 from models import RewardModel
 from utils import DiskOrNetworkError, UserError
 

@@ -1,31 +1,22 @@
-"""Open and save tokenizers, pretrained models and LoRA adapters: transformers' own classes, which models.py wraps."""
+"""Open and save pretrained models and LoRA adapters: transformers' own classes, which models.py wraps."""
 
-import contextlib
 import math
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.utils import logging
 
 from common import hub
-from data_pipeline import tokenization
-from utils import CheckpointError, UserError, first_line, nearest, read_json
+from modeling import tokenizers
+from utils import CheckpointError, UserError, counted, first_line, nearest, read_json
 
-# For models whose chat template writes today's date, if nothing says which date they were trained with. It is the one
-# that Llama's own templates write where they cannot ask for today's.
-UNKNOWN_DATE = datetime(2024, 7, 26)
 ALL_LINEAR = "all-linear"  # PEFT's word
-DIALOGUE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-TRY_OFFLINE = "python train_rm.py --demo   (offline), or --model FOLDER with a downloaded model"
 
 
 @dataclass(frozen=True)
@@ -38,140 +29,14 @@ class LoraSettings:
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-# -- Tokenizer ---------------------------------------------------------------------------------------------------------
-
-
-def load_tokenizer(name: str, date: datetime | None = None) -> Any:
-    """The tokenizer of a hub id or folder, with a chat template and a pad token that scoring can rely on.
-
-    `date` is what a chat template that writes today's date writes from now on, saved copies included; None leaves that
-    to the clock, as a conversation wants it.
-    """
-    hub.check_path_exists(name, "--model")
-    local_only = _is_local_only(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local_only)
-    except Exception as error:  # see open_model
-        raise UserError(
-            "the tokenizer cannot be opened",
-            where=name,
-            found=f"{type(error).__name__}: {first_line(error)}",
-            next="a model's folder (for a checkpoint its step-N), or a hub id",
-        ) from error
-    if not tokenizer.is_fast:
-        raise UserError("this model has no fast tokenizer, and slow ones take hours here", where=name)
-    if tokenizer.chat_template is None:
-        has_markers = all(
-            tokenizer.backend_tokenizer.token_to_id(marker) is not None for marker in ("<|im_start|>", "<|im_end|>")
-        )
-        tokenizer.chat_template = tokenization.CHATML_TEMPLATE if has_markers else tokenization.PLAIN_TEMPLATE
-        chosen = "ChatML" if has_markers else "a plain one, System: … User: … Assistant: …"
-        print(f"{name} has no chat template: {chosen} is used", flush=True)
-    if isinstance(tokenizer.chat_template, dict):
-        _check_named_templates(tokenizer)
-    if date is not None and tokenization.fix_date(tokenizer, date):
-        why = ", as nothing says which one it was trained with" if date == UNKNOWN_DATE else ""
-        print(f"the chat template writes today's date: fixed at {date:%Y-%m-%d}{why}", flush=True)
-    tokenization.take_system_turns(tokenizer)
-    choose_pad_token(tokenizer)
-    return tokenizer
-
-
-def _check_named_templates(tokenizer: Any) -> None:
-    """Make sure that one of several chat templates is "default", which is used unless a dialogue comes with tools."""
-    templates = dict(sorted(tokenizer.chat_template.items()))  # from a folder, they come in the order of its files
-    if "default" not in templates:
-        raise UserError(
-            "the model has several chat templates, and none of them is the default",
-            where=tokenizer.name_or_path,
-            found=", ".join(templates),
-            next="save the one to use as chat_template.jinja in the model's folder",
-        )
-    tokenizer.chat_template = templates if len(templates) > 1 else templates["default"]
-
-
-def choose_pad_token(tokenizer: Any, rows: int | None = None) -> None:
-    """Make sure that there is a pad token, that no dialogue rendered by the template ends in it and, given the number
-    of rows of the model's embedding, that it is one of them.
-
-    transformers' classification models read the reward at the rightmost token that is not the pad token. If dialogues
-    end in <eos> and <eos> is also the pad token, they would read it one token early, unlike this project.
-    """
-    written = _ids_of_a_dialogue(tokenizer)
-    special = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token]
-    for token in [*special, *tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder]:
-        number = None if token is None else tokenizer.convert_tokens_to_ids(token)
-        if number is not None and number != written[-1] and (rows is None or number < rows):
-            tokenizer.pad_token = token
-            return
-    if rows is None or len(tokenizer) < rows:  # whether there is room for another is seen once `rows` is known
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-        return
-    raise UserError(
-        "this tokenizer has no special token that could serve as padding",
-        where=tokenizer.name_or_path,
-        found=f"dialogues end in {tokenizer.convert_ids_to_tokens(written[-1])}, and there is no other below {rows:,}",
-        next="a chat_template.jinja that ends dialogues in a line break, or a model with a larger embedding",
-    )
-
-
-def check_token(tokenizer: Any, largest: int, rows: int) -> None:
-    """UserError if the largest of some token ids is not one of the model's embedding, which has `rows` rows."""
-    if largest >= rows:
-        raise UserError(
-            "the tokenizer has a token that the model has no embedding for",
-            where=tokenizer.name_or_path,
-            found=f"{tokenizer.convert_ids_to_tokens(largest)} is {largest:,}, and the embedding has {rows:,} rows",
-            next="the tokenizer that belongs to the model, or data and a chat template without this token",
-        )
-
-
-def _fit_to_embedding(tokenizer: Any, rows: int) -> None:
-    """Choose a pad token that the model's embedding has. UserError if tokens are missing that any text can contain."""
-    added = tokenizer.added_tokens_encoder
-    ordinary = [number for token, number in tokenizer.get_vocab().items() if token not in added]
-    check_token(tokenizer, max(*ordinary, *_ids_of_a_dialogue(tokenizer)), rows)
-    choose_pad_token(tokenizer, rows)
-
-
-def _ids_of_a_dialogue(tokenizer: Any) -> list[int]:
-    try:
-        if ids := tokenizer.apply_chat_template(DIALOGUE, return_dict=False):
-            return ids
-        raise ValueError("it writes nothing")
-    except Exception as error:  # a template is a program, and can raise anything
-        raise UserError(
-            "the model's chat template does not take a plain question and answer",
-            where=tokenizer.name_or_path,
-            found=f"{type(error).__name__}: {first_line(error)}",
-            next="fix its chat_template.jinja, or remove the file to use one of ours",
-        ) from error
-
-
 # -- Opening and saving ------------------------------------------------------------------------------------------------
 
 
-def _is_local_only(name: str) -> bool:
-    return hub.looks_like_a_path(name) or hub.only_local_copy(name, "model", "--model", TRY_OFFLINE)
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence the table of missing weights: a new head is always missing, and we check the rest ourselves."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            # PEFT asks transformers about gradient checkpointing under a deprecated name
-            warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*")
-            yield
-    finally:
-        logging.set_verbosity(before)
-
-
 class Opened(NamedTuple):
-    """A transformers model, and the names of weights that its files lack, or hold in another shape."""
+    """A transformers model, and the names of weights that its files lack, or hold in another shape.
+
+    What of its backbone is in the files and has no place in the model is said in a line.
+    """
 
     model: nn.Module
     missing: set[str]
@@ -187,12 +52,12 @@ def open_model(auto_class: Any, name: str, tokenizer: Any, **options: Any) -> Op
             next=f"python train_rm.py --resume_from {name}   (to train the adapter on), or name its base model",
         )
     hub.check_path_exists(name, "--model")
-    local_only = _is_local_only(name)
+    local_only = tokenizers.is_local_only(name)
     # attention None, whatever the configuration names: sdpa, or eager for architectures without it, which
     # `try_packing` notices
     options |= {"dtype": torch.float32, "attn_implementation": None, "local_files_only": local_only}
     task = "language model" if auto_class is AutoModelForCausalLM else "model for sequence classification"
-    with quiet_transformers():
+    with tokenizers.quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=local_only)
             if type(config) not in auto_class._model_mapping:
@@ -203,7 +68,7 @@ def open_model(auto_class: Any, name: str, tokenizer: Any, **options: Any) -> Op
                     next="another model, such as one of Qwen, Llama, Mistral, Gemma, Phi or OLMo",
                 )
             if rows := getattr(config.get_text_config(), "vocab_size", None):
-                _fit_to_embedding(tokenizer, rows)
+                tokenizers.fit_to_embedding(tokenizer, rows)
             model, info = auto_class.from_pretrained(
                 name, pad_token_id=tokenizer.pad_token_id, output_loading_info=True, trust_remote_code=False, **options
             )
@@ -224,6 +89,9 @@ def open_model(auto_class: Any, name: str, tokenizer: Any, **options: Any) -> Op
             raise UserError(
                 "the model's weights are not all finite numbers", where=name, found=path, next="fetch or make it again"
             )
+    if surplus := surplus_weights(model, info["unexpected_keys"]):
+        what = f"{counted(len(surplus), 'weight')} of it, such as {surplus[0]},"
+        print(f"{name}: {what} are not used, because its config.json has no place for them", flush=True)
     return Opened(model, set(info["missing_keys"]), {key: tuple(shape) for key, shape, _ in info["mismatched_keys"]})
 
 
@@ -292,6 +160,12 @@ def is_of_backbone(model: nn.Module, path: str) -> bool:
     return path.startswith(f"{model.base_model_prefix}.") and "pooler" not in path
 
 
+def surplus_weights(model: nn.Module, unexpected: Iterable[str]) -> list[str]:
+    """Which of the weights that files hold and a model lacks are of its backbone, as a layer too many is."""
+    children = tuple(f"{name}." for name, _ in getattr(model, model.base_model_prefix, model).named_children())
+    return sorted(path for path in unexpected if is_of_backbone(model, path) or path.startswith(children))
+
+
 def _shape(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape))
 
@@ -322,7 +196,7 @@ def add_lora(model: nn.Module, lora: LoraSettings, task_type: str, seed: int) ->
         target_modules=targets,
         fan_in_fan_out=any(isinstance(layers[path.split(".")[-1]], Conv1D) for path in targets),
     )
-    with quiet_transformers():
+    with tokenizers.quiet_transformers():
         wrapped = get_peft_model(model, config)
     base = Path(wrapped.peft_config["default"].base_model_name_or_path)
     if base.exists():  # stored as an absolute path, it can be opened from any working folder
@@ -335,7 +209,7 @@ def open_adapter(model: nn.Module, folder: Path, base: str) -> nn.Module:
     from peft import PeftModel
 
     try:
-        with quiet_transformers():
+        with tokenizers.quiet_transformers():
             peft_model = PeftModel.from_pretrained(model, folder, is_trainable=True)
     except RuntimeError as error:
         raise CheckpointError(
@@ -348,18 +222,13 @@ def open_adapter(model: nn.Module, folder: Path, base: str) -> nn.Module:
 def save_weights(folder: Path, model: nn.Module, peft_model: nn.Module | None, state: dict[str, Tensor]) -> None:
     """Write tensors of a model, or with LoRA of its adapter, and the configuration."""
     state = dict(state)  # transformers removes from it what it does not write
-    with quiet_transformers():
+    with tokenizers.quiet_transformers():
         if peft_model is None:
             model.save_pretrained(folder, state_dict=state)
         else:
             # "auto" would ask the hub whether the base's vocabulary was resized; ours never is
             peft_model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
             (folder / "README.md").unlink(missing_ok=True)  # an empty model card
-
-
-def save_tokenizer(folder: Path, tokenizer: Any) -> None:
-    with quiet_transformers():
-        tokenizer.save_pretrained(folder)
 
 
 def names_in_file(model: nn.Module, peft_model: nn.Module | None, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -378,10 +247,10 @@ def names_in_file(model: nn.Module, peft_model: nn.Module | None, state: dict[st
 
 def check_saved(folder: Path, model: nn.Module, peft_model: nn.Module | None, tokenizer: Any) -> None:
     """Raise ValueError unless tokenizer and configuration were saved in a folder as they are in memory."""
-    saved = load_tokenizer(str(folder))
+    saved = tokenizers.load_tokenizer(str(folder))
     if _templates_by_lines(saved) != _templates_by_lines(tokenizer):
         raise ValueError("the chat templates that were saved are not those in memory")
-    ids, saved_ids = (each.apply_chat_template(DIALOGUE, return_dict=False) for each in (tokenizer, saved))
+    ids, saved_ids = (each.apply_chat_template(tokenizers.DIALOGUE, return_dict=False) for each in (tokenizer, saved))
     if (ids, tokenizer.pad_token_id) != (saved_ids, saved.pad_token_id):
         raise ValueError("the tokenizer that was saved does not encode a dialogue as the one in memory does")
     if peft_model is None:

@@ -15,7 +15,7 @@ import torch
 import data
 import models
 from data_pipeline import packing, reading
-from modeling import pretrained, speedups
+from modeling import speedups, tokenizers
 
 pytestmark = pytest.mark.real
 
@@ -43,7 +43,7 @@ def real_pairs(real_data, real_model_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reward_model(real_model_folder):
-    model = models.RewardModel.create(real_model_folder, pretrained.load_tokenizer(real_model_folder), 0).eval()
+    model = models.RewardModel.create(real_model_folder, tokenizers.load_tokenizer(real_model_folder), 0).eval()
     assert speedups.narrow_last_layer(model), "its last layer computes what no reward needs"
     return model
 
@@ -99,7 +99,7 @@ def test_attention_implementations_give_the_same_gradients(reward_model, short_p
 @pytest.mark.parametrize("lora", [None, models.LoraSettings()], ids=["full", "lora"])
 def test_the_fast_attention_is_in_use_in_bf16(real_model_folder, lora):
     """Rounding to bf16 is large here: a trial in bf16 would switch it off."""
-    model = models.RewardModel.create(real_model_folder, pretrained.load_tokenizer(real_model_folder), 0, lora)
+    model = models.RewardModel.create(real_model_folder, tokenizers.load_tokenizer(real_model_folder), 0, lora)
     model.autocast_dtype = torch.bfloat16
     assert model.can_pack, model.why_not
     assert model.use_attention("pieces") == "pieces" and model.autocast_dtype == torch.bfloat16
@@ -107,7 +107,7 @@ def test_the_fast_attention_is_in_use_in_bf16(real_model_folder, lora):
 
 def test_frozen_weights_in_bf16_change_no_reward(real_model_folder, short_pairs):
     model = models.RewardModel.create(
-        real_model_folder, pretrained.load_tokenizer(real_model_folder), 0, models.LoraSettings()
+        real_model_folder, tokenizers.load_tokenizer(real_model_folder), 0, models.LoraSettings()
     ).eval()
     model.autocast_dtype = torch.bfloat16
     with torch.no_grad():

@@ -11,7 +11,7 @@ import models
 import train_rm
 import utils
 from checkpointing import checkpoint, manifest, rehearsal
-from modeling import pretrained
+from modeling import tokenizers
 from tests.reward_models import save_with_named_templates
 from training.distributed import World
 
@@ -103,7 +103,7 @@ def fail(*arguments, **options):
 def test_a_tokenizer_whose_save_fails_is_reported_before_the_first_step(base, small_dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_rm, "accumulate_gradients", lambda *arguments: pytest.fail("a step was computed"))
-    opened = pretrained.AutoTokenizer.from_pretrained(base)
+    opened = tokenizers.AutoTokenizer.from_pretrained(base)
     monkeypatch.setattr(type(opened), "save_pretrained", fail)
     with pytest.raises(utils.UserError) as caught:
         train_rm.main(["--model", base, "--dataset", small_dataset, "--run_name", "one", "--no_report"])
@@ -119,7 +119,7 @@ def test_a_resumed_training_is_rehearsed_too(base, small_dataset, tmp_path, monk
     flags = ["--batch_size", "8", "--grad_accum", "1", "--lora", "--eval_num_batches", "1", "--no_report"]
     train_rm.main(["--model", base, "--dataset", small_dataset, "--run_name", "one", "--max_steps", "1", *flags])
     monkeypatch.setattr(train_rm, "accumulate_gradients", lambda *arguments: pytest.fail("a step was computed"))
-    monkeypatch.setattr(type(pretrained.AutoTokenizer.from_pretrained(base)), "save_pretrained", fail)
+    monkeypatch.setattr(type(tokenizers.AutoTokenizer.from_pretrained(base)), "save_pretrained", fail)
     with pytest.raises(utils.UserError, match="the tokenizer cannot be written"):
         train_rm.main(["--resume_from", "checkpoints/rm/one", "--max_steps", "2"])
     run = tmp_path / "checkpoints/rm/one"

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import models
-from modeling import fused, pretrained, speedups
+from modeling import fused, speedups, tokenizers
 from tests.test_models import gradients, make_model, packed_batches, random_pairs, rewards_of, tiny_config
 
 SIZES = {"intermediate_size": 96, "num_key_value_heads": 2}
@@ -120,4 +120,4 @@ def test_saved_files_do_not_depend_on_it(base, tokenizer, tmp_path):
     model.save(tmp_path)
     plain = models.RewardModel.restore(tmp_path)
     torch.testing.assert_close(rewards_of(model, batches), rewards_of(plain, batches), rtol=1e-5, atol=1e-6)
-    assert pretrained.load_tokenizer(str(tmp_path)).get_vocab() == tokenizer.get_vocab()
+    assert tokenizers.load_tokenizer(str(tmp_path)).get_vocab() == tokenizer.get_vocab()

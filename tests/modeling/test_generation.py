@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import models
-from modeling import generation, pretrained
+from modeling import generation, pretrained, tokenizers
 from tests.test_models import tiny_config
 from utils import CheckpointError, UserError
 
@@ -114,14 +114,14 @@ def test_candidates_of_one_batch_grow_together_and_nothing_follows_an_end(base):
 
 
 def test_the_text_of_a_candidate_that_ended_does_not_grow_with_the_padding(base):
-    tokenizer = pretrained.load_tokenizer(base)
+    tokenizer = tokenizers.load_tokenizer(base)
     end, word = tokenizer.eos_token_id, tokenizer("bread", add_special_tokens=False)["input_ids"]
     decoder = generation.IncrementalDecoder(tokenizer, end)
     assert "".join(decoder.add(token) for token in [*word, end, *word]) + decoder.finish() == "bread"
 
 
 def test_a_character_of_several_tokens_comes_whole_and_half_a_one_at_the_end(base):
-    tokenizer = pretrained.load_tokenizer(base)
+    tokenizer = tokenizers.load_tokenizer(base)
     tokens = tokenizer("a🙂", add_special_tokens=False)["input_ids"]
     assert len(tokens) > 2
     decoder = generation.IncrementalDecoder(tokenizer, None)

@@ -13,7 +13,7 @@ from transformers.utils import chat_template_utils
 
 import models
 from data_pipeline import tokenization
-from modeling import pretrained, scorer
+from modeling import scorer, tokenizers
 from tests.modeling.test_lengths import SIZES
 from utils import UserError
 
@@ -96,27 +96,27 @@ def train_words(**tokens):
 
 
 def test_a_fixed_date_is_saved_with_the_template_and_read_by_any_tool(save_tokenizer, tmp_path, set_clock, capsys):
-    tokenizer = pretrained.load_tokenizer(save_tokenizer(DATED), DAY)
+    tokenizer = tokenizers.load_tokenizer(save_tokenizer(DATED), DAY)
     assert capsys.readouterr().out == "the chat template writes today's date: fixed at 2025-03-09\n"
     tokenizer.save_pretrained(tmp_path / "saved")
     set_clock(DAY + datetime.timedelta(days=1))
     for opened in (
         AutoTokenizer.from_pretrained(tmp_path / "saved"),
-        pretrained.load_tokenizer(str(tmp_path / "saved")),
+        tokenizers.load_tokenizer(str(tmp_path / "saved")),
     ):
         assert text_of(opened, USER).startswith("Today Date: 09 Mar 2025\n\n<|im_start|>user")
     # what is fixed stays so
-    again = pretrained.load_tokenizer(str(tmp_path / "saved"), DAY + datetime.timedelta(days=9))
+    again = tokenizers.load_tokenizer(str(tmp_path / "saved"), DAY + datetime.timedelta(days=9))
     assert again.chat_template == tokenizer.chat_template and capsys.readouterr().out == ""
 
 
 def test_a_template_that_writes_nothing_is_named(save_tokenizer):
     with pytest.raises(UserError, match=r"does not take a plain question and answer(.|\n)*it writes nothing"):
-        pretrained.load_tokenizer(save_tokenizer("{# nothing #}"))
+        tokenizers.load_tokenizer(save_tokenizer("{# nothing #}"))
 
 
 def test_a_conversation_has_todays_date(save_tokenizer, set_clock):
-    tokenizer = pretrained.load_tokenizer(save_tokenizer(DATED))
+    tokenizer = tokenizers.load_tokenizer(save_tokenizer(DATED))
     for day in (DAY, DAY + datetime.timedelta(days=1)):
         set_clock(day)
         assert f"Today Date: {day:%d %b %Y}" in text_of(tokenizer, USER)
@@ -125,7 +125,7 @@ def test_a_conversation_has_todays_date(save_tokenizer, set_clock):
 @pytest.mark.parametrize("call", ["strftime_now('%Y-%m-%d')", 'strftime_now( format="%Y-%m-%d" )'])
 def test_each_of_several_templates_has_its_date_fixed_and_is_saved(save_tokenizer, tmp_path, base, call):
     templates = {"default": "{{ " + call + " }}" + TURNS, "tool_use": "tools, {{ " + call + " }}" + TURNS}
-    tokenizer = pretrained.load_tokenizer(save_tokenizer(templates), DAY)
+    tokenizer = tokenizers.load_tokenizer(save_tokenizer(templates), DAY)
     models.RewardModel.create(base, tokenizer, 0).save(tmp_path / "saved")
     assert (tmp_path / "saved" / "additional_chat_templates" / "tool_use.jinja").is_file()
     opened = models.RewardModel.restore(tmp_path / "saved").tokenizer
@@ -138,17 +138,17 @@ def test_each_of_several_templates_has_its_date_fixed_and_is_saved(save_tokenize
 )
 def test_a_date_that_cannot_be_fixed_is_refused_and_shown(save_tokenizer, beginning):
     folder = save_tokenizer("{# strftime_now: see above #}" + beginning + TURNS)
-    assert "<|im_start|>" in text_of(pretrained.load_tokenizer(folder), USER)
+    assert "<|im_start|>" in text_of(tokenizers.load_tokenizer(folder), USER)
     with pytest.raises(
         UserError, match=r"today's date in a way that cannot be fixed(.|\n)*found: *strftime_now(.|\n)*next"
     ):
-        pretrained.load_tokenizer(folder, DAY)
+        tokenizers.load_tokenizer(folder, DAY)
 
 
 def test_a_reward_model_with_an_open_date_gives_the_same_rewards_every_day(
     save_tokenizer, base, tmp_path, set_clock, capsys
 ):
-    odd = pretrained.load_tokenizer(save_tokenizer(DATED))
+    odd = tokenizers.load_tokenizer(save_tokenizer(DATED))
     models.RewardModel.create(base, odd, 0).save(tmp_path / "saved")
     assert "strftime_now(" in (tmp_path / "saved/chat_template.jinja").read_text()
     rewards, prints = [], []
@@ -165,7 +165,7 @@ def test_a_reward_model_with_an_open_date_gives_the_same_rewards_every_day(
 
 
 def test_a_system_turn_that_the_template_rejects_begins_the_first_user_turn(save_tokenizer, tmp_path):
-    tokenizer = pretrained.load_tokenizer(save_tokenizer(NO_SYSTEM))
+    tokenizer = tokenizers.load_tokenizer(save_tokenizer(NO_SYSTEM))
     tokenizer.save_pretrained(tmp_path / "saved")
     stock = AutoTokenizer.from_pretrained(tmp_path / "saved")  # the template itself does it
     moved = {"role": "user", "content": "Be brief.\n\nHello?"}
@@ -173,7 +173,7 @@ def test_a_system_turn_that_the_template_rejects_begins_the_first_user_turn(save
     assert text_of(stock, SYSTEM, ASSISTANT) == text_of(stock, {**SYSTEM, "role": "user"}, ASSISTANT)
     assert text_of(stock, {**SYSTEM, "content": " "}, USER) == text_of(stock, USER)
     assert text_of(stock, USER, ASSISTANT) == TURNS_OF_TWO
-    again = pretrained.load_tokenizer(str(tmp_path / "saved"))
+    again = tokenizers.load_tokenizer(str(tmp_path / "saved"))
     assert again.chat_template == tokenizer.chat_template, "it was put in front a second time"
 
 
@@ -181,7 +181,7 @@ TURNS_OF_TWO = "<|im_start|>user\nHello?<|im_end|>\n<|im_start|>assistant\nGood 
 
 
 def test_a_template_that_takes_system_turns_stays_as_it_is(save_tokenizer):
-    assert pretrained.load_tokenizer(save_tokenizer(TURNS)).chat_template == TURNS
+    assert tokenizers.load_tokenizer(save_tokenizer(TURNS)).chat_template == TURNS
 
 
 # -- No template, and padding ------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_a_template_that_takes_system_turns_stays_as_it_is(save_tokenizer):
 def test_without_template_and_markers_a_dialogue_is_plain_words(tmp_path, capsys):
     words = train_words(eos_token="<|endoftext|>", bos_token="<|endoftext|>")
     folder = save_classifier(tmp_path / "base", words, "GPT2", vocab_size=len(words))
-    tokenizer = pretrained.load_tokenizer(folder)
+    tokenizer = tokenizers.load_tokenizer(folder)
     assert "has no chat template: a plain one, System: … User: … Assistant: … is used" in capsys.readouterr().out
     dialogue = [SYSTEM, USER, ASSISTANT, USER]
     assert text_of(tokenizer, *dialogue, add_generation_prompt=True) == (
@@ -220,7 +220,7 @@ def test_a_pad_token_beyond_the_embedding_is_not_chosen(tmp_path):
     words.add_special_tokens({"pad_token": "[PAD]"})
     words.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     folder = save_classifier(tmp_path, words, vocab_size=rows)
-    tokenizer = pretrained.load_tokenizer(folder)
+    tokenizer = tokenizers.load_tokenizer(folder)
     assert tokenizer.pad_token_id == rows
     model = models.RewardModel.create(folder, tokenizer, 0).eval()
     assert (tokenizer.pad_token, model.hf_model.config.pad_token_id) == ("<unk>", tokenizer.unk_token_id)
@@ -234,7 +234,7 @@ def test_a_pad_token_is_made_where_the_embedding_has_room(tmp_path):
     words = train_words(eos_token="</s>")
     words.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     folder = save_classifier(tmp_path / "base", words, vocab_size=len(words) + 4)
-    model = models.RewardModel.create(folder, pretrained.load_tokenizer(folder), 0)
+    model = models.RewardModel.create(folder, tokenizers.load_tokenizer(folder), 0)
     assert (model.tokenizer.pad_token, model.tokenizer.pad_token_id) == ("<|pad|>", len(words))
     model.save(tmp_path / "saved")
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").pad_token_id == len(words)
@@ -245,7 +245,7 @@ def test_without_room_for_a_pad_token_the_error_says_what_to_do(tmp_path):
     words.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     folder = save_classifier(tmp_path, words, vocab_size=len(words))
     with pytest.raises(UserError, match=r"no special token that could serve as padding(.|\n)*</s>(.|\n)*line break"):
-        models.RewardModel.create(folder, pretrained.load_tokenizer(folder), 0)
+        models.RewardModel.create(folder, tokenizers.load_tokenizer(folder), 0)
 
 
 def test_a_tokenizer_of_another_model_is_refused_and_its_token_named(tmp_path):
@@ -253,7 +253,7 @@ def test_a_tokenizer_of_another_model_is_refused_and_its_token_named(tmp_path):
     last = len(words) - 1
     folder = save_classifier(tmp_path, words, vocab_size=last)
     with pytest.raises(UserError, match=rf"no embedding for(.|\n)*is {last}, and the embedding has {last} rows"):
-        models.RewardModel.create(folder, pretrained.load_tokenizer(folder), 0)
+        models.RewardModel.create(folder, tokenizers.load_tokenizer(folder), 0)
 
 
 def test_an_added_token_without_embedding_is_an_error_only_where_it_occurs(tmp_path):
@@ -359,3 +359,19 @@ def test_all_linear_adapts_every_layer_but_the_head(tmp_path, tokenizer, archite
 def test_all_linear_stands_alone(base, tokenizer):
     with pytest.raises(UserError, match=r"this model has no all-linear(.|\n)*separated by commas, or all-linear"):
         models.RewardModel.create(base, tokenizer, 0, models.LoraSettings(target_modules=("q_proj", "all-linear")))
+
+
+@pytest.mark.parametrize("is_classifier", [True, False], ids=["classifier", "language model"])
+def test_layers_that_the_configuration_has_no_place_for_are_named(tokenizer, tmp_path, capsys, is_classifier):
+    """As after a config.json that was edited, or belongs to a smaller model."""
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**sizes, num_hidden_layers=3, pad_token_id=0, num_labels=1)
+    kind = transformers.LlamaForSequenceClassification if is_classifier else transformers.LlamaForCausalLM
+    kind(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    models.RewardModel.create(str(tmp_path), tokenizer, 0)
+    assert "not used" not in capsys.readouterr().out, "a head for language is not needed"
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | {"num_hidden_layers": 2}))
+    models.RewardModel.create(str(tmp_path), tokenizer, 0)
+    assert f"{tmp_path}: 9 weights of it, such as model.layers.2" in capsys.readouterr().out
