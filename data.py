@@ -67,6 +67,7 @@ class SourcePairs:
         self.unusable_share = len(np.unique(np.concatenate(unusable))) / max(1, total)  # of the source's rows
         self.lengths, self.rows, self.starts = lengths[fits], rows[fits], starts[:-1][fits]
         self.label_margins = np.load(folder / "margins.npy")[fits]  # (N,)
+        self.digests = np.load(folder / "digests.npy")[fits]  # (N,) of `parsing.pair_digest`
         self.kinds, self.kind_names = np.load(folder / "kinds.npy")[fits], report["kinds"]  # (N,) index into names
         # identifies the pairs by content, wherever they came from
         self.fingerprint = report["tokens_sha256"][source.part].encode() + self.rows.tobytes()
@@ -102,6 +103,7 @@ class PairDataset:
         self.name = ", ".join(part.name for part in parts)
         self.lengths = np.concatenate([part.lengths for part in parts])  # (N, 3)
         self.label_margins = np.concatenate([part.label_margins for part in parts])  # (N,)
+        self.digests = np.concatenate([part.digests for part in parts])  # (N,) uint64 of `parsing.pair_digest`
         self.rows = np.concatenate([part.rows for part in parts])  # (N,) line or row number in its source
         self.sources = np.repeat(np.arange(len(parts)), [len(part) for part in parts])  # (N,) index into parts
         self._starts = np.concatenate([part.starts for part in parts])
@@ -247,7 +249,8 @@ class _Columns:
 
     def __init__(self) -> None:
         self.kinds, self.shape, self.details = {"": 0}, "", {}
-        self.pairs: dict[str, list] = {name: [] for name in ("lengths", "rows", "margins", "kinds", "notes", "unused")}
+        names = ("lengths", "rows", "margins", "digests", "kinds", "notes", "unused")
+        self.pairs: dict[str, list] = {name: [] for name in names}
         self.skipped: dict[str, list] = {"rows": [], "keys": []}
         self.digests: dict[str, list] = {"pairs": [], "skipped": []}  # of prompts and rows
         self.prompts: list[tuple[int, int]] = []  # (row, digest of its prompt) of all that could be parsed
@@ -256,6 +259,7 @@ class _Columns:
         self.shape = self.shape or pair.shape
         values = {
             "lengths": lengths, "rows": row.row, "margins": pair.label_margin,
+            "digests": parsing.pair_digest(pair.chosen, pair.rejected),
             "kinds": self.kinds.setdefault(pair.kind, len(self.kinds)),
             "notes": [name in pair.warnings for name in WARNINGS],
             "unused": [name in pair.unused for name in DIALOGUE_COLUMNS],
@@ -281,6 +285,7 @@ class _Columns:
             "lengths": np.array(self.pairs["lengths"], np.int32).reshape(-1, 3),
             "rows": np.array(self.pairs["rows"], np.int64),
             "margins": np.array(self.pairs["margins"], np.float32),
+            "digests": np.array(self.pairs["digests"], np.uint64),
             "kinds": np.array(self.pairs["kinds"], np.int32),
             "notes": np.array(self.pairs["notes"], bool).reshape(-1, len(WARNINGS)),
             "unused": np.array(self.pairs["unused"], bool).reshape(-1, len(DIALOGUE_COLUMNS)),

@@ -25,6 +25,7 @@ from utils import UserError
 
 with utils.lazy_imports():  # --help must not wait for torch
     import models
+    from checkpointing import checkpoint
     from data_pipeline import parsing, shapes, sources
     from evaluation import eval_data, evaluator, html_report, report, score_stream
     from modeling import scorer
@@ -113,9 +114,7 @@ def make_job(config: EvalConfig) -> evaluator.EvalJob:
     model = evaluator.saved_model(config.model, folder, config.base_model)
     against = other and evaluator.saved_model(config.against, other, config.base_model)
     settings = resolve.training_settings(folder)
-    trained = [
-        spec for spec in (trained_on(resolve.training_settings(path)) for path in (folder, other) if path) if spec
-    ]
+    trained = [found for found in (trained_on(path) for path in (folder, other) if path) if found]
     spec = data_spec(config, settings)
     data = eval_data.sample(eval_data.find(spec, config.split, config.subset_column, trained), config.max_pairs)
     report_dir, tensorboard_dir = evaluator.output_folders(folder, config.report_dir)
@@ -135,14 +134,21 @@ def make_job(config: EvalConfig) -> evaluator.EvalJob:
 
 def data_spec(config: EvalConfig, settings: dict[str, Any]) -> sources.DataSpec:
     """The data to evaluate on: what the flags say, else that of the training."""
-    spec = trained_on(settings) or sources.DataSpec(DEFAULT_DATASET)
+    spec = spec_of_training(settings) or sources.DataSpec(DEFAULT_DATASET)
     if config.dataset:
         spec = sources.DataSpec(config.dataset)
     given = {"subset": config.subset, "columns": shapes.parse_columns(config.columns)}
     return dataclasses.replace(spec, **{name: value for name, value in given.items() if value})
 
 
-def trained_on(settings: dict[str, Any]) -> sources.DataSpec | None:
+def trained_on(folder: Path) -> eval_data.Trained | None:
+    """What a checkpoint was trained on, as far as it says."""
+    spec = spec_of_training(resolve.training_settings(folder))
+    examples = checkpoint.read_examples(folder)
+    return spec and eval_data.Trained(spec, frozenset(checkpoint.digests_of(examples).tolist()) if examples else None)
+
+
+def spec_of_training(settings: dict[str, Any]) -> sources.DataSpec | None:
     """The data that a checkpoint's settings name, if they are a training's."""
     if not isinstance(settings.get("dataset"), str):
         return None

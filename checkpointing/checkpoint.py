@@ -6,6 +6,7 @@ tokenizer it holds
     optimizer.safetensors     AdamW's moments, by parameter name
     random_state.safetensors  the random generators' states (dropout) after step N
     training_state.json       the position: step, examples seen, the data's fingerprint
+    trained_examples.safetensors  digests of what it was trained on, by which an evaluation leaves it out
     train_config.json         every setting of the run
     manifest.json             size and SHA-256 of every other file; written last (manifest.py)
 
@@ -21,13 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import utils
-from checkpointing.manifest import OPTIMIZER, RANDOM_STATE, SETTINGS, STATE, write_manifest
+from checkpointing.manifest import EXAMPLES, OPTIMIZER, RANDOM_STATE, SETTINGS, STATE, write_manifest
 from checkpointing.run_folder import best_step, resume_command, step_folder, step_folders, step_of
 from common import atomic_files, json_records
 from utils import CheckpointError, DiskOrNetworkError
@@ -76,18 +78,21 @@ def set_random_state(states: dict[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint holds of the model and the optimizer, as full tensors."""
+    """What a checkpoint holds of the model, the optimizer and the data, as full tensors."""
 
     model: dict[str, Tensor]  # by the module's names
     optimizer: dict[str, Tensor]
+    examples: dict[str, Tensor]  # "digests" (N,) int64 of what is trained on; empty if that is not known
 
 
-def gather_state(model: Any, optimizer: torch.optim.Optimizer, world: Any) -> State:
+def gather_state(
+    model: Any, optimizer: torch.optim.Optimizer, world: Any, examples: dict[str, Tensor] | None = None
+) -> State:
     """Full tensors of model and optimizer; sharded ones are gathered on the CPU of the main rank.
 
     All ranks must call it where the weights are sharded; the others get an empty state.
     """
-    state = State({}, {})
+    state = State({}, {}, examples or {})
     for tensors, found in ((model.state(), state.model), (_optimizer_tensors(model, optimizer), state.optimizer)):
         for name, tensor in tensors.items():
             full = world.gather_full(tensor)
@@ -112,7 +117,7 @@ def save(
     final = step_folder(run_folder, training_state.step)
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
-        check_free_space(run_folder, model)
+        check_free_space(run_folder, model, state.examples)
         with atomic_files.atomic_folder(final) as folder:
             write_files(folder, model, state, states, training_state, config)
     except (OSError, SafetensorError) as error:
@@ -137,9 +142,11 @@ def write_files(
     with _noted("the state of the training"):
         save_file(state.optimizer, folder / OPTIMIZER)
         save_file(states, folder / RANDOM_STATE)
+        if state.examples:
+            save_file(state.examples, folder / EXAMPLES)
         utils.write_json(folder / STATE, dataclasses.asdict(training_state))
         utils.write_json(folder / SETTINGS, config)
-    _compare_with_memory(folder, model.names_in_file(state.model) | state.optimizer | states)
+    _compare_with_memory(folder, model.names_in_file(state.model) | state.optimizer | states | state.examples)
     write_manifest(folder, training_state.step)
 
 
@@ -175,10 +182,11 @@ def _free_space(folder: Path) -> str:
         return ""
 
 
-def check_free_space(run_folder: Path, model: Any) -> None:
+def check_free_space(run_folder: Path, model: Any, examples: dict[str, Tensor]) -> None:
     """Raise before anything is written if a checkpoint of this model will not fit."""
     # AdamW keeps two moments for each parameter that is trained
     tensors = [*model.names_in_file(shapes(model)).values(), *2 * list(model.trained_parameters().values())]
+    tensors += examples.values()
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors) + SMALL_FILES_BYTES
     needed += len(model.tokenizer.backend_tokenizer.to_str().encode())
     free = shutil.disk_usage(run_folder).free
@@ -316,3 +324,20 @@ def read_training_state(folder: Path) -> TrainingState:
 
 def read_random_state(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / RANDOM_STATE)
+
+
+def read_examples(folder: Path) -> dict[str, Tensor]:
+    """`State.examples` of a checkpoint; empty if it does not say. CheckpointError if the file is damaged."""
+    if not (folder / EXAMPLES).is_file():
+        return {}
+    try:
+        return {"digests": load_file(folder / EXAMPLES)["digests"].view(torch.int64)}
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            "the checkpoint is damaged", where=folder / EXAMPLES, found=error, next="restore the file from a copy"
+        ) from error
+
+
+def digests_of(examples: dict[str, Tensor]) -> np.ndarray:
+    """(N,) uint64, of which torch can do little."""
+    return examples["digests"].numpy().view(np.uint64) if examples else np.zeros(0, np.uint64)

@@ -17,6 +17,7 @@ from utils import CheckpointError
 MANIFEST = "manifest.json"
 OPTIMIZER, RANDOM_STATE = "optimizer.safetensors", "random_state.safetensors"
 STATE, SETTINGS = "training_state.json", "train_config.json"
+EXAMPLES = "trained_examples.safetensors"
 
 
 def write_manifest(folder: Path, step: int) -> None:

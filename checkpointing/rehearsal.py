@@ -20,13 +20,15 @@ from utils import UserError
 FOLDER = ".tmp-rehearsal"  # a name that `remove_dead_saves` knows
 
 
-def rehearse(run_folder: Path, model: Any, training_state: TrainingState, config: dict[str, Any]) -> None:
+def rehearse(
+    run_folder: Path, model: Any, training_state: TrainingState, config: dict[str, Any], examples: dict[str, Tensor]
+) -> None:
     """Raise UserError if no step of this training could be saved: DiskOrNetworkError if that is the disk's fault."""
     folder = run_folder / FOLDER
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        state = State(stand_ins(model), {})
+        state = State(stand_ins(model), {}, examples)
         checkpoint.write_files(folder, model, state, checkpoint.random_state(), training_state, config)
         check(folder, model, training_state, config)
     except Exception as error:  # each library has its own errors, and a tokenizer may be of any kind

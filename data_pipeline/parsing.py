@@ -275,6 +275,12 @@ def digest_of(dialogue: Messages) -> bytes:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()[:16]
 
 
+def pair_digest(chosen: Messages, rejected: Messages) -> int:
+    """Identifies two dialogues as `digest_of` does one, in 64 bits."""
+    both = digest_of(chosen) + digest_of(rejected)
+    return int.from_bytes(hashlib.sha256(both).digest()[:8], "big")
+
+
 def with_system(side: Messages, system: Any, row_error: RowError) -> Messages:
     """A dialogue with the text of a `system` column as its first turn, unless it has that already."""
     if system is None:

@@ -6,6 +6,7 @@ rejected replies, and a folder may hold many files, by which the accuracy is the
 
 import contextlib
 import functools
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ EXPECTED_ROW = (
     "--columns prompt=NAME,chosen=NAME,rejected=NAME reads columns of other names"
 )
 SUBSET_COLUMNS = ("subset", "kind")  # the first that a row has
+TRAINED_ON = "trained_on"  # of parsing.SKIP_REASONS
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Part:
 
     name: str
     source: Source
-    seen: frozenset[bytes] = frozenset()  # pairs that a model was trained on, which are skipped; see `_digests`
+    seen: frozenset[int] = frozenset()  # pairs that a model was trained on, which are skipped; see `_digests`
     seen_rows: frozenset[tuple[int, int]] = frozenset()  # (file, row) that a model was trained on: not of this part
 
 
@@ -89,7 +91,7 @@ class Data:
     def fingerprint(self) -> list[Any]:
         """Changes whenever the rows, their order or their selection change."""
         chosen = None if self.chosen_rows is None else sorted(self.chosen_rows)
-        seen = [sorted(digest.hex() for digest in part.seen) for part in self.parts]
+        seen = [_digest_of_all(part.seen) for part in self.parts]
         rows = [sorted(part.seen_rows) for part in self.parts]
         return [[part.source.fingerprint() for part in self.parts], seen, rows, self.subset_column, chosen]
 
@@ -98,9 +100,9 @@ class Data:
         for position, (part_number, number, _, content) in enumerate(self._rows()):
             yield Row(position, part_number, number, content)
 
-    def places(self) -> list[tuple[int, int]]:
-        """(part, row number) of all rows that `read` yields."""
-        return [(part_number, number) for part_number, number, _, _ in self._rows()]
+    def places(self) -> list[tuple[int, int, bool]]:
+        """(part, row number, whether a model was trained on it) of all rows that `read` yields."""
+        return [(part_number, number, content == TRAINED_ON) for part_number, number, _, content in self._rows()]
 
     def _rows(self) -> Iterator[tuple[int, int, Any, Comparison | str]]:
         for part_number, part in enumerate(self.parts):
@@ -115,7 +117,7 @@ class Data:
                     is_known = (
                         part.seen and not isinstance(content, str) and not part.seen.isdisjoint(_digests(content))
                     )
-                    yield part_number, number, row, "trained_on" if is_known else content
+                    yield part_number, number, row, TRAINED_ON if is_known else content
 
     def _parsed(self, part: Part) -> Iterator[tuple[int, Any, Comparison | str]]:
         parse = functools.partial(self._parse, part)
@@ -177,10 +179,14 @@ def _comparison(
     )
 
 
-def _digests(content: Comparison) -> list[bytes]:
+def _digests(content: Comparison) -> list[int]:
     """A digest of each pair of a chosen and a rejected reply."""
-    chosen, rejected = (list(map(parsing.digest_of, side)) for side in (content.chosen, content.rejected))
-    return [one + other for one in chosen for other in rejected]
+    return [parsing.pair_digest(one, other) for one in content.chosen for other in content.rejected]
+
+
+@functools.lru_cache(maxsize=4)  # many parts have the same
+def _digest_of_all(seen: frozenset[int]) -> str:
+    return hashlib.sha256(str(sorted(seen)).encode()).hexdigest()
 
 
 def prompt_of(content: Comparison | str) -> Messages | None:
@@ -208,10 +214,18 @@ def is_of_benchmark(row: Any) -> bool:
 # -- Finding -----------------------------------------------------------------------------------------------------------
 
 
-def find(spec: DataSpec, split: str, subset_column: str | None, trained: Iterable[DataSpec] = ()) -> Data:
+@dataclass(frozen=True)
+class Trained:
+    """What a model was trained on."""
+
+    spec: DataSpec
+    pairs: frozenset[int] | None = None  # of `parsing.pair_digest`; None if its checkpoint does not say
+
+
+def find(spec: DataSpec, split: str, subset_column: str | None, trained: Iterable[Trained] = ()) -> Data:
     """The files or hub splits that `--dataset` and `--split` name; "all" means every row.
 
-    `trained` says what the models were trained on: rows of that are never scored as "test", under whatever name they
+    `trained` says what the models were trained on: pairs of that are never scored as "test", under whatever name they
     come. Of other files every row is scored. Of a folder without training data all files are read.
     """
     trained = tuple(trained)
@@ -222,7 +236,7 @@ def find(spec: DataSpec, split: str, subset_column: str | None, trained: Iterabl
         hub.check_path_exists(one.dataset, "--dataset")
         path = Path(one.dataset).expanduser()
         found = _in_file(path, one, split) if path.is_file() else _in_folder(one, split, notes)
-        known = [sources_of for other in trained for sources_of in _training_sources(other, one)]
+        known = [known for other in trained for known in _known(other, one)]
         for part in found:
             part = replace(part, source=replace(part.source, columns=spec.columns))
             parts.append(_unless_trained_on(part, split, known, notes))
@@ -283,16 +297,34 @@ def _in_folder(spec: DataSpec, split: str, notes: list[str]) -> list[Part]:
     return parts
 
 
-def _training_sources(trained: DataSpec, evaluated: DataSpec) -> Iterator[sources.Found]:
-    """What a model was trained on, as far as it is still here; the hub is only asked about a set that is evaluated."""
-    for name in sources.dataset_names(trained.dataset):
-        one = sources.without_subset(replace(trained, dataset=name))
+@dataclass(frozen=True)
+class _Known:
+    """What is known of a training's data: its pairs, and its files as far as they are still here."""
+
+    train: tuple[Source, ...]
+    test: tuple[Source, ...]
+    pairs: frozenset[int] | None
+
+    def seen(self) -> frozenset[int]:
+        """Digests of all pairs that were trained on: the checkpoint's, else those of the files."""
+        if self.pairs is not None:
+            return self.pairs
+        return frozenset(digest for source in self.train for _, digest in _training_pairs(source))
+
+
+def _known(trained: Trained, evaluated: DataSpec) -> Iterator[_Known]:
+    """What is known of a training's data; the hub is only asked about a set that is evaluated."""
+    if trained.pairs is not None:
+        yield _Known((), (), trained.pairs)
+    for name in sources.dataset_names(trained.spec.dataset):
+        one = sources.without_subset(replace(trained.spec, dataset=name))
         if hub.looks_like_a_path(one.dataset) or one.dataset == evaluated.dataset:
             with contextlib.suppress(UserError, OSError):  # it may have moved, or changed
-                yield sources.find_sources(one)
+                found = sources.find_sources(one)
+                yield _Known(found.train, found.test, trained.pairs)
 
 
-def _unless_trained_on(part: Part, split: str, known: list[sources.Found], notes: list[str]) -> Part:
+def _unless_trained_on(part: Part, split: str, known: list[_Known], notes: list[str]) -> Part:
     """A part, or those of its rows that no model was trained on."""
     source = part.source
     trained = next((other for found in known for other in found.train if other.files_shared_with(source)), None)
@@ -300,7 +332,7 @@ def _unless_trained_on(part: Part, split: str, known: list[sources.Found], notes
         return part
     if trained is None:
         is_own_test = any(other.files_shared_with(source) for found in known for other in found.test)
-        seen = frozenset() if is_own_test else _pairs_of(source for found in known for source in found.train)
+        seen = frozenset() if is_own_test else frozenset().union(*(found.seen() for found in known))
         if source.part != "all":
             notes.append(f"{source.name}: scored whole, " + ("but for what was trained on" if known else
                          "because no training on it is known"))  # fmt: skip
@@ -318,8 +350,10 @@ def _unless_trained_on(part: Part, split: str, known: list[sources.Found], notes
     notes.append(f"the {split} split of {source.name}: {held_out}; --split all takes every row")
     if split == "train":
         return replace(part, source=replace(source, part=split))
-    # not decided anew: of one file among several, or with other columns, other rows could be drawn
-    return replace(part, source=replace(source, part="all"), seen_rows=_rows_of(trained, source))
+    # not decided anew: of one file among several, or with other columns, other rows could be drawn; and what was in
+    # the file when the training began counts, if it has changed since
+    seen = frozenset().union(*(found.pairs or () for found in known))
+    return replace(part, source=replace(source, part="all"), seen=seen, seen_rows=_rows_of(trained, source))
 
 
 def _rows_of(trained: Source, source: Source) -> frozenset[tuple[int, int]]:
@@ -330,7 +364,7 @@ def _rows_of(trained: Source, source: Source) -> frozenset[tuple[int, int]]:
     )
 
 
-def _training_pairs(source: Source, is_whole_rows: bool = False) -> Iterator[tuple[int, bytes]]:
+def _training_pairs(source: Source, is_whole_rows: bool = False) -> Iterator[tuple[int, int]]:
     """(row, digest) of the pairs that a source trains on; with `is_whole_rows` of rows without a pair too."""
     rows = [(row, row.pair) for row in parsing.read_pairs(source)]
     prompts = ((row.row, row.digests[0]) for row, pair in rows if not isinstance(pair, str))
@@ -338,22 +372,14 @@ def _training_pairs(source: Source, is_whole_rows: bool = False) -> Iterator[tup
     source = replace(source, holds_out_rows=shares)
     for row, pair in rows:
         if source.includes(*row.digests) and (is_whole_rows or not isinstance(pair, str)):
-            yield row.row, b"" if isinstance(pair, str) else _digests_of(pair)
-
-
-def _pairs_of(trained: Iterable[Source]) -> frozenset[bytes]:
-    """Digests of all pairs that sources train on."""
-    return frozenset(digest for source in trained for _, digest in _training_pairs(source))
-
-
-def _digests_of(pair: parsing.Pair) -> bytes:
-    return parsing.digest_of(pair.chosen) + parsing.digest_of(pair.rejected)
+            yield row.row, 0 if isinstance(pair, str) else parsing.pair_digest(pair.chosen, pair.rejected)
 
 
 def sample(data: Data, size: int) -> Data:
     """`size` rows spread over all of them, the same every time; all of them if there are no more or size is 0."""
-    places = data.places()
+    rows = data.places()
+    places = [(part, number) for part, number, is_known in rows if not is_known]
     if not size or size >= len(places):
-        return replace(data, num_rows=len(places))
+        return replace(data, num_rows=len(rows))
     chosen = sampler.fixed_sample(len(places), size, seed=0)
     return replace(data, chosen_rows=frozenset(places[index] for index in chosen), num_rows=size)

@@ -160,6 +160,7 @@ def dataset_of(folder, pairs, margins=None):
     np.save(folder / "lengths.npy", np.array(lengths, np.int32))
     np.save(folder / "rows.npy", np.arange(1, len(pairs) + 1))
     np.save(folder / "margins.npy", np.array(margins or np.arange(len(pairs)), np.float32))
+    np.save(folder / "digests.npy", np.arange(len(pairs), dtype=np.uint64))
     np.save(folder / "notes.npy", np.zeros((len(pairs), len(parsing.WARNINGS)), dtype=bool))
     np.save(folder / "unused.npy", np.zeros((len(pairs), len(shapes.DIALOGUE_COLUMNS)), dtype=bool))
     np.save(folder / "kinds.npy", np.zeros(len(pairs), np.int32))

@@ -46,6 +46,7 @@ class Run:
     folder: Path
     lock: file_locks.RunLock | None  # held by the main rank
     base_fingerprint: str | None  # of the model under an adapter
+    examples: dict[str, Tensor]  # see `checkpoint.State`
     random_state: dict[str, Tensor]
     step: int = 0
     saved_step: int = 0
@@ -128,7 +129,7 @@ class Run:
 
     def save(self) -> Path:
         """Save the last completed step as a checkpoint. All ranks call it; the main one writes."""
-        state = checkpoint.gather_state(self.model, self.optimizer, self.world)
+        state = checkpoint.gather_state(self.model, self.optimizer, self.world, self.examples)
         final = step_folder(self.folder, self.step)
         if not self.world.is_main:
             self.saved_step = self.step

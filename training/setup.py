@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 import utils
@@ -59,10 +60,11 @@ def set_up(config: TrainingConfig, resumed_from: Path | None, world: World, open
         if not resumed_from:
             torch.manual_seed(config.seed)
         check_sequences(model, world, train_data, eval_data)
-        checkpoint.check_free_space(folder, model)
+        examples = trained_examples(config, train_data, resumed_from)
+        checkpoint.check_free_space(folder, model, examples)
         base_fingerprint = model.base_fingerprint()
         if world.is_main:
-            rehearse_save(folder, model, train_data, config, base_fingerprint)
+            rehearse_save(folder, model, train_data, config, base_fingerprint, examples)
         module = prepare_model(model, config, world)
         adamw = optimizer.make_optimizer(model, config)
         sampler = StepSampler(len(train_data), config.examples_per_step, config.epochs, config.seed, config.max_steps)
@@ -72,7 +74,7 @@ def set_up(config: TrainingConfig, resumed_from: Path | None, world: World, open
         batcher = MicroBatcher(model, module, world, batch_size=most, max_length=config.max_length)
         run = Run(
             config, script, world, model, module, adamw, train_data, eval_data, sampler, batcher, folder, lock,
-            base_fingerprint, checkpoint.random_state(),
+            base_fingerprint, examples, checkpoint.random_state(),
         )  # fmt: skip
         devices.free(model.device)  # what opening the model left behind is not part of what training holds
         may_offload = memory.can_offload(batcher) and config.offload_optimizer is not False
@@ -93,14 +95,28 @@ def set_up(config: TrainingConfig, resumed_from: Path | None, world: World, open
         raise
 
 
+def trained_examples(config: TrainingConfig, train_data: Any, resumed_from: Path | None) -> dict[str, torch.Tensor]:
+    """What a run's checkpoints say they were trained on: its data, and what the checkpoint it began from was."""
+    before = checkpoint.read_examples(resumed_from or Path(config.model))
+    if resumed_from and not before:
+        return {}  # written before checkpoints said so
+    digests = np.union1d(train_data.digests, checkpoint.digests_of(before))
+    return {"digests": torch.from_numpy(digests.view(np.int64))}
+
+
 def rehearse_save(
-    folder: Path, model: Any, train_data: Any, config: TrainingConfig, base_fingerprint: str | None
+    folder: Path,
+    model: Any,
+    train_data: Any,
+    config: TrainingConfig,
+    base_fingerprint: str | None,
+    examples: dict[str, torch.Tensor],
 ) -> None:
     """Raise UserError now, and not after hours, if no step of this run could be saved."""
     state = checkpoint.TrainingState(
         0, 0, train_data.fingerprint, len(train_data), 0, base_fingerprint=base_fingerprint
     )
-    rehearsal.rehearse(folder, model, state, config.stored())
+    rehearsal.rehearse(folder, model, state, config.stored(), examples)
 
 
 def device_of(world: World) -> torch.device:

@@ -19,7 +19,7 @@ POSITION = checkpoint.TrainingState(1, 8, "data", 64, 4096)
 
 
 def rehearse(model, folder, config=None):
-    rehearsal.rehearse(folder, model, POSITION, {"lr": 1e-3} if config is None else config)
+    rehearsal.rehearse(folder, model, POSITION, {"lr": 1e-3} if config is None else config, {})
 
 
 def save(model, folder):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import train_rm
+from checkpointing import manifest
 from data_pipeline import sources
 from tests.data_pipeline.rows import read_part
 from tests.evaluation.conftest import FP32, lines_of
@@ -143,6 +145,56 @@ def test_single_rows_that_were_trained_on_are_skipped_under_whatever_name_they_c
     assert found["rows"]["why"] == {"trained_on": trained} and found["n"] == 60 - trained
     assert any("a model was trained on it" in line for line in found["rows"]["in_words"])
     assert evaluate(model, "--split", "all", dataset=tmp_path / "grown.jsonl")["n"] == 60
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_was_trained_on_is_known_when_its_files_have_moved_or_changed(evaluate, base, tmp_path):
+    """Trained on rows 0 to 7, resumed with rows 8 to 11, and a second run begun from that with 12 to 15."""
+    rows = [{"prompt": f"Hello {n}?", "chosen": f"a long reply {n}", "rejected": "no"} for n in range(24)]
+
+    def write(name, *chosen):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / name).write_text("".join(json.dumps(rows[n]) + "\n" for n in chosen))
+
+    common = ["--dataset", "set", "--batch_size", "2", "--grad_accum", "1", "--eval_num_batches", "1", "--no_report"]
+    write("test.jsonl", 22, 23)
+    write("train.jsonl", *range(8))
+    train_rm.main(["--model", base, "--run_name", "first", *common])
+    write("train.jsonl", *range(8, 12))
+    resume = ["--resume_from", "checkpoints/rm/first", "--allow_data_change", "--epochs", "4"]
+    train_rm.main([*resume, "--run_name", "second", "--no_report"])
+    second = manifest.find("checkpoints/rm/second")
+    write("train.jsonl", *range(12, 16))
+    train_rm.main(["--model", str(second), "--run_name", "third", *common])
+    third = manifest.find("checkpoints/rm/third")
+    (tmp_path / "set").rename(tmp_path / "moved")
+    for name in ("anything.jsonl", "train.jsonl", "test.jsonl"):
+        file = tmp_path / "moved" / name
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
+        for model, trained in ((second, 12), (third, 16)):
+            found = evaluate(model, "--no_untrained_baseline", dataset=file)
+            assert (found["rows"]["why"], found["n"]) == ({"trained_on": trained}, 24 - trained), (name, model)
+    found = evaluate(third, "--max_pairs", "6", "--no_untrained_baseline", dataset=file)
+    assert found["n"] == 6, "of a sample, all can be scored"
+    assert evaluate(third, "--split", "all", "--no_untrained_baseline", dataset=file)["n"] == 24
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_of_a_file_that_has_changed_since_neither_old_nor_new_training_rows_are_scored(evaluate, base, tmp_path):
+    """Prompts were held out; with what was added most rows share one, and rows are held out."""
+    rows = [{"prompt": f"Hello {n}?", "chosen": f"a long reply {n}", "rejected": "no"} for n in range(200)]
+    added = [{"prompt": "The same?", "chosen": f"a long reply {n}", "rejected": "no"} for n in range(400)]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["--batch_size", "16", "--eval_num_batches", "1", "--no_report", "--run_name", "one"]
+    train_rm.main(["--model", base, "--dataset", str(file), *common])
+    held_out = {row for row, _ in read_part(sources.find_sources(sources.DataSpec(str(file))).test[0])}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows + added))
+    found = evaluate(manifest.find("checkpoints/rm/one"), "--no_untrained_baseline", "--scores_out", "s.jsonl",
+                     dataset=None)  # fmt: skip
+    scored = {line["row"] for line in lines_of("s.jsonl") if "reward_chosen" in line}
+    assert found["rows"]["why"]["trained_on"] > 0
+    assert {row for row in scored if row <= 200} <= held_out and len(scored) > 5
 
 
 @pytest.mark.usefixtures("undrawn")

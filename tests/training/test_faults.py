@@ -27,7 +27,9 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its victims")
 
-WEIGHTS = ("adapter_model.safetensors", "optimizer.safetensors", "random_state.safetensors")
+WEIGHTS = (
+    "adapter_model.safetensors", "optimizer.safetensors", "random_state.safetensors", "trained_examples.safetensors",
+)  # fmt: skip
 
 
 def survives(fault):
@@ -547,7 +549,7 @@ def test_a_second_process_is_refused_and_harms_nothing(begun, straight, tmp_path
 
 FILES = ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "manifest.json",
          "optimizer.safetensors", "random_state.safetensors", "tokenizer.json", "tokenizer_config.json",
-         "train_config.json", "training_state.json"]  # fmt: skip
+         "train_config.json", "trained_examples.safetensors", "training_state.json"]  # fmt: skip
 
 
 def flip_a_bit(path):
