@@ -45,6 +45,7 @@ class SourcePairs:
 
     def __init__(self, folder: Path, source: Source, max_length: int | None):
         report = utils.read_json(folder / "report.json")
+        source.starts[:] = report["starts"]
         self.name, self.part = source.name, source.part
         self.holds_out_rows = report["holds_out_rows"]
         lengths = np.load(folder / "lengths.npy")  # (M, 3): prompt, chosen, rejected
@@ -59,6 +60,10 @@ class SourcePairs:
         self.counts = self._count(report, skipped, rows, here, is_too_long)
         for warning, has_it in zip(WARNINGS, np.load(folder / "notes.npy").T, strict=True):
             self.counts.add(warning, *rows[fits & has_it].tolist())
+        shapes = np.load(folder / "shapes.npy")  # (M,) index into names
+        by_shape = [len(np.unique(rows[fits & (shapes == at)])) for at in range(len(report["shapes"]))]
+        self.counts.shapes += Counter(dict(zip(report["shapes"], by_shape, strict=True)))
+        self.counts.name_of = source.row_name
         unused = np.load(folder / "unused.npy")[fits].sum(axis=0).tolist()  # of each of DIALOGUE_COLUMNS
         self.counts.unused += Counter(dict(zip(DIALOGUE_COLUMNS, unused, strict=True)))
         # in both parts of a source that is split, for one may be small; votes for neither side do not count
@@ -80,7 +85,7 @@ class SourcePairs:
     ) -> Counts:
         """The rows of this part and why some are skipped. `skipped` are their numbers, reasons and sides of a split."""
         numbers, keys = skipped[0][self._is_here(skipped[2])], skipped[1][self._is_here(skipped[2])]
-        counts = Counts(len(np.unique(np.concatenate([rows[here], numbers]))), shape=report["shape"])
+        counts = Counts(len(np.unique(np.concatenate([rows[here], numbers]))))
         for at, key in enumerate(SKIP_REASONS):
             its_rows = numbers[keys == at].tolist()
             detail = report["details"].get(key, {}).get(str(its_rows[0]), "") if its_rows else ""
@@ -248,19 +253,19 @@ class _Columns:
     """What is known of each row of a source, while it is tokenized; `arrays` are the files of a cache entry."""
 
     def __init__(self) -> None:
-        self.kinds, self.shape, self.details = {"": 0}, "", {}
-        names = ("lengths", "rows", "margins", "digests", "kinds", "notes", "unused")
+        self.kinds, self.shapes, self.details = {"": 0}, {"": 0}, {}
+        names = ("lengths", "rows", "margins", "digests", "kinds", "shapes", "notes", "unused")
         self.pairs: dict[str, list] = {name: [] for name in names}
         self.skipped: dict[str, list] = {"rows": [], "keys": []}
         self.digests: dict[str, list] = {"pairs": [], "skipped": []}  # of prompts and rows
         self.prompts: list[tuple[int, int]] = []  # (row, digest of its prompt) of all that could be parsed
 
     def add_pair(self, row: Parsed, pair: Pair, lengths: tuple[int, int, int]) -> None:
-        self.shape = self.shape or pair.shape
         values = {
             "lengths": lengths, "rows": row.row, "margins": pair.label_margin,
             "digests": parsing.pair_digest(pair.chosen, pair.rejected),
             "kinds": self.kinds.setdefault(pair.kind, len(self.kinds)),
+            "shapes": self.shapes.setdefault(pair.shape, len(self.shapes)),
             "notes": [name in pair.warnings for name in WARNINGS],
             "unused": [name in pair.unused for name in DIALOGUE_COLUMNS],
         }  # fmt: skip
@@ -287,6 +292,7 @@ class _Columns:
             "margins": np.array(self.pairs["margins"], np.float32),
             "digests": np.array(self.pairs["digests"], np.uint64),
             "kinds": np.array(self.pairs["kinds"], np.int32),
+            "shapes": np.array(self.pairs["shapes"], np.int32),
             "notes": np.array(self.pairs["notes"], bool).reshape(-1, len(WARNINGS)),
             "unused": np.array(self.pairs["unused"], bool).reshape(-1, len(DIALOGUE_COLUMNS)),
             "held_out": held_out["pairs"],
@@ -326,7 +332,7 @@ def _tokenize(source: Source, tokenizer: Any, folder: Path) -> None:
         np.save(folder / f"{name}.npy", array)
     utils.write_json(
         folder / "report.json",
-        {"shape": columns.shape, "holds_out_rows": holds_out_rows, "details": columns.details,
+        {"shapes": list(columns.shapes), "starts": source.starts, "holds_out_rows": holds_out_rows, "details": columns.details,
          "kinds": list(columns.kinds), "source": source.name,
          "tokens_sha256": _token_hashes(folder / "tokens.bin", arrays["lengths"], arrays["held_out"]),
          "sha256": {path.name: utils.sha256_of(path) for path in folder.iterdir()}},
@@ -389,6 +395,14 @@ def main(argv: list[str]) -> None:
         except utils.UserError as error:
             print(f"\n{name}: {error.what}: train_rm.py stops, unless --bad_rows skip is given")
             break  # the two parts of a file have one share
+    if not len(train):
+        raise utils.UserError(
+            "no training data is left",
+            where=train.name,
+            found=f"{utils.counted(train.counts.rows, 'row')}, of which none can be used",
+        )
+    if not len(test):
+        print("\nnothing is held out: a training on this cannot say how good the model is")
 
 
 if __name__ == "__main__":

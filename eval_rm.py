@@ -24,11 +24,10 @@ from common.flags import flag
 from utils import UserError
 
 with utils.lazy_imports():  # --help must not wait for torch
-    import models
     from checkpointing import checkpoint
     from data_pipeline import parsing, shapes, sources
     from evaluation import eval_data, evaluator, html_report, report, score_stream
-    from modeling import scorer
+    from modeling import pretrained, scorer
 
 DEFAULT_DATASET = "Anthropic/hh-rlhf"
 
@@ -111,6 +110,7 @@ def make_job(config: EvalConfig) -> evaluator.EvalJob:
             "--against names the model itself", where=other, safe="nothing was scored",
             next="another one, such as an earlier step-N of the run",
         )  # fmt: skip
+    check_base_model(config.base_model, *filter(None, (folder, other)))
     model = evaluator.saved_model(config.model, folder, config.base_model)
     against = other and evaluator.saved_model(config.against, other, config.base_model)
     settings = resolve.training_settings(folder)
@@ -139,6 +139,13 @@ def data_spec(config: EvalConfig, settings: dict[str, Any]) -> sources.DataSpec:
         spec = sources.DataSpec(config.dataset)
     given = {"subset": config.subset, "columns": shapes.parse_columns(config.columns)}
     return dataclasses.replace(spec, **{name: value for name, value in given.items() if value})
+
+
+def check_base_model(base_model: str | None, *folders: Path) -> None:
+    if base_model and not any(pretrained.is_adapter(folder) for folder in folders):
+        raise UserError(
+            "--base_model is for LoRA checkpoints, and this is a whole model", where=folders[0], next="leave it out"
+        )
 
 
 def trained_on(folder: Path) -> eval_data.Trained | None:
@@ -194,7 +201,8 @@ def score_lines(config: EvalConfig) -> None:
         lines = score_stream.read(config.score, shapes.parse_columns(config.columns))
         folder = resolve.find_model(config.model)
         scoring = scoring_config(config, resolve.training_settings(folder))
-        ready = scorer.Scorer(models.RewardModel.restore(folder, config.base_model), scoring)
+        check_base_model(config.base_model, folder)
+        ready = scorer.Scorer(evaluator.saved_model(config.model, folder, config.base_model).open(), scoring)
     counts = score_stream.score(ready, lines, config.best_of, config.score != "-", sys.stdout.buffer)
     skipped = f", {counts.skipped.total():,} skipped" if counts.skipped else ""
     print(f"{utils.counted(counts.scored, 'row')} scored{skipped}", file=sys.stderr)

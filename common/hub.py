@@ -7,9 +7,11 @@ from utils import DiskOrNetworkError, UserError, nearest
 
 ANSWER_WITHIN_SECONDS = 3  # without an answer, huggingface_hub tries a second time
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".csv.gz")
+LFS_POINTER = b"version https://git-lfs"
 WANTED = {
     "--model": "a local path or a hub id, such as Qwen/Qwen3-0.6B",
     "--dataset": "a local path or a hub id, such as Anthropic/hh-rlhf",
+    "--base_model": "the model that an adapter was trained on: a folder, or a hub id",
     "--against": "another reward model: a folder, or a hub id",
     "--reward_model": "the folder of a reward checkpoint, or of its run, such as ./checkpoints/rm/RUN",
 }
@@ -39,6 +41,27 @@ def check_path_exists(name: str, flag: str) -> None:
     )
 
 
+def check_no_pointer(path: Path) -> None:
+    """UserError if a file, or one in a folder, is what a clone without Git LFS has in place of a large file."""
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as opened:
+                is_pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
+            if is_pointer:
+                raise UserError(
+                    "the file is only a pointer to its content, as Git keeps large files", where=file,
+                    next=f"git lfs pull   in {file.parent}, or download the file",
+                )  # fmt: skip
+
+
+def _local_guess(name: str) -> str:
+    """ ", did you mean …" with what a name that is no path almost is."""
+    parent = Path(name).expanduser().parent
+    siblings = {str(Path(sibling)) for sibling in parent.iterdir()} if parent.is_dir() else set()
+    same = sorted(each for each in siblings if each.startswith(f"{Path(name)}."))
+    return f", did you mean {same[0]}?" if same else nearest(str(Path(name)), siblings)
+
+
 def only_local_copy(repo_id: str, repo_type: str, flag: str, instead: str) -> bool:
     """Whether `repo_id` must be opened from the local cache because the hub cannot be reached.
 
@@ -61,7 +84,7 @@ def only_local_copy(repo_id: str, repo_type: str, flag: str, instead: str) -> bo
         ) from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"{flag} {repo_id}: the hub has no such {repo_type}, or it is private",
+            f"{flag} {repo_id}: the hub has no such {repo_type}, or it is private{_local_guess(repo_id)}",
             next="check the spelling; for a private one: hf auth login",
         ) from error
     except Exception as error:  # which class depends on the HTTP library underneath; any of them means "no answer"
@@ -74,7 +97,7 @@ def only_local_copy(repo_id: str, repo_type: str, flag: str, instead: str) -> bo
         raise DiskOrNetworkError(
             f"{why}, and there is no local copy of {repo_id}",
             where=Path(repo_id).absolute(),
-            found=f"no such folder either; {type(error).__name__}: {error}",
+            found=f"no such file or folder either{_local_guess(repo_id)}; {type(error).__name__}: {error}",
             next=instead,
         ) from error
 

@@ -77,12 +77,13 @@ class Counts:
 
     rows: int = 0
     count: Counter = field(default_factory=Counter)  # by keys of SKIP_REASONS and WARNINGS
-    first_rows: dict[str, list[int]] = field(default_factory=dict)
+    first_rows: dict[str, list[Any]] = field(default_factory=dict)
     details: dict[str, str] = field(default_factory=dict)  # what is wrong with the first row of a reason
     unused: Counter = field(default_factory=Counter)  # rows by column, of columns like those of a dialogue
-    shape: str = ""  # what the rows were read as, if not as chosen and rejected
+    shapes: Counter = field(default_factory=Counter)  # rows by what they were read as, "" for chosen and rejected
+    name_of: Callable[[Any], str] = str  # of a row in `first_rows`
 
-    def add(self, reason: str, *rows: int) -> None:
+    def add(self, reason: str, *rows: Any) -> None:
         """Count rows under a reason, a key or `KEY: DETAIL`."""
         key, _, detail = reason.partition(": ")
         if rows:
@@ -98,11 +99,15 @@ class Counts:
 
     def lines(self) -> list[str]:
         """What the rows were read as, and one line for each reason and warning that occurred."""
-        lines = [f"  rows read as {self.shape}"] * bool(self.shape)
+        lines = [
+            f"  {'rows' if count == self.shapes.total() else counted(count, 'row')} read as {shape}"
+            for shape, count in self.shapes.items()
+            if shape
+        ]
         for texts, verb in ((SKIP_REASONS, "skipped"), (WARNINGS, "kept")):
             for key, text in texts.items():
                 if self.count[key]:
-                    rows = ", ".join(str(row) for row in self.first_rows[key])
+                    rows = ", ".join(self.name_of(row) for row in self.first_rows[key])
                     more = ", …" if self.count[key] > len(self.first_rows[key]) else ""
                     plural = "row" if self.count[key] == 1 else "rows"
                     detail = f"; the first: {self.details[key]}" if key in self.details else ""

@@ -22,7 +22,6 @@ from utils import UserError, sha256_of
 SUFFIXES = hub.DATA_SUFFIXES
 FIX = "fix this place in the file, then run the same command again"
 AGAIN = "download or write the file again"
-LFS_POINTER = b"version https://git-lfs"
 LONGEST_CELL = 2**31 - 1  # characters in a cell of a CSV file
 
 HELD_OUT_IN = 20  # without a test split, one prompt in 20 is held out
@@ -90,6 +89,13 @@ class Source:
             if _is_same_file(path, other_path)
         ]
 
+    def row_name(self, row: int) -> str:
+        """A row's number, with its file where there are several."""
+        if len(self.files) < 2:
+            return str(row)
+        at, number = self.position(row)
+        return f"{self.files[at].name}:{number}"
+
     def includes(self, prompt_digest: int, row_digest: int) -> bool:
         """Whether a row belongs to this part of the data."""
         digest = row_digest if self.holds_out_rows else prompt_digest
@@ -109,13 +115,7 @@ def rows_of(path: Path) -> Rows:
     """Yield (line or row number from 1, row) of a file. UserError names what is broken."""
     name = path.name.removesuffix(".gz")
     try:
-        with path.open("rb") as file:
-            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
-        if is_pointer:
-            raise UserError(
-                "the data file is only a pointer to it, as Git keeps large files", where=path,
-                next=f"git lfs pull   in {path.parent}, or download the file",
-            )  # fmt: skip
+        hub.check_no_pointer(path)
         if name.endswith(".jsonl"):
             yield from _json_lines(path)
         elif name.endswith(".json"):

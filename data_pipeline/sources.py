@@ -69,10 +69,13 @@ def find_sources(spec: DataSpec) -> Found:
 
 
 def dataset_names(text: str) -> list[str]:
-    """The names in `a,b`; a path that holds a comma is one name."""
-    if Path(text).expanduser().exists():
-        return [text]
-    names = [name.strip() for name in text.split(",")]
+    """The names in `a,b`; a path that holds commas is one name."""
+    pieces, names = text.split(","), []
+    while pieces:
+        joined = (",".join(pieces[:count]).strip() for count in range(len(pieces), 1, -1))
+        name = next((name for name in joined if Path(name).expanduser().exists()), pieces[0].strip())
+        pieces = pieces[name.count(",") + 1 :]
+        names.append(name)
     if not all(names):
         raise UserError("--dataset has an empty name", found=text, next="--dataset A,B, or --dataset A --dataset B")
     return names
@@ -95,11 +98,9 @@ def without_subset(spec: DataSpec) -> DataSpec:
 
 def from_anywhere(dataset: str) -> str:
     """The names of `--dataset` with absolute paths, so that they are found from any working folder."""
-    if Path(dataset).exists():
-        return str(Path(dataset).absolute())
     names = []
-    for name in dataset.split(","):
-        path, subset = (spec := without_subset(DataSpec(name.strip()))).dataset, spec.subset
+    for name in dataset_names(dataset):
+        path, subset = (spec := without_subset(DataSpec(name))).dataset, spec.subset
         names.append((str(Path(path).absolute()) if Path(path).exists() else path) + f":{subset}" * bool(subset))
     return ",".join(names)
 
@@ -150,7 +151,8 @@ def splits_of(spec: DataSpec, roles: tuple[str, ...] = ("train",)) -> tuple[dict
     """
     path = Path(spec.dataset).expanduser()
     subsets = _splits_in(path) if path.is_dir() else {spec.subset or "": _splits_on_hub(spec)}
-    unread = _unread_files(path) if path.is_dir() else []
+    saved = any(source.hub_rows is not None for splits in subsets.values() for source in splits.values())
+    unread = [] if saved or not path.is_dir() else _unread_files(path)
     notes = [f"not read in {spec.dataset}: {_some(unread)} (only {READ})"] * bool(unread)
     if spec.subset and path.is_dir():
         inside = {name: splits for name, splits in subsets.items() if spec.subset in (name, name.split("/")[-1])}
@@ -244,7 +246,7 @@ def _family(split: str) -> tuple[str, str]:
 
 def _splits_in(folder: Path) -> dict[str, dict[str, Source]]:
     """The splits of a folder, by the subset (an inner folder, or "") and by name."""
-    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+    if _is_saved(folder):
         return {"": _saved_splits(folder)}
     groups: dict[tuple[str, str], list[Path]] = {}
     files = sorted(_data_files(folder))
@@ -255,6 +257,12 @@ def _splits_in(folder: Path) -> dict[str, dict[str, Source]]:
         _check_shards(paths, split or "data")
         name = str(paths[0]) + f" and {len(paths) - 1} more" * (len(paths) > 1)
         subsets.setdefault(subset, {})[split] = Source(name, tuple(paths))
+    if not subsets:
+        for inner in sorted(folder.iterdir()):
+            if _is_saved(inner):
+                subset, split = _subset_and_split(Path(inner.name, "data.jsonl"))
+                saved = _saved_splits(inner)
+                subsets.setdefault(subset, {}).update({split: saved[""]} if saved.keys() == {""} else saved)
     if not subsets:
         inside = sorted(path.name for path in folder.iterdir())
         raise UserError(
@@ -334,6 +342,11 @@ def _check_shards(paths: list[Path], split: str) -> None:
                 f"--dataset lacks {len(missing)} of the {total} files of {split}", where=paths[0].parent,
                 found=f"missing: {split}-{missing[0]:05}-of-{total:05}", next="download the whole set again",
             )  # fmt: skip
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether a folder is what `datasets.save_to_disk` wrote."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def _saved_splits(folder: Path) -> dict[str, Source]:

@@ -14,7 +14,7 @@ from common import atomic_files
 from data import MAX_SKIPPED
 from evaluation import metrics, reward_bench
 from evaluation.eval_data import Comparison, Data, Row
-from evaluation.scores import ScoreLog, ScoreTable
+from evaluation.scores import Scored, ScoreLog, ScoreTable
 
 MOST_READ = 10  # pairs worth reading, of each kind
 REPORT_VERSION = 1
@@ -191,16 +191,16 @@ def _entry(data: Data, row: Row, log: ScoreLog, other: ScoreLog | None) -> dict[
         return entry | {"left_out": found}
     if content.subset:
         entry["subset"] = content.subset
-    entry |= _scores(content, *found)
+    entry |= _scores(content, found)
     if other is not None and not isinstance(theirs := other[row.position], str):
-        entry["against"] = _scores(content, *theirs)
+        entry["against"] = _scores(content, theirs)
     replies = {"chosen": list(content.chosen), "rejected": list(content.rejected)}
     return entry | ({side: found[0] for side, found in replies.items()} if content.is_pair else replies)
 
 
-def _scores(content: Comparison, rewards: list[float], lengths: list[int]) -> dict[str, Any]:
+def _scores(content: Comparison, scored: Scored) -> dict[str, Any]:
     # the shortest text that is the same number in fp32
-    rewards = [float(str(np.float32(reward))) for reward in rewards]
+    rewards, lengths = [float(str(np.float32(reward))) for reward in scored.rewards], scored.lengths
     n = len(content.chosen)
     sides: dict[str, Any] = {"reward_chosen": rewards[:n], "reward_rejected": rewards[n:]}
     sides |= {"tokens_chosen": lengths[:n], "tokens_rejected": lengths[n:]}

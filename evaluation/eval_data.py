@@ -104,6 +104,12 @@ class Data:
         """(part, row number, whether a model was trained on it) of all rows that `read` yields."""
         return [(part_number, number, content == TRAINED_ON) for part_number, number, _, content in self._rows()]
 
+    def row_name(self, place: tuple[int, int]) -> str:
+        """A row, given as (part, number): its number, with its file or part where there are several."""
+        part, number = place
+        name = self.parts[part].source.row_name(number)
+        return f"{self.parts[part].name}:{number}" if len(self.parts) > 1 and name == str(number) else name
+
     def _rows(self) -> Iterator[tuple[int, int, Any, Comparison | str]]:
         for part_number, part in enumerate(self.parts):
             for number, row, content in self._parsed(part):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,8 +35,16 @@ SILENT_SECONDS = 10  # before progress is shown
 
 # -- On disk -----------------------------------------------------------------------------------------------------------
 
-# rewards and reply lengths in tokens, the chosen replies first; or why the row is skipped (see parsing.py)
-Scores = tuple[list[float], list[int]] | str
+
+class Scored(NamedTuple):
+    """The replies of one row, the chosen ones first."""
+
+    rewards: list[float]
+    lengths: list[int]  # tokens
+    is_whole: bool = True  # whether the chat template wrote every part of the dialogues
+
+
+Scores = Scored | str  # or why the row is skipped (see parsing.py)
 SCHEMA = """
 CREATE TABLE evaluation (key TEXT);
 CREATE TABLE scores (position INTEGER PRIMARY KEY, content TEXT);
@@ -118,7 +127,7 @@ class ScoreLog:
 
 def _scores(content: str) -> Scores:
     scores = json.loads(content)  # Python writes floats so that reading gives the same bits
-    return scores if isinstance(scores, str) else tuple(scores)
+    return scores if isinstance(scores, str) else Scored(*scores)
 
 
 # -- In memory ---------------------------------------------------------------------------------------------------------
@@ -148,39 +157,41 @@ class ScoreTable:
 class RowColumns:
     """What the rows are besides their scores, gathered while they are read."""
 
-    # five a row: its number, subset, turns, chosen, whether a system turn was moved
+    # six a row: its part and number, subset, turns, chosen, whether a system turn was moved
     numbers: array = field(default_factory=lambda: array("q"))
     subsets: dict[str, int] = field(default_factory=dict)  # name -> number
     keys: dict[int, str] = field(default_factory=dict)  # by position, of rows with lists of replies only
     unused: Counter = field(default_factory=Counter)  # rows by column, of columns like those of a dialogue
-    shape: str = ""  # what the rows were read as
-    not_whole: set[int] = field(default_factory=set)  # positions where the chat template left something out
+    shapes: Counter = field(default_factory=Counter)  # rows by what they were read as
 
     def add(self, row: Row, is_moved: bool = False) -> None:
         content = None if isinstance(row.content, str) else row.content
         subset, turns, chosen = (content.subset, content.turns, len(content.chosen)) if content else ("", 0, 0)
         subset = self.subsets.setdefault(subset, len(self.subsets))
-        self.numbers.extend((row.number, subset, turns, chosen, is_moved))
+        self.numbers.extend((row.part, row.number, subset, turns, chosen, is_moved))
         self.unused.update(content.unused if content else ())
-        self.shape = self.shape or (content.shape if content else "")
+        self.shapes.update([content.shape] if content else [])
         if content and content.key is not None:
             self.keys[row.position] = content.key
 
 
-def build_table(log: ScoreLog, columns: RowColumns, fingerprint: str) -> ScoreTable:
-    """The log's rewards and lengths beside what was noted of its rows."""
-    rows, names = np.array(columns.numbers, dtype=np.int64).reshape(-1, 5), list(columns.subsets)
-    counts, groups, guessing = Counts(len(rows), unused=columns.unused, shape=columns.shape), [], 0.0
+def build_table(
+    log: ScoreLog, columns: RowColumns, fingerprint: str, name_of: Callable[[Any], str] = str
+) -> ScoreTable:
+    """The log's rewards and lengths beside what was noted of its rows; `name_of` names one by (part, number)."""
+    rows, names = np.array(columns.numbers, dtype=np.int64).reshape(-1, 6), list(columns.subsets)
+    counts, groups, guessing = Counts(len(rows), unused=columns.unused, shapes=columns.shapes), [], 0.0
+    counts.name_of = name_of
     scored, margins, longest, longer_by = array("q"), array("d"), array("i"), array("i")
     rewards, lengths = array("f"), array("i")
     for position, found in log.items():
-        number, subset, _, n, is_moved = rows[position].tolist()
+        part, number, subset, _, n, is_moved = rows[position].tolist()
         if isinstance(found, str):
-            counts.add(found, number)
+            counts.add(found, (part, number))
             continue
-        counts.add("system_moved", *[number] * is_moved)
-        counts.add("not_rendered", *[number] * (position in columns.not_whole))
-        values, tokens = found
+        values, tokens, is_whole = found
+        counts.add("system_moved", *[(part, number)] * is_moved)
+        counts.add("not_rendered", *[(part, number)] * (not is_whole))
         scored.append(position)
         margins.append(min(values[:n]) - max(values[n:]))
         longest.append(max(tokens))
@@ -194,7 +205,7 @@ def build_table(log: ScoreLog, columns: RowColumns, fingerprint: str) -> ScoreTa
             groups.append(reward_bench.Group(names[subset], columns.keys[position], right, wrong))
     at = np.array(scored, dtype=np.int64)
     return ScoreTable(
-        names, at, rows[at, 1], rows[at, 2], np.array(margins), np.array(longest),
+        names, at, rows[at, 2], rows[at, 3], np.array(margins), np.array(longest),
         np.array(rewards).reshape(-1, 2), np.array(lengths).reshape(-1, 2), np.array(longer_by).reshape(-1, 2),
         guessing / len(at) if len(at) else 0.5, groups, counts, fingerprint, log,
     )  # fmt: skip
@@ -226,7 +237,7 @@ def score_dataset(scorer: Scorer, data: Data, folder: Path, check_stop: Callable
         raise
     finally:
         bar.close()
-    return build_table(log, columns, scorer.fingerprint)
+    return build_table(log, columns, scorer.fingerprint, data.row_name)
 
 
 def score_rows(
@@ -247,9 +258,7 @@ def score_rows(
                 break
         tools = [None if isinstance(row.content, str) else row.content.tools for row in chunk]
         found = tokenize_groups([row.dialogues for row in chunk], tokenizer, scorer.max_length, tools)
-        read = list(zip(chunk, found, strict=True))
-        columns.not_whole |= {row.position for row, tokens in read if not getattr(tokens, "is_whole", True)}
-        return [(row.position, _unless_identical(row, tokens)) for row, tokens in read]
+        return [(row.position, _unless_identical(row, tokens)) for row, tokens in zip(chunk, found, strict=True)]
 
     with ThreadPoolExecutor(1) as reader:
         ahead, done = reader.submit(next_chunk), log.found
@@ -260,7 +269,10 @@ def score_rows(
             log.add(skipped)
             done += len(skipped)
             for batch in scorer.rewards(groups, check_stop):
-                log.add((positions[at], (rewards, groups[at].reply_lengths)) for at, rewards in batch)
+                log.add(
+                    (positions[at], Scored(rewards, groups[at].reply_lengths, groups[at].is_whole))
+                    for at, rewards in batch
+                )
                 done += len(batch)
                 bar.update(done)
 

@@ -29,6 +29,8 @@ def load_tokenizer(name: str, date: datetime | None = None) -> Any:
     """
     hub.check_path_exists(name, "--model")
     local_only = is_local_only(name)
+    if Path(name).is_dir():
+        hub.check_no_pointer(Path(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local_only)
     except Exception as error:  # see open_model

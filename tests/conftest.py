@@ -164,10 +164,18 @@ def dataset_of(folder, pairs, margins=None):
     np.save(folder / "notes.npy", np.zeros((len(pairs), len(parsing.WARNINGS)), dtype=bool))
     np.save(folder / "unused.npy", np.zeros((len(pairs), len(shapes.DIALOGUE_COLUMNS)), dtype=bool))
     np.save(folder / "kinds.npy", np.zeros(len(pairs), np.int32))
+    np.save(folder / "shapes.npy", np.zeros(len(pairs), np.int32))
     np.save(folder / "held_out.npy", np.zeros(len(pairs), dtype=bool))
     for name in ("skipped_rows", "skipped_keys", "skipped_held_out"):
         np.save(folder / f"{name}.npy", np.zeros(0, bool if name == "skipped_held_out" else np.int64))
-    report = {"shape": "", "holds_out_rows": False, "details": {}, "kinds": [""], "tokens_sha256": {"all": "x"}}
+    report = {
+        "shapes": [""],
+        "starts": [],
+        "holds_out_rows": False,
+        "details": {},
+        "kinds": [""],
+        "tokens_sha256": {"all": "x"},
+    }
     utils.write_json(folder / "report.json", report)
     return data.PairDataset([data.SourcePairs(folder, reading.Source("made up"), None)])
 

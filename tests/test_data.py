@@ -802,6 +802,31 @@ def test_looking_at_data_shows_what_would_be_read(two_sets, base, capsys):
     assert "\x1b" not in out, "no colours where nothing shows them"
 
 
+def test_looking_at_data_of_which_nothing_can_be_used_is_an_error(tmp_path, base, capsys):
+    (tmp_path / "empty.jsonl").write_text(json.dumps(IDENTICAL_ROW) + "\n")
+    with pytest.raises(UserError, match=r"no training data is left(.|\n)*1 row"):
+        data.main(["--dataset", str(tmp_path / "empty.jsonl"), "--model", base])
+    assert "skipped 1" in capsys.readouterr().out
+    (tmp_path / "tiny.jsonl").write_text(json.dumps(GOOD_ROW) + "\n")
+    data.main(["--dataset", str(tmp_path / "tiny.jsonl"), "--model", base])
+    assert "nothing is held out" in capsys.readouterr().out
+
+
+def test_rows_of_several_files_are_named_by_file_and_shapes_counted(tmp_path, tokenizer):
+    """From the cache too, where no file is read."""
+    other = {"prompt": "Hello", "response_0": "no", "response_1": "a long reply", "better_response_id": 1}
+    for shard, rows in enumerate([[GOOD_ROW, other, IDENTICAL_ROW], [IDENTICAL_ROW, GOOD_ROW, other, other]]):
+        path = tmp_path / f"train-0000{shard}-of-00002.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.jsonl").write_text(json.dumps(GOOD_ROW) + "\n")
+    for _ in range(2):
+        train, test = data.load_pairs(str(tmp_path), tokenizer)
+        lines = "\n".join(train.lines("train", "pairs"))
+        assert "(rows train-00000-of-00002.jsonl:3, train-00001-of-00002.jsonl:1)" in lines
+        assert "3 rows read as PKU-SafeRLHF" in lines
+        assert "read as" not in "\n".join(test.lines("test", "pairs"))
+
+
 def test_contradictory_pairs_are_counted(tmp_path, base, capsys):
     rows = [GOOD_ROW, {"chosen": GOOD_ROW["rejected"], "rejected": GOOD_ROW["chosen"]}, TEST_ROW]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

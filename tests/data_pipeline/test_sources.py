@@ -21,7 +21,7 @@ from tests.data_pipeline.rows import (
     read_part,
     write_as,
 )
-from utils import UserError
+from utils import DiskOrNetworkError, UserError
 
 
 def find(path, **settings):
@@ -318,6 +318,8 @@ def test_several_sets_are_found_one_after_the_other(tmp_path):
         sources.find_sources(sources.DataSpec(f"{first},"))
     comma = write_as(tmp_path / "a,b.jsonl", [GOOD_ROW])
     assert find(comma)[0].files == (comma,)
+    assert sources.dataset_names(f"{first}, {comma} ,{second}") == [str(first), str(comma), str(second)]
+    assert sources.from_anywhere(f"{first},{comma}") == f"{first},{comma}"
 
 
 @pytest.mark.parametrize("flag", ["split", "test_split"])
@@ -341,6 +343,34 @@ def test_what_datasets_saved_to_disk_is_read(tmp_path, is_split):
     assert (train.part, test.part) == (("all", "all") if is_split else ("train", "test"))
     pair = Pair([QUESTION, YES], [QUESTION, NO])
     assert read_part(dataclasses.replace(train, part="all")) == [(number, pair) for number in (1, 2, 3)]
+
+
+def test_a_folder_of_what_was_saved_to_disk_is_read_by_name(tmp_path, capsys):
+    import datasets
+
+    def save(count, *place):
+        rows = datasets.Dataset.from_list([{"chosen": [QUESTION, YES], "rejected": [QUESTION, NO]}] * count)
+        rows.save_to_disk(str(tmp_path.joinpath(*place)))
+
+    save(3, "splits", "train")
+    save(1, "splits", "test")
+    train, test = find(tmp_path / "splits")
+    assert (train.part, test.part, len(read_part(train)), len(read_part(test))) == ("all", "all", 3, 1)
+    save(3, "sets", "one")
+    save(4, "sets", "two")
+    found = sources.find_sources(sources.DataSpec(str(tmp_path / "sets")))
+    assert [len(read_part(dataclasses.replace(source, part="all"))) for source in found.train] == [3, 4]
+    assert not found.notes
+    assert len(read_part(dataclasses.replace(find(tmp_path / "sets", subset="two")[0], part="all"))) == 4
+
+
+def test_a_name_without_its_suffix_is_guessed_when_the_hub_has_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "pairs").mkdir()
+    write_as(tmp_path / "pairs" / "train.jsonl", [GOOD_ROW])
+    with pytest.raises(DiskOrNetworkError, match=r"did you mean pairs/train\.jsonl\?"):
+        find("pairs/train")
 
 
 def test_a_pointer_of_git_lfs_is_not_taken_for_data(tmp_path):

@@ -70,7 +70,7 @@ def test_published_forms_are_compared_as_they_are_trained_on(evaluate, length_mo
     found = evaluate(length_model, "--split", "all", dataset=write_rows(rows))
     assert (found["n"], found["accuracy"], found["rows"]["why"]) == (3, 1.0, {"no_preference": 1})
     assert found["pairs"] == 4  # the third compares one reply with two
-    assert "rows read as PKU-SafeRLHF: better_response_id picks chosen" in found["rows"]["in_words"]
+    assert "1 row read as PKU-SafeRLHF: better_response_id picks chosen" in found["rows"]["in_words"]
 
 
 def trained_on(model, folder, dataset, **settings):

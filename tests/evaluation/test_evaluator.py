@@ -162,6 +162,16 @@ def test_an_adapter_whose_base_model_has_moved_is_opened_with_base_model(evaluat
     assert found["against"]["only_a_right"] == found["against"]["only_b_right"] == 0
 
 
+def test_a_base_model_for_a_whole_model_is_refused_and_a_missing_one_named_by_its_flag(
+    evaluate, adapter, length_model, write_rows
+):
+    with pytest.raises(UserError, match="--base_model is for LoRA checkpoints"):
+        evaluate(length_model, "--base_model", "x")
+    for flags in ([], ["--score", str(write_rows([{"prompt": "a", "responses": ["b"]}]))]):
+        with pytest.raises(UserError, match=r"base model of a LoRA checkpoint is missing(.|\n)*--base_model FOLDER"):
+            eval_rm.main(["--model", str(adapter), "--base_model", "./nowhere", *flags])
+
+
 def test_a_missing_base_model_is_noted_in_the_report(trained_run, monkeypatch, tmp_path, base):
     monkeypatch.chdir(tmp_path)
     config = utils.read_json(trained_run / "step-2/train_config.json") | {"model": "/nowhere/base"}

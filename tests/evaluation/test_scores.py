@@ -6,7 +6,7 @@ import sqlite3
 import numpy as np
 import pytest
 
-from evaluation.scores import ScoreLog
+from evaluation.scores import Scored, ScoreLog
 
 
 def test_scores_come_back_bit_for_bit_and_in_any_order(tmp_path):
@@ -14,22 +14,23 @@ def test_scores_come_back_bit_for_bit_and_in_any_order(tmp_path):
     rewards = {at: draw.normal(scale=10.0**size, size=2).astype(np.float32) for at, size in ((7, -30), (2, 0), (0, 20))}
     log = ScoreLog(tmp_path, "key")
     for at, values in rewards.items():
-        log.add([(at, (values.tolist(), [3, at]))])
-    log.add([(4, "too_long")])
+        log.add([(at, Scored(values.tolist(), [3, at]))])
+    log.add([(4, "too_long"), (5, Scored([1.0, 2.0], [1, 1], False))])
     log.close()
     again = ScoreLog(tmp_path, "key")
-    assert again.found == len(again) == 4
+    assert again.found == len(again) == 5
     for at, values in rewards.items():
-        found, lengths = again[at]
+        found, lengths, is_whole = again[at]
+        assert is_whole
         assert np.array_equal(np.array(found, dtype=np.float32), values) and lengths == [3, at]
-    assert again[4] == "too_long"
-    assert [at in again for at in range(9)] == [True, False, True, False, True, False, False, True, False]
-    assert list(again.items()) == [(at, again[at]) for at in (0, 2, 4, 7)]
+    assert again[4] == "too_long" and not again[5].is_whole, "what was left out is known after a kill too"
+    assert [at in again for at in range(9)] == [True, False, True, False, True, True, False, True, False]
+    assert list(again.items()) == [(at, again[at]) for at in (0, 2, 4, 5, 7)]
 
 
 def test_a_kill_in_the_middle_of_writing_costs_only_what_was_being_written(tmp_path):
     log = ScoreLog(tmp_path, "key")
-    log.add([(0, ([1.5, 2.5], [1, 1]))])
+    log.add([(0, Scored([1.5, 2.5], [1, 1]))])
     writer = sqlite3.connect(log.path, isolation_level=None)
     writer.execute("PRAGMA cache_size = 1")  # so that half a transaction is in the file before it is committed
     writer.execute("BEGIN")
@@ -40,10 +41,10 @@ def test_a_kill_in_the_middle_of_writing_costs_only_what_was_being_written(tmp_p
     writer.close()
     again = ScoreLog(tmp_path / "killed", "key")
     assert again.found == 1 and 5 not in again
-    again.add([(5, ([3.0, 4.0], [1, 1]))])
+    again.add([(5, Scored([3.0, 4.0], [1, 1]))])
     again.close()
     last = ScoreLog(tmp_path / "killed", "key")
-    assert last.found == 2 and last[5] == ([3.0, 4.0], [1, 1])
+    assert last.found == 2 and last[5] == Scored([3.0, 4.0], [1, 1])
     last.delete()
     assert not list((tmp_path / "killed").iterdir())
 
@@ -93,22 +94,22 @@ def unknown_reason(path):
 )
 def test_a_damaged_or_foreign_file_is_noticed_and_replaced(damage, tmp_path):
     log = ScoreLog(tmp_path, "key")
-    log.add((at, ([1.0, 2.0], [1, 1])) for at in range(1000))
+    log.add((at, Scored([1.0, 2.0], [1, 1])) for at in range(1000))
     log.close()
     damage(log.path)
     again = ScoreLog(tmp_path, "key")
     assert again.found == len(again) == 0 and 0 not in again
-    again.add([(5, ([3.0, 4.0], [1, 1]))])
+    again.add([(5, Scored([3.0, 4.0], [1, 1]))])
     again.close()
     last = ScoreLog(tmp_path, "key")
-    assert last.found == 1 and last[5] == ([3.0, 4.0], [1, 1])
+    assert last.found == 1 and last[5] == Scored([3.0, 4.0], [1, 1])
 
 
 def test_scores_that_cannot_be_written_are_an_error_of_the_disk(tmp_path):
     log = ScoreLog(tmp_path, "key")
     log._database.execute("PRAGMA query_only = 1")
     with pytest.raises(OSError, match="readonly") as raised:
-        log.add([(0, ([1.0, 2.0], [1, 1]))])
+        log.add([(0, Scored([1.0, 2.0], [1, 1]))])
     assert raised.value.filename == str(log.path)
     log.close()
     log.path.unlink()
