@@ -110,7 +110,17 @@ class Learning:
     def score(self, folder: Path, run: str) -> dict[str, Any]:
         """Accuracy and loss on every test pair, by eval_rm.py, for both sides."""
         out = self.work / f"{run}-report"
-        words = ["--model", str(folder), "--dataset", self.dataset, "--split", "test", "--report_dir", str(out)]
+        words = [
+            "--model",
+            str(folder),
+            "--dataset",
+            self.dataset,
+            "--split",
+            "test",
+            "--report_dir",
+            str(out),
+            "--no_untrained_baseline",
+        ]
         self.call([sys.executable, str(harness.ROOT / "eval_rm.py"), *words], f"{run}-report")
         report = json.loads((out / "report.json").read_text())
         return {
