@@ -43,7 +43,8 @@ DETAILS_KEPT = 100  # rows of a reason whose own words are kept
 class SourcePairs:
     """The tokenized pairs of one source, or of the part of it that is trained on or held out."""
 
-    def __init__(self, folder: Path, source: Source, max_length: int | None):
+    def __init__(self, folder: Path, source: Source, max_length: int | None, trained_on: np.ndarray | None = None):
+        """Without the pairs whose digests are in `trained_on` (uint64): those cannot test a model."""
         report = utils.read_json(folder / "report.json")
         source.starts[:] = report["starts"]
         self.name, self.part = source.name, source.part
@@ -55,9 +56,12 @@ class SourcePairs:
         self.token_ids = np.memmap(folder / "tokens.bin", np.int32, "r") if starts[-1] else np.zeros(0, np.int32)
         here = self._is_here(np.load(folder / "held_out.npy"))  # (M,)
         is_too_long = longest_sequences(lengths) > (max_length or np.inf)  # (M,)
-        fits = here & ~is_too_long
+        digests = np.load(folder / "digests.npy")  # (M,) of `parsing.pair_digest`
+        is_known = here & ~is_too_long & np.isin(digests, np.zeros(0) if trained_on is None else trained_on)
+        fits = here & ~is_too_long & ~is_known
         skipped = tuple(np.load(folder / f"skipped_{name}.npy") for name in ("rows", "keys", "held_out"))
         self.counts = self._count(report, skipped, rows, here, is_too_long)
+        self.counts.add("trained_on", *rows[is_known].tolist())
         for warning, has_it in zip(WARNINGS, np.load(folder / "notes.npy").T, strict=True):
             self.counts.add(warning, *rows[fits & has_it].tolist())
         shapes = np.load(folder / "shapes.npy")  # (M,) index into names
@@ -66,13 +70,15 @@ class SourcePairs:
         self.counts.name_of = source.row_name
         unused = np.load(folder / "unused.npy")[fits].sum(axis=0).tolist()  # of each of DIALOGUE_COLUMNS
         self.counts.unused += Counter(dict(zip(DIALOGUE_COLUMNS, unused, strict=True)))
-        # in both parts of a source that is split, for one may be small; votes for neither side do not count
+        # in both parts of a source that is split, for one may be small; votes for neither side do not count, and of a
+        # row with several pairs one is enough
         unusable = [skipped[0][skipped[1] != list(SKIP_REASONS).index("no_preference")], rows[is_too_long]]
         total = len(np.unique(np.concatenate([rows, skipped[0]])))
-        self.unusable_share = len(np.unique(np.concatenate(unusable))) / max(1, total)  # of the source's rows
+        lost = np.setdiff1d(np.concatenate(unusable), rows[~is_too_long])
+        self.unusable_share = len(lost) / max(1, total)  # of the source's rows
         self.lengths, self.rows, self.starts = lengths[fits], rows[fits], starts[:-1][fits]
         self.label_margins = np.load(folder / "margins.npy")[fits]  # (N,)
-        self.digests = np.load(folder / "digests.npy")[fits]  # (N,) of `parsing.pair_digest`
+        self.digests = digests[fits]  # (N,)
         self.kinds, self.kind_names = np.load(folder / "kinds.npy")[fits], report["kinds"]  # (N,) index into names
         # identifies the pairs by content, wherever they came from
         self.fingerprint = report["tokens_sha256"][source.part].encode() + self.rows.tobytes()
@@ -180,20 +186,24 @@ class PairDataset:
 
 
 def load_pairs(
-    dataset: str | DataSpec, tokenizer: Any, max_length: int | None = None
+    dataset: str | DataSpec, tokenizer: Any, max_length: int | None = None, trained_on: np.ndarray | None = None
 ) -> tuple[PairDataset, PairDataset]:
-    """The train and test pairs of a dataset, tokenized now or read from the cache; `max_length` in tokens a side."""
+    """The train and test pairs of a dataset, tokenized now or read from the cache; `max_length` in tokens a side.
+
+    A test pair that is also a training pair, or one of `trained_on` (digests of what was trained on before), is skipped.
+    """
     found = find_sources(DataSpec(dataset) if isinstance(dataset, str) else dataset)
     backend = tokenizer.backend_tokenizer
     backend.no_padding()  # some published tokenizers pad and truncate by default
     backend.no_truncation()
     tokenizer_hash = hashlib.sha256((backend.to_str() + str(tokenizer.chat_template)).encode()).hexdigest()
 
-    def load(chosen: tuple[Source, ...], notes: tuple[str, ...] = ()) -> PairDataset:
-        parts = [SourcePairs(_cached(source, tokenizer, tokenizer_hash), source, max_length) for source in chosen]
-        return PairDataset(parts, notes)
+    def load(chosen: tuple[Source, ...], *more: Any) -> list[SourcePairs]:
+        return [SourcePairs(_cached(each, tokenizer, tokenizer_hash), each, max_length, *more) for each in chosen]
 
-    return load(found.train, found.notes), load(found.test)
+    train = PairDataset(load(found.train), found.notes)
+    known = np.union1d(train.digests, np.zeros(0, np.uint64) if trained_on is None else trained_on)
+    return train, PairDataset(load(found.test, known))
 
 
 def cache_root() -> Path:
@@ -386,7 +396,8 @@ def main(argv: list[str]) -> None:
     print("\n".join([*train.notes, *train.lines("train", "pairs"), *test.lines("test", "pairs")]))
     found = find_sources(spec)
     texts = [inspection.texts_of(chosen, pairs) for chosen, pairs in ((found.train, train), (found.test, test))]
-    print("\n".join([*inspection.repetitions(*texts), "", *inspection.lengths(train, config.max_length)]))
+    repeated = inspection.repetitions(*texts, test.counts.count["trained_on"])
+    print("\n".join([*repeated, "", *inspection.lengths(train, config.max_length)]))
     for lines in inspection.dialogues(found.train, train, tokenizer, config.show, sys.stdout.isatty()):
         print("\n".join(["", *lines]))
     for name, pairs in (("train", train), ("test", test)):
@@ -397,10 +408,9 @@ def main(argv: list[str]) -> None:
             break  # the two parts of a file have one share
     if not len(train):
         raise utils.UserError(
-            "no training data is left",
-            where=train.name,
+            "no training data is left", where=train.name, next="mend the rows, or --columns names other columns",
             found=f"{utils.counted(train.counts.rows, 'row')}, of which none can be used",
-        )
+        )  # fmt: skip
     if not len(test):
         print("\nnothing is held out: a training on this cannot say how good the model is")
 

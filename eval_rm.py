@@ -152,7 +152,8 @@ def trained_on(folder: Path) -> eval_data.Trained | None:
     """What a checkpoint was trained on, as far as it says."""
     spec = spec_of_training(resolve.training_settings(folder))
     examples = checkpoint.read_examples(folder)
-    return spec and eval_data.Trained(spec, frozenset(checkpoint.digests_of(examples).tolist()) if examples else None)
+    pairs = frozenset(checkpoint.digests_of(examples).tolist()) if examples else None
+    return eval_data.Trained(spec, pairs) if spec or pairs else None
 
 
 def spec_of_training(settings: dict[str, Any]) -> sources.DataSpec | None:

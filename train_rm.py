@@ -246,7 +246,8 @@ def open_parts(config: RewardTrainingConfig, resumed_from: Path | None, world: d
     date = tokenizers.UNKNOWN_DATE if resumed_from else world.broadcast(datetime.datetime.now())
     with world.first_on_each_machine():  # it fills the token cache
         tokenizer = tokenizers.load_tokenizer(str(resumed_from or config.model), date)
-        train_pairs, test_pairs = data.load_pairs(sources.DataSpec.of(config), tokenizer, config.max_length)
+        before = checkpoint.digests_of(checkpoint.read_examples(resumed_from or Path(config.model)))
+        train_pairs, test_pairs = data.load_pairs(sources.DataSpec.of(config), tokenizer, config.max_length, before)
     setup.check_data(config, world, train_pairs, test_pairs)
     if resumed_from:
         model = models.RewardModel.restore(resumed_from, config.model if config.lora else None)

@@ -56,16 +56,20 @@ def texts_of(sources: Iterable[Source], pairs: Any) -> Texts:
     return Texts.of(read())
 
 
-def repetitions(train: Texts, test: Texts) -> list[str]:
-    """Lines about pairs that occur more than once, contradict each other, or are in training and test data."""
+def repetitions(train: Texts, test: Texts, shared_pairs: int) -> list[str]:
+    """Lines about pairs that occur more than once, contradict each other, or are in training and test data.
+
+    `shared_pairs` of the test data were skipped because they are training pairs too, and are not among `test`.
+    """
     distinct = set(train.pairs)
     both_ways = len(distinct & train.swapped) // 2
-    shared_pairs, shared_prompts = len(distinct & set(test.pairs)), len(train.prompts & test.prompts)
+    shared_prompts = len(train.prompts & test.prompts)
     return [
         f"repeated in train: {counted(len(train.pairs) - len(distinct), 'pair')}",
         f"contradictory in train: {counted(both_ways, 'pair')} also the other way round",
-        f"in both train and test: {counted(shared_pairs, 'pair')}, {counted(shared_prompts, 'prompt')} of "
-        f"{len(test.prompts):,} in test" + (": the test is easier than it looks" if shared_prompts else ""),
+        f"in both train and test: {counted(shared_pairs, 'pair')}, skipped in test; of the others "
+        f"{counted(shared_prompts, 'prompt')} of {len(test.prompts):,}"
+        + (": the test is easier than it looks" if shared_prompts else ""),
     ]
 
 

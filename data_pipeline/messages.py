@@ -32,8 +32,9 @@ _CHATML_TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>\s*|\Z)", r
 # what other templates begin a turn with
 _OTHER_TURN = re.compile(
     r"\s*(?:<s>)?\s*(\[INST\]|<\|start_header_id\|>|<start_of_turn>|<\|user\|>|<\|system\|>|<\|begin_of_text\|>"
-    r"|<\|start\|>|<\|im_start\|>)"
+    r"|<\|start\|>|<\|im_start\|>|<\|prompter\|>|<\|assistant\|>|<\|endoftext\|>)"
 )
+_HELPSTEER_TURN = re.compile(r"\s*<extra_id_1>(User|Assistant)\n")  # between the turns of HelpSteer2's prompts
 
 
 def normalized(value: Any, column: str, row_error: RowError) -> Messages:
@@ -41,9 +42,13 @@ def normalized(value: Any, column: str, row_error: RowError) -> Messages:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
-        raise row_error(f"{column!r} is {kind_of(value)}, not text or a list of messages", _key_of(value))
+        wanted = "a list of messages" if isinstance(value, str) else "text or a list of messages"
+        raise row_error(f"{column!r} is {kind_of(value)}, not {wanted}", _key_of(value))
     if not value:
         raise row_error(f"{column!r} is an empty list")
+    if all(isinstance(turn, dict) and turn.keys() == {"input", "output"} for turn in value):  # Capybara's
+        pairs = [(("user", turn["input"]), ("assistant", turn["output"])) for turn in value]
+        value = [{"role": role, "content": text} for pair in pairs for role, text in pair]
     return [_message(message, column, row_error) for message in value]
 
 
@@ -65,7 +70,7 @@ def _message(message: Any, column: str, row_error: RowError) -> dict[str, Any]:
     others = {
         key: without_nulls(value)
         for key, value in message.items()
-        if key not in (role_key, content_key) and value is not None
+        if key not in (role_key, content_key) and value is not None and value not in ([], {}, "")
     }
     if role_key is None or (content_key is None and not others):
         raise row_error(f"{column!r} holds {str(message)[:60]!r}, not a message with role and content")
@@ -122,6 +127,25 @@ def _with_parsed_arguments(call: Any) -> Any:
     return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
+def with_arguments_as_text(dialogues: list[Messages]) -> list[Messages]:
+    """Dialogues whose tool calls have their arguments as JSON text."""
+
+    def changed(call: Any) -> Any:
+        function = call.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("arguments"), dict):
+            return call
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    return [
+        [
+            {**message, "tool_calls": [changed(call) for call in message["tool_calls"]]}
+            if message.get("tool_calls") else message
+            for message in dialogue
+        ]
+        for dialogue in dialogues
+    ]  # fmt: skip
+
+
 def merge_same_speaker(messages: Messages) -> Messages:
     """Join consecutive messages of one speaker, with an empty line between them; those with more than text stay."""
     merged: Messages = []
@@ -144,11 +168,22 @@ def joined(prompt: Messages, side: Messages) -> Messages:
     """A dialogue from a prompt and a side that continues it, or that repeats its end or all of it."""
     if prompt and side[0]["role"] == "system" and prompt[0]["role"] != "system" and len(side) > 1:
         return [side[0], *joined(prompt, side[1:])]
+    if _is_within(prompt, side[:-1]):
+        return side
     for start in range(len(prompt)):
         rest = prompt[start:]
         if [_key(message) for message in side[: len(rest)]] == [_key(message) for message in rest]:
             return [*prompt[:start], *side]
     return [*prompt, *side]
+
+
+def _is_within(prompt: Messages, before: Messages) -> bool:
+    """Whether a prompt is the end of what comes before a reply, or all of it written as one text."""
+    if len(before) > len(prompt) > 0 and [_key(m) for m in before[-len(prompt) :]] == [_key(m) for m in prompt]:
+        return True
+    texts = [" ".join(message["content"].split()) for message in before]
+    whole = " ".join(prompt[0]["content"].split()) if len(prompt) == 1 else ""
+    return len(before) > 2 and all(text and text in whole for text in texts)
 
 
 def _key(message: dict[str, Any]) -> tuple[str, str]:
@@ -171,6 +206,18 @@ def parse_chatml(text: str) -> Messages | None:
     return messages or None
 
 
+def parse_helpsteer(text: str) -> Messages | None:
+    """HelpSteer2's prompts of several turns, of which the first is the user's; None if there is one turn."""
+    first, *rest = _HELPSTEER_TURN.split(text)
+    if not rest:
+        return None
+    turns = [("User", first), *zip(rest[::2], rest[1::2], strict=True)]
+    messages = [{"role": speaker.lower(), "content": content.strip()} for speaker, content in turns]
+    if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
+        messages.pop()
+    return messages
+
+
 def parse_list(text: str) -> Any:
     """Messages that a text holds, as JSON or as Python writes a list; None if it holds none."""
     if text.lstrip()[:1] in ("[", "{") and ("role" in text or "from" in text):
@@ -183,6 +230,17 @@ def parse_list(text: str) -> Any:
             if isinstance(first, dict) and any(key in first for key in ROLE_KEYS):
                 return value
     return None
+
+
+def is_dialogue(value: Any) -> bool:
+    """Whether a value is a list of messages of known speakers that ends in a reply, and nothing else."""
+    return (
+        isinstance(value, list)
+        and all(isinstance(message, dict) and any(key in message for key in CONTENT_KEYS) for message in value)
+        and all(str(message.get("role", message.get("from"))).lower() in ROLE_OF for message in value)
+        and len(value) > 0
+        and ROLE_OF[str(value[-1].get("role", value[-1].get("from"))).lower()] == "assistant"
+    )
 
 
 def is_list_of_numpy(text: str) -> bool:

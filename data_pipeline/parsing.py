@@ -44,6 +44,7 @@ EXPECTED_ROW = (
     "chosen and rejected (text or messages), often with prompt;\n          "
     "--columns prompt=NAME,chosen=NAME,rejected=NAME reads columns of other names"
 )
+READ_BY_MODELS = ("tool_calls", "reasoning_content", "thinking")  # of what messages carry besides texts
 UNKNOWN_ROWS = 10  # so many rows of unknown columns at the start, and the data is refused
 SAME_TOKENS = "identical: the chat template or the tokenizer leaves out where they differ"
 VOTES_FOR_NEITHER = ("tie", "both_bad")  # the column `vote`, which chat.py writes
@@ -148,9 +149,10 @@ def read_pairs(source: Source) -> Iterator[Parsed]:
         return parse_row(row, row_error, source.columns)
 
     for number, row, pairs in parsed(source.rows(), source.place, EXPECTED_ROW, parse):
-        for pair in [pairs] if isinstance(pairs, str) else pairs:
-            prompt = None if isinstance(pair, str) else pair.chosen[:-1]
-            yield Parsed(number, pair, (0, 0) if source.part == "all" else digests(row, prompt))
+        pairs = [pairs] if isinstance(pairs, str) else pairs
+        prompt = next((pair.chosen[:-1] for pair in pairs if not isinstance(pair, str)), None)
+        of_row = (0, 0) if source.part == "all" else digests(row, prompt)  # the same for all that the row yields
+        yield from (Parsed(number, pair, of_row) for pair in pairs)
 
 
 def parsed(
@@ -275,14 +277,21 @@ def parse_pair(row: dict[str, Any], row_error: RowError) -> Pair | str:
 
 
 def digest_of(dialogue: Messages) -> bytes:
-    """Identifies a dialogue by speakers and texts, however they are spaced, and what else its messages carry."""
-    content = [[{**message, "content": " ".join(message["content"].split())}] for message in dialogue]
+    """Identifies a dialogue by speakers and texts, however they are spaced, and the calls and thoughts in them.
+
+    Not by what a table may add to each message (an id, a weight), nor by an empty system turn.
+    """
+    content = [
+        [message["role"], " ".join(message["content"].split()), [message.get(key) for key in READ_BY_MODELS]]
+        for message in dialogue
+        if message["role"] != "system" or message["content"].strip()
+    ]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()[:16]
 
 
 def pair_digest(chosen: Messages, rejected: Messages) -> int:
-    """Identifies two dialogues as `digest_of` does one, in 64 bits."""
-    both = digest_of(chosen) + digest_of(rejected)
+    """Identifies two dialogues as `digest_of` does one, in 64 bits, whichever of them is the chosen one."""
+    both = b"".join(sorted((digest_of(chosen), digest_of(rejected))))
     return int.from_bytes(hashlib.sha256(both).digest()[:8], "big")
 
 
@@ -309,9 +318,9 @@ def _sides(row: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _reply_of(side: Any) -> str | None:
-    """The reply of a side that is nothing else: a text, or one message."""
-    if isinstance(side, list) and len(side) == 1:
-        (side,) = side
+    """The reply that a side is or ends in: a text, or the last of its messages."""
+    if isinstance(side, list) and side:
+        side = side[-1]
     if isinstance(side, dict):
         side = next((side[key] for key in messages.CONTENT_KEYS if key in side), None)
     return messages.without_end_of_turn(side).strip() if isinstance(side, str) else None
@@ -324,26 +333,41 @@ def side_messages(
     if not isinstance(value, str):
         side = messages.normalized(value, column, row_error)
         return side if prompt is None else messages.joined(prompt, side)
-    whole = _read_back(value, column, row_error) or parse_transcript(value)
+    whole = _read_back(value, column, row_error, is_reply=prompt is not None) or parse_transcript(value)
     if prompt is None and whole is None and is_prompt_empty:
         prompt = [{"role": "user", "content": ""}]
     if prompt is None:
         return whole
-    if whole and whole[0]["role"] != "assistant":  # some datasets repeat the prompt before each reply
+    is_one_turn = bool(whole) and len(whole) == 1
+    if whole and not is_one_turn:  # it goes on from the prompt, or repeats it before the reply
         return messages.joined(prompt, whole)
-    reply = whole[0]["content"] if whole and len(whole) == 1 else messages.without_end_of_turn(value).strip()
+    if is_one_turn and whole[0]["role"] != "assistant":
+        if messages.joined(prompt, whole) == prompt:  # the prompt again, and no reply
+            return prompt
+        is_one_turn = False  # a reply that begins with "Human:"
+    reply = whole[0]["content"] if is_one_turn else _stripped(messages.without_end_of_turn(value))
     return [*prompt, {"role": "assistant", "content": reply}]
+
+
+def _stripped(text: str) -> str:
+    """A reply without the space around it, but for the indentation of its first line."""
+    lines = text.strip("\r\n").rstrip()
+    return lines if lines.startswith(("  ", "\t")) else lines.strip()
 
 
 def prompt_messages(value: Any, row_error: RowError) -> Messages:
     if not isinstance(value, str):
         return messages.normalized(value, "prompt", row_error)
-    return _read_back(value, "prompt", row_error) or parse_prompt(value)
+    return _read_back(value, "prompt", row_error) or messages.parse_helpsteer(value) or parse_prompt(value)
 
 
-def _read_back(text: str, column: str, row_error: RowError) -> Messages | None:
-    """Text that a chat template has rendered already, as messages; None for other text."""
-    if listed := messages.parse_list(text):
+def _read_back(text: str, column: str, row_error: RowError, is_reply: bool = False) -> Messages | None:
+    """Text that a chat template has rendered already, as messages; None for other text.
+
+    A reply to a prompt may itself be JSON: it is read as messages only if it is a whole dialogue.
+    """
+    listed = messages.parse_list(text)
+    if listed and (not is_reply or messages.is_dialogue(listed)):
         return messages.normalized(listed, column, row_error)
     if messages.is_list_of_numpy(text):
         raise row_error(f"{column!r} is a list of messages as numpy prints it, which has lost its commas")

@@ -128,6 +128,20 @@ def _summaries(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
     yield texts[better], texts[1 - better], None
 
 
+def _offset_bias(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
+    if str(row["label"]) not in ("1", "2", "1.0", "2.0"):
+        raise ValueError(f"'label' is {row['label']!r}, not 1 or 2")
+    better = int(float(row["label"]))
+    yield row[f"output_{better}"], row[f"output_{3 - better}"], None
+
+
+def _votes(row: Row) -> Iterator[tuple[Any, Any, float | None]]:
+    first, second = (_zero_or_one(row, f"winner_model_{side}") for side in "ab")
+    if first and second:
+        raise ValueError("both sides have won")
+    yield from _better(row["response_a"], row["response_b"], first - second)
+
+
 def _ranked(column: str, *keys: tuple[str, str, bool]) -> Callable[[Row], Iterator[tuple]]:
     """The best of several replies against each other one that is worse.
 
@@ -177,6 +191,11 @@ SHAPES = (
         "HelpSteer2: the sign of preference_strength picks chosen",
         ("response_1", "response_2", "preference_strength"),
         lambda row: _better(row["response_2"], row["response_1"], _number(row, "preference_strength")),
+    ),
+    Shape("OffsetBias: label picks chosen", ("output_1", "output_2", "label"), _offset_bias),
+    Shape(
+        "Arena of votes: winner_model_a, winner_model_b or winner_tie picks chosen",
+        ("response_a", "response_b", "winner_model_a", "winner_model_b"), _votes,
     ),
     Shape("Summaries from feedback: choice picks chosen", ("summaries", "choice"), _summaries),
     Shape("Chatbot Arena: winner picks chosen", ("conversation_a", "conversation_b", "winner"), _arena),

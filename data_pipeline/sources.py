@@ -273,10 +273,17 @@ def _splits_in(folder: Path) -> dict[str, dict[str, Source]]:
     if any(name and _role(name) == "train" for splits in subsets.values() for name in splits):
         # beside files that say what they are for, others are something else
         subsets = {
-            subset: {name or stem(source.files[0]): source for name, source in splits.items()}
+            subset: {each: source for name in splits for each, source in _split_by_name(name, splits[name])}
             for subset, splits in subsets.items()
         }
     return subsets
+
+
+def _split_by_name(name: str, source: Source) -> list[tuple[str, Source]]:
+    """A split, or each of several files without a split's name by its own name."""
+    if name or not source.files:
+        return [(name or source.name, source)]
+    return [(stem(path), Source(str(path), (path,))) for path in source.files]
 
 
 def _files_below(folder: Path, deepest: int) -> Iterator[tuple[int, str, str]]:

@@ -143,6 +143,11 @@ def render(dialogues: list[Messages], tokenizer: Any, tools: Any = None) -> list
     """Dialogues as the chat template writes them, or the reason for skipping them if it rejects one."""
     try:
         texts = tokenizer.apply_chat_template(dialogues, tokenize=False, **({"tools": tools} if tools else {}))
+    except TypeError:  # DeepSeek's templates want the arguments of tool calls as text
+        as_text = messages.with_arguments_as_text(dialogues)
+        if as_text == dialogues:
+            raise
+        return render(as_text, tokenizer, tools)
     except Exception as error:  # templates raise anything; only their own complaint is about the dialogue
         # jinja2's and those derived from it, which need not be imported for this
         if all(kind.__name__ != "TemplateError" for kind in type(error).__mro__):

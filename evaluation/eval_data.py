@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import utils
 from common import hub
 from data_pipeline import parsing, sampler, sources
 from data_pipeline.messages import Messages, RowError
@@ -38,6 +39,7 @@ class Part:
     source: Source
     seen: frozenset[int] = frozenset()  # pairs that a model was trained on, which are skipped; see `_digests`
     seen_rows: frozenset[tuple[int, int]] = frozenset()  # (file, row) that a model was trained on: not of this part
+    drops_seen: bool = False  # rows that were trained on are not of this part, instead of being skipped
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ class Data:
                     is_known = (
                         part.seen and not isinstance(content, str) and not part.seen.isdisjoint(_digests(content))
                     )
-                    yield part_number, number, row, TRAINED_ON if is_known else content
+                    if not (is_known and part.drops_seen):
+                        yield part_number, number, row, TRAINED_ON if is_known else content
 
     def _parsed(self, part: Part) -> Iterator[tuple[int, Any, Comparison | str]]:
         parse = functools.partial(self._parse, part)
@@ -172,8 +175,10 @@ def _comparison(
     pairs: list[parsing.Pair | str], num_chosen: int, subset: str, key: str | None = None
 ) -> Comparison | str:
     """A row's pairs, the first `num_chosen` of which have chosen replies of their own, as one comparison."""
-    if reasons := [pair for pair in pairs if isinstance(pair, str)]:
+    reasons = [pair for pair in pairs if isinstance(pair, str)]
+    if reasons and (key is not None or len(reasons) == len(pairs)):  # a benchmark's row is whole, or it is none
         return reasons[0]
+    pairs = [pair for pair in pairs if not isinstance(pair, str)]
     return Comparison(
         chosen=tuple(pair.chosen for pair in pairs[:num_chosen]),
         rejected=tuple(pair.rejected for pair in [pairs[0], *pairs[num_chosen:]]),
@@ -222,10 +227,10 @@ def is_of_benchmark(row: Any) -> bool:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a model was trained on."""
+    """What a model was trained on, as far as its checkpoint says."""
 
-    spec: DataSpec
-    pairs: frozenset[int] | None = None  # of `parsing.pair_digest`; None if its checkpoint does not say
+    spec: DataSpec | None
+    pairs: frozenset[int] | None = None  # of `parsing.pair_digest`
 
 
 def find(spec: DataSpec, split: str, subset_column: str | None, trained: Iterable[Trained] = ()) -> Data:
@@ -322,7 +327,7 @@ def _known(trained: Trained, evaluated: DataSpec) -> Iterator[_Known]:
     """What is known of a training's data; the hub is only asked about a set that is evaluated."""
     if trained.pairs is not None:
         yield _Known((), (), trained.pairs)
-    for name in sources.dataset_names(trained.spec.dataset):
+    for name in sources.dataset_names(trained.spec.dataset) if trained.spec else ():
         one = sources.without_subset(replace(trained.spec, dataset=name))
         if hub.looks_like_a_path(one.dataset) or one.dataset == evaluated.dataset:
             with contextlib.suppress(UserError, OSError):  # it may have moved, or changed
@@ -331,35 +336,32 @@ def _known(trained: Trained, evaluated: DataSpec) -> Iterator[_Known]:
 
 
 def _unless_trained_on(part: Part, split: str, known: list[_Known], notes: list[str]) -> Part:
-    """A part, or those of its rows that no model was trained on."""
+    """A part, or those of its rows that no model was trained on, unless "train" or "all" is asked for."""
     source = part.source
-    trained = next((other for found in known for other in found.train if other.files_shared_with(source)), None)
-    if split == "all" or (trained is None and split != "test"):
+    trained = next((found for found in known for other in found.train if other.files_shared_with(source)), None)
+    same = trained and next(other for other in trained.train if other.files_shared_with(source))
+    held_out = f"1 in {HELD_OUT_IN} is held out, as in train_rm.py"
+    if split == "all":
         return part
-    if trained is None:
-        is_own_test = any(other.files_shared_with(source) for found in known for other in found.test)
-        seen = frozenset() if is_own_test else frozenset().union(*(found.seen() for found in known))
+    if split == "train":
+        is_split = same is not None and same.part != "all"
+        if is_split:
+            notes.append(f"the train split of {source.name}: {held_out}; --split all takes every row")
+        return replace(part, source=replace(source, part="train" if is_split else "all")) if same else part
+    seen = frozenset().union(*(found.seen() for found in known))
+    if same is None:
         if source.part != "all":
             notes.append(f"{source.name}: scored whole, " + ("but for what was trained on" if known else
                          "because no training on it is known"))  # fmt: skip
-        return replace(part, source=replace(source, part="all"), seen=seen)
-    if trained.part == "all":  # the training had a test split elsewhere
-        if split == "test":
-            raise UserError(
-                "these rows are what the model was trained on, so they cannot test it", where=source.name,
-                safe="nothing was scored", next="--dataset with its test split, or --split train to score them as such",
-            )  # fmt: skip
-        return replace(part, source=replace(source, part="all"))
-    if split not in SPLITS:
-        return part
-    held_out = f"1 in {HELD_OUT_IN} is held out, as in train_rm.py"
-    notes.append(f"the {split} split of {source.name}: {held_out}; --split all takes every row")
-    if split == "train":
-        return replace(part, source=replace(source, part=split))
-    # not decided anew: of one file among several, or with other columns, other rows could be drawn; and what was in
-    # the file when the training began counts, if it has changed since
-    seen = frozenset().union(*(found.pairs or () for found in known))
-    return replace(part, source=replace(source, part="all"), seen=seen, seen_rows=_rows_of(trained, source))
+    elif same.part != "all":
+        what = held_out if trained.pairs is None else "what was not trained on"
+        notes.append(f"the {split} split of {source.name}: {what}; --split all takes every row")
+        if trained.pairs is None:
+            # not decided anew: of one file among several, or with other columns, other rows could be drawn
+            part = replace(part, seen_rows=_rows_of(same, source))
+    # what was held out is a part of the file, the rest is not; elsewhere a row that was trained on is counted
+    is_rest_elsewhere = same is not None and same.part != "all"
+    return replace(part, source=replace(source, part="all"), seen=seen, drops_seen=is_rest_elsewhere)
 
 
 def _rows_of(trained: Source, source: Source) -> frozenset[tuple[int, int]]:
@@ -385,7 +387,16 @@ def sample(data: Data, size: int) -> Data:
     """`size` rows spread over all of them, the same every time; all of them if there are no more or size is 0."""
     rows = data.places()
     places = [(part, number) for part, number, is_known in rows if not is_known]
+    if rows and not places:
+        raise UserError(
+            "these rows are what the model was trained on, so they cannot test it", where=data.dataset,
+            safe="nothing was scored", next="--dataset with its test split, or --split train to score them as such",
+        )  # fmt: skip
     if not size or size >= len(places):
         return replace(data, num_rows=len(rows))
     chosen = sampler.fixed_sample(len(places), size, seed=0)
-    return replace(data, chosen_rows=frozenset(places[index] for index in chosen), num_rows=size)
+    notes = data.notes
+    if known := len(rows) - len(places):
+        notes += (f"{utils.counted(known, 'row')} that a model was trained on cannot be drawn",)
+    places = frozenset(places[index] for index in chosen)
+    return replace(data, chosen_rows=places, num_rows=size, notes=notes)

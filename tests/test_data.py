@@ -795,7 +795,8 @@ def test_looking_at_data_shows_what_would_be_read(two_sets, base, capsys):
     out = capsys.readouterr().out
     assert f"rows of {two_sets[0]}" in out and f"train: kept 20 of 40 rows of {two_sets[1] / 'train.jsonl'}" in out
     assert "repeated in train: 19 pairs" in out
-    assert "in both train and test: 0 pairs, 1 prompt of" in out  # the oven of b's test file is that of its train file
+    # the oven of b's test file is that of its train file
+    assert "in both train and test: 0 pairs, skipped in test; of the others 1 prompt of" in out
     assert "the chosen reply is the longer one in 100%" in out and "shared prompt" in out
     assert out.count("as the model sees it") == 2 and "Yes, it is.<|im_end|>" in out
     assert "train: 50% of the rows would be skipped: train_rm.py stops, unless --bad_rows skip is given" in out
@@ -834,7 +835,7 @@ def test_contradictory_pairs_are_counted(tmp_path, base, capsys):
     data.main(["--dataset", str(tmp_path), "--model", base])
     out = capsys.readouterr().out
     assert "contradictory in train: 1 pair also the other way round" in out
-    assert "in both train and test: 1 pair, 1 prompt of 1 in test: the test is easier than it looks" in out
+    assert "in both train and test: 1 pair, skipped in test; of the others 0 prompts of 0" in out
 
 
 def test_each_speakers_turns_have_a_colour_and_nothing_else_reaches_the_terminal():

@@ -47,6 +47,8 @@ def set_up(config: TrainingConfig, resumed_from: Path | None, world: World, open
     folder, lock = claim_run_folder(config, resumed_from) if world.is_main else (None, None)
     folder = world.broadcast(folder)
     config = dataclasses.replace(config, run_name=folder.name)
+    if not resumed_from and Path(config.model).is_dir():  # a run's folder stands for its newest sound step
+        config = dataclasses.replace(config, model=str(resolve.sound_checkpoint(config.model)))
     if config.precision == AUTO:  # a resumed run goes on in what was chosen, on other hardware too
         config = dataclasses.replace(config, precision=devices.fastest_precision(device_of(world)))
     log_folder = Path(config.log_dir) / folder.name

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import messages, parsing, shapes
+import data
+import models
+from data_pipeline import messages, parsing, shapes, tokenization
 from data_pipeline.parsing import Pair
 from tests.data_pipeline.rows import NO, PROMPT, QUESTION, YES, read_all
 from utils import UserError
@@ -462,3 +464,92 @@ def test_whatever_a_row_holds_it_is_kept_whole_or_counted(row):
         best = (min if rank == "rank" else max)(reply[rank] for reply in row[ranked[0]])
         worse = {reply[text] for reply in row[ranked[0]] if reply[rank] != best}
         assert all(reply in dialogues for reply in worse)
+
+
+# -- From what people have ---------------------------------------------------------------------------------------------
+
+
+def only(row):
+    (pair,) = parsing.parse_row(row, lambda problem, key="wrong_type": UserError(problem))
+    return pair
+
+
+def test_helpsteers_prompts_of_several_turns_are_read_as_turns():
+    prompt = "Tell me about C.\n<extra_id_1>Assistant\nC is old.\n<extra_id_1>User\nHow old?"
+    pair = only({"prompt": prompt, "response_1": "Very.", "response_2": "No.", "preference_strength": -1})
+    said = [("user", "Tell me about C."), ("assistant", "C is old."), ("user", "How old?"), ("assistant", "Very.")]
+    assert [(turn["role"], turn["content"]) for turn in pair.chosen] == said
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        '{"name": "Bob", "role": "admin"}',
+        '{"from": "Paris", "to": "Rome"}',
+        '[{"role": "user", "content": "Hello"}]',
+        '{"role": "assistant", "content": "Sure, here it is."}',
+        "Human: the species that writes this.",
+        "    return 1\n    # done",
+    ],
+)
+def test_a_reply_that_looks_like_something_else_stays_what_it_is(reply):
+    assert only({"prompt": "Write it.", "chosen": reply, "rejected": "No."}).chosen[-1]["content"] == reply
+
+
+def test_a_side_that_goes_on_with_several_turns_is_read_as_turns():
+    side = "\n\nAssistant: Hello.\n\nHuman: How are you?\n\nAssistant: {}"
+    pair = only({"prompt": "\n\nHuman: Hi", "chosen": side.format("Fine."), "rejected": side.format("Bad.")})
+    assert [turn["content"] for turn in pair.chosen] == ["Hi", "Hello.", "How are you?", "Fine."]
+
+
+@pytest.mark.parametrize("prompt", ["And now?", "user: Is the oven hot?\nassistant: Yes, it is.\nuser: And now?"])
+def test_a_prompt_that_the_sides_hold_already_is_not_put_in_front(prompt):
+    before = [QUESTION, YES, {"role": "user", "content": "And now?"}]
+    pair = only({"prompt": prompt, "chosen": [*before, YES], "rejected": [*before, NO]})
+    assert pair.chosen == [*before, YES] and pair.rejected == [*before, NO]
+
+
+def test_a_conversation_of_inputs_and_outputs_is_one_of_turns():
+    conversation = [{"input": QUESTION["content"], "output": YES["content"]}]
+    pair = only({"conversation": conversation, "chosen": [QUESTION, YES], "rejected": [QUESTION, NO]})
+    assert (pair.chosen, pair.rejected) == ([QUESTION, YES], [QUESTION, NO])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": QUESTION["content"], "output_1": NO["content"], "output_2": YES["content"], "label": 2},
+        {"prompt": QUESTION["content"], "response_a": YES["content"], "response_b": NO["content"], "winner_model_a": 1,
+         "winner_model_b": 0, "winner_tie": 0},
+    ],
+    ids=["OffsetBias", "votes"],
+)  # fmt: skip
+def test_labels_that_pick_one_of_two_replies(row):
+    pair = only(row)
+    assert (pair.chosen, pair.rejected) == ([QUESTION, YES], [QUESTION, NO])
+
+
+def test_a_row_of_several_replies_is_lost_only_if_all_its_pairs_are(write_rows, tokenizer):
+    rows = [
+        {"prompt": f"Is oven {n} hot?", "completions": [
+            {"response": "Yes, it is.", "overall_score": 3}, {"response": "", "overall_score": 2},
+            {"response": "No.", "overall_score": 1}]}
+        for n in range(60)
+    ]  # fmt: skip
+    train, test = data.load_pairs(str(write_rows(rows)), tokenizer)
+    assert train.counts.rows + test.counts.rows == 60 == len(train) + len(test)
+    train.check_skipped()
+    assert train.counts.count["no_reply"] == len(train) and test.counts.count["no_reply"] == len(test) > 0
+
+
+def test_a_template_that_wants_the_arguments_of_calls_as_text_gets_them(base):
+    wants_text = models.load_tokenizer(base)
+    wants_text.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% for call in m.tool_calls or [] %}"
+        "{{ call.function.name + ' ' + call.function.arguments }}{% endfor %}\n{% endfor %}"
+    )
+    call = {"function": {"name": "oven", "arguments": '{"number": 1}'}}
+    dialogue = messages.normalized(
+        [QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}], "chosen", None
+    )
+    assert tokenization.render([dialogue], wants_text)[0].endswith('assistant: oven {"number": 1}')

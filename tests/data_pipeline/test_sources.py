@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import os
+import shutil
 
 import pytest
 
@@ -362,6 +363,20 @@ def test_a_folder_of_what_was_saved_to_disk_is_read_by_name(tmp_path, capsys):
     assert [len(read_part(dataclasses.replace(source, part="all"))) for source in found.train] == [3, 4]
     assert not found.notes
     assert len(read_part(dataclasses.replace(find(tmp_path / "sets", subset="two")[0], part="all"))) == 4
+    shutil.copytree(tmp_path / "splits" / "train", tmp_path / "mixed" / "alpha")
+    rows = datasets.Dataset.from_list([{"chosen": [QUESTION, YES], "rejected": [QUESTION, NO]}])
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(tmp_path / "mixed" / "beta"))
+    found = sources.find_sources(sources.DataSpec(str(tmp_path / "mixed")))
+    assert [source.name for source in found.train] == [f"{tmp_path / 'mixed' / 'beta'} train"]
+    assert found.notes == (f"left aside in {tmp_path / 'mixed'}: alpha (--subset takes one)",)
+
+
+def test_every_file_that_is_left_aside_is_named(tmp_path):
+    for name in ("train", "extra", "more"):
+        write_as(tmp_path / f"{name}.jsonl", [GOOD_ROW])
+    found = sources.find_sources(sources.DataSpec(str(tmp_path)))
+    assert found.notes == (f"left aside in {tmp_path}: extra, more (--split and --test_split take one)",)
+    assert find(tmp_path, split="extra")[0].files == (tmp_path / "extra.jsonl",)
 
 
 def test_a_name_without_its_suffix_is_guessed_when_the_hub_has_none(tmp_path, monkeypatch):

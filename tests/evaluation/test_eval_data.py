@@ -179,6 +179,82 @@ def test_what_was_trained_on_is_known_when_its_files_have_moved_or_changed(evalu
     assert evaluate(third, "--split", "all", "--no_untrained_baseline", dataset=file)["n"] == 24
 
 
+@pytest.fixture
+def trained_sets(base, tmp_path, monkeypatch, capsys):
+    """Runs trained on rows `first` (0 to 29), and from there on `second` (30 to 49, tested on 20 to 59)."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Hello {n}?", "chosen": f"a long reply {n}", "rejected": "no"} for n in range(80)]
+
+    def write(name, numbers):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(rows[n]) + "\n" for n in numbers))
+        return path
+
+    common = ["--batch_size", "8", "--grad_accum", "1", "--eval_num_batches", "0", "--no_report"]
+    write("first/train.jsonl", range(30))
+    write("first/test.jsonl", range(70, 80))
+    train_rm.main(["--model", base, "--dataset", "first", "--run_name", "first", *common])
+    write("second/train.jsonl", range(30, 50))
+    write("second/test.jsonl", range(20, 60))
+    train_rm.main(["--model", "checkpoints/rm/first", "--dataset", "second", "--run_name", "second", *common])
+    resume = ["--resume_from", "checkpoints/rm/first", "--dataset", "second", "--allow_data_change", "--epochs", "9"]
+    train_rm.main([*resume, "--run_name", "resumed", "--no_report"])
+    assert capsys.readouterr().out.count("skipped 30: a model was trained on it") == 2
+    return rows, write, {name: manifest.find(f"checkpoints/rm/{name}") for name in ("first", "second", "resumed")}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_test_split_of_ones_own_is_scored_without_what_was_trained_on_before(evaluate, trained_sets):
+    """Ten of its rows were of the run that this one began from, twenty are of its own training file."""
+    _, write, runs = trained_sets
+    for name in ("second", "resumed"):
+        found = evaluate(runs[name], "--no_untrained_baseline", dataset=None)
+        assert (found["n"], found["rows"]["why"]) == (10, {"trained_on": 30}), name
+    for pair in (("second", "first"), ("first", "second")):
+        found = evaluate(runs[pair[0]], "--against", runs[pair[1]], "--no_untrained_baseline", dataset="second")
+        assert (found["n"], found["rows"]["why"]) == (10, {"trained_on": 30}), pair
+    write("first/test.jsonl", range(10, 40))  # the split was drawn again
+    found = evaluate(runs["first"], "--no_untrained_baseline", dataset=None)
+    assert (found["n"], found["rows"]["why"]) == (10, {"trained_on": 20})
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_pair_is_known_in_whatever_form_and_split_it_comes(evaluate, trained_sets, tmp_path, capsys):
+    rows, write, runs = trained_sets
+
+    def as_messages(row, **more):
+        prompt = {"role": "user", "content": row["prompt"], **more}
+        return {side: [prompt, {"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
+
+    system = {"role": "system", "content": ""}
+    forms = {
+        "an empty system turn": lambda row: {side: [system, *turns] for side, turns in as_messages(row).items()},
+        "a weight": lambda row: as_messages(row, weight=1),
+        "no calls": lambda row: as_messages(row, tool_calls=[]),
+        "the other way round": lambda row: {**row, "chosen": row["rejected"], "rejected": row["chosen"]},
+    }
+    for number, (form, change) in enumerate(forms.items()):
+        file = tmp_path / f"form{number}" / "validation.jsonl"
+        file.parent.mkdir()
+        file.write_text("".join(json.dumps(change(row)) + "\n" for row in rows[20:40]))
+        for split in ("test", "validation"):
+            found = evaluate(runs["first"], "--no_untrained_baseline", "--split", split, dataset=file.parent)
+            assert (found["n"], found["rows"]["why"]) == (10, {"trained_on": 10}), (form, split)
+        with pytest.raises(UserError, match="what the model was trained on"):
+            evaluate(runs["first"], "--against", runs["second"], dataset=file.parent)
+        assert evaluate(runs["first"], "--split", "all", "--no_untrained_baseline", dataset=file.parent)["n"] == 20
+    found = evaluate(runs["first"], "--no_untrained_baseline", "--max_pairs", "5", dataset=file.parent)
+    assert found["n"] == 5 and "10 rows that a model was trained on cannot be drawn" in capsys.readouterr().out
+    bare = tmp_path / "bare"
+    shutil.copytree(runs["first"], bare)
+    for name in ("train_config.json", "training_state.json", "manifest.json"):
+        (bare / name).unlink()
+    assert evaluate(bare, "--no_untrained_baseline", dataset=file.parent)["n"] == 10, "as one would share a model"
+    write("first/train.jsonl", range(60, 70))  # other rows in the place of those that were trained on
+    assert evaluate(runs["first"], "--no_untrained_baseline", dataset="first/train.jsonl")["n"] == 10
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_of_a_file_that_has_changed_since_neither_old_nor_new_training_rows_are_scored(evaluate, base, tmp_path):
     """Prompts were held out; with what was added most rows share one, and rows are held out."""
@@ -193,8 +269,8 @@ def test_of_a_file_that_has_changed_since_neither_old_nor_new_training_rows_are_
     found = evaluate(manifest.find("checkpoints/rm/one"), "--no_untrained_baseline", "--scores_out", "s.jsonl",
                      dataset=None)  # fmt: skip
     scored = {line["row"] for line in lines_of("s.jsonl") if "reward_chosen" in line}
-    assert found["rows"]["why"]["trained_on"] > 0
-    assert {row for row in scored if row <= 200} <= held_out and len(scored) > 5
+    assert {row for row in scored if row <= 200} == held_out and len(scored) == len(held_out) + 400
+    assert found["rows"]["read"] == len(scored), "the rest of the file is not of its test split"
 
 
 @pytest.mark.usefixtures("undrawn")
