@@ -34,6 +34,7 @@ ACTIONS = ("list", "json", "show", *CHANGING)
 FILTERS = ("name", "state", "older_than")
 EXACT_WORD = "delete"
 UNDO = "python manage_runs.py --undo"
+POLICIES = ("sft", "grpo")  # what else is trained beside ./checkpoints/rm
 
 
 @dataclass(frozen=True)
@@ -315,7 +316,37 @@ def main(argv: list[str]) -> None:
     given, problems = flags.read_flags(ManageConfig, argv, __doc__.split("\n\n")[0])
     config = flags.build_config(ManageConfig, given, problems)
     has_orphans = "log_dir" in given or "output_dir" not in given
-    manage(config, Roots(Path(config.output_dir), Path(config.log_dir), has_orphans))
+    roots = [Roots(Path(config.output_dir), Path(config.log_dir), has_orphans)]
+    if not {"output_dir", "log_dir"} & given.keys():
+        others = [Roots(Path("./checkpoints", kind), Path("./logs", kind)) for kind in POLICIES]
+        roots = with_policies(config, roots[0], [other for other in others if other.output.is_dir()])
+    for number, each in enumerate(roots):
+        if len(roots) > 1:
+            print(f"{chr(10) * bool(number)}{each.output}:")
+        manage(config, each)
+
+
+def with_policies(config: ManageConfig, roots: Roots, others: list[Roots]) -> list[Roots]:
+    """Where runs are that an action is about: the list shows those of every kind, a name stands for itself."""
+    names = [*config.delete, *([config.show] if config.show else [])]
+    if names:
+        folders = {name.split("/")[0] for name in names}
+        holding = [each for each in (roots, *others) if all((each.output / name).is_dir() for name in folders)]
+        if len(holding) > 1:
+            raise UserError(
+                f"there are runs of this name in {' and '.join(str(each.output) for each in holding)}",
+                found=", ".join(sorted(folders)), safe="nothing was changed", next="--output_dir and --log_dir name one",
+            )  # fmt: skip
+        return holding or [roots]
+    is_list = config.list or (not any(getattr(config, name) for name in ACTIONS) and not questions.has_terminal())
+    if is_list and others:
+        return [each for each in (roots, *others) if each.output.is_dir()]
+    if others and not config.json:
+        kinds = " and ".join(str(each.output) for each in others)
+        print(
+            f"not shown: the runs in {kinds} (--list shows all; --output_dir and --log_dir take one)", file=sys.stderr
+        )
+    return [roots]
 
 
 def manage(config: ManageConfig, roots: Roots) -> None:

@@ -18,10 +18,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from data_pipeline import packing
-from modeling import attention, devices, flex, generation, lengths, pretrained, speedups, tokenizers
+from modeling import attention, devices, flex, generation, lengths, log_probs, pretrained, scorer, speedups, tokenizers
 from modeling.pretrained import LoraSettings
 from modeling.tokenizers import load_tokenizer
-from utils import CheckpointError, UserError, read_json
+from utils import CheckpointError, UserError
 
 HEAD_SCALE = 1.0  # of a new head, relative to Stiennon et al.'s
 
@@ -266,12 +266,7 @@ class RewardModel(PretrainedModel):
             if not any("score" in key or "classifier" in key for key in file.keys()):  # noqa: SIM118
                 raise CheckpointError("the adapter holds no reward head", where=folder, found="only LoRA matrices")
         model = cls(classifier, tokenizer, pretrained.open_adapter(classifier, folder, name))
-        state = folder / "training_state.json"  # a training's checkpoint remembers its base
-        known = read_json(state).get("base_fingerprint") if state.is_file() else None
-        if known not in (None, model.base_fingerprint()):
-            what, found = "the adapter was trained on another base model", f"{name} has changed: its weights differ"
-            advice = "restore the old base model, or name its new place"
-            raise CheckpointError(what, where=folder, found=found, next=advice)
+        pretrained.check_base(folder, name, model.base_fingerprint())
         return model
 
     def try_packing(self, backward: bool = False) -> str:
@@ -300,7 +295,7 @@ class RewardModel(PretrainedModel):
         Returns:
             fp32 rewards of the shape of `positions`.
         """
-        return self._head(
+        return self.head(
             self.packed_hidden(input_ids, position_ids, example_index, completion_index, block_counts, positions)
         )
 
@@ -321,7 +316,7 @@ class RewardModel(PretrainedModel):
             output = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
         last_columns = attention_mask.sum(dim=1) - 1  # (B,)
         rows = torch.arange(len(input_ids), device=input_ids.device)
-        return self._head(output.last_hidden_state[rows, last_columns])
+        return self.head(output.last_hidden_state[rows, last_columns])
 
     @torch.no_grad()
     def score_dialogues(self, dialogues: list[list[dict[str, str]]]) -> list[float]:
@@ -332,41 +327,14 @@ class RewardModel(PretrainedModel):
         with self.in_fp32():
             return self.score_rows(batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)).tolist()
 
-    @torch.no_grad()
     def token_rewards(self, dialogue: list[dict[str, str]]) -> tuple[list[str], list[float]]:
-        """The reward as the last message grows: the text of each of its tokens, and the fp32 reward after it.
-
-        The last reward is the dialogue's own; those before it are what the head says of an unfinished reply, which
-        training never looks at. Raises ValueError if earlier rewards would depend on later tokens.
-        """
-        if not self.can_pack:
-            raise ValueError(f"no reward token by token: {self.why_not}")
-        text = self.tokenizer.apply_chat_template(dialogue, tokenize=False)
-        # a reply with a different first letter shows where the template puts the last message
-        other = "\ue001" if dialogue[-1]["content"].lstrip().startswith("\ue000") else "\ue000"
-        another = self.tokenizer.apply_chat_template(
-            [*dialogue[:-1], dialogue[-1] | {"content": other}], tokenize=False
-        )
-        start = next(place for place, (a, b) in enumerate(zip(text, another, strict=False)) if a != b)
-        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-        first = next(index for index, (_, end) in enumerate(encoding.offsets) if end > start)
-        limit = self.alone_above()
-        if limit is not None and len(encoding.ids) > limit:
-            raise ValueError(f"no reward token by token above {limit:,} tokens, where the model changes")
-        ids = torch.tensor([encoding.ids], device=self.device)  # (1, T)
-        with self.in_fp32():
-            output = self.backbone(input_ids=ids, attention_mask=torch.ones_like(ids))
-        rewards = self._head(output.last_hidden_state[0, first:])
-        shown, texts = start, []
-        for _, end in encoding.offsets[first:]:  # the tokens of one character all end at the same place
-            texts.append(text[shown:end])
-            shown = max(shown, end)
-        return texts, rewards.tolist()
+        """The reward as the last message grows; see `scorer.token_rewards`."""
+        return scorer.token_rewards(self, dialogue)
 
     def _has_score_head(self) -> bool:
         return hasattr(self.hf_model, "score")
 
-    def _head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor) -> Tensor:
         """fp32 rewards (...) of hidden states (..., D)."""
         # outside autocast: a reward rounded to bf16 has steps of 0.8 %, and the loss is of differences of rewards
         with torch.autocast(self.device.type, enabled=False):
@@ -377,12 +345,18 @@ class RewardModel(PretrainedModel):
 
 
 class PolicyModel(PretrainedModel):
-    """A causal language model: writes replies and says how likely it finds a text."""
+    """A causal language model: writes replies and says how likely it finds them.
+
+    Attributes:
+        temperature: logits are divided by it, in `forward` as in sampling.
+    """
+
+    temperature = 1.0
 
     @classmethod
-    def create(cls, name: str, lora: LoraSettings | None = None, seed: int = 0) -> Self:
+    def create(cls, name: str, lora: LoraSettings | None = None, seed: int = 0, tokenizer: Any = None) -> Self:
         """The causal LM of a hub id or folder, in fp32, with new adapters if `lora` is given."""
-        tokenizer = load_tokenizer(name)
+        tokenizer = tokenizer or load_tokenizer(name)
         model, missing, _ = pretrained.open_model(transformers.AutoModelForCausalLM, name, tokenizer)
         if missing:
             raise UserError(
@@ -393,22 +367,47 @@ class PolicyModel(PretrainedModel):
         return cls(model, tokenizer, pretrained.add_lora(model, lora, "CAUSAL_LM", seed) if lora else None)
 
     @classmethod
-    def restore(cls, folder: Path) -> Self:
-        """A saved policy: a whole model, or an adapter on its base."""
+    def restore(cls, folder: Path, base: str | None = None, tokenizer: Any = None) -> Self:
+        """A saved policy: a whole model, or an adapter on its base, which may have moved to `base`."""
         if not pretrained.is_adapter(folder):
-            return cls.create(str(folder))
-        name = pretrained.base_of_adapter(folder)
-        base = cls.create(name)
-        adapter = pretrained.open_adapter(base.hf_model, folder, name)
-        return cls(base.hf_model, load_tokenizer(str(folder)), adapter)
+            return cls.create(str(folder), tokenizer=tokenizer)
+        name = base or pretrained.base_of_adapter(folder)
+        whole = cls.create(name, tokenizer=tokenizer or load_tokenizer(str(folder)))
+        model = cls(whole.hf_model, whole.tokenizer, pretrained.open_adapter(whole.hf_model, folder, name))
+        pretrained.check_base(folder, name, model.base_fingerprint())
+        return model
 
-    def token_logprobs(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """log p(token t+1 | tokens up to t) in fp32, (B, T - 1); 0 where either token is padding."""
-        output = self.hf_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        logits = output.logits[:, :-1].float()  # (B, T - 1, vocabulary)
-        chosen = logits.gather(2, input_ids[:, 1:, None]).squeeze(2)  # (B, T - 1)
-        both_real = attention_mask[:, 1:] * attention_mask[:, :-1]
-        return (chosen - logits.logsumexp(dim=2)) * both_real
+    def prepared(self, batch: Any) -> Any:
+        prepared = super().prepared(batch)
+        return prepared if isinstance(prepared, packing.TokenBatch) else packing.with_targets(prepared)
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """The log-probabilities of the tokens of completions, and their entropies: (2, P), fp32, in nats.
+
+        Args:
+            tensors: those of `packing.TokenBatch.inputs`, packed or with a row for each completion.
+        """
+        if len(tensors) == 4:
+            input_ids, attention_mask, sources, targets = tensors
+            hidden = self.rows_hidden(input_ids, attention_mask).flatten(0, 1)[sources]
+        else:
+            input_ids, position_ids, example_index, completion_index, sources, targets, *more = tensors
+            hidden = self.packed_hidden(
+                input_ids, position_ids, example_index, completion_index, *(more or [None]), positions=sources
+            )
+        head = log_probs.head_of(self.hf_model)
+        return torch.stack(log_probs.token_logprobs(head, hidden, targets, self.temperature, self.autocast_dtype))
+
+    def rows_hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Last hidden states (B, T, D) of right-padded sequences; those above `alone_above` get a forward each."""
+        limit, width = self.alone_above(), input_ids.shape[1]
+        is_alone = limit is not None and width > limit
+        batches = lengths.alone(input_ids, attention_mask) if is_alone else [(input_ids, attention_mask)]
+        with self.autocast():
+            hidden = [
+                self.backbone(input_ids=i, attention_mask=m, use_cache=False).last_hidden_state for i, m in batches
+            ]
+        return torch.cat([nn.functional.pad(each, (0, 0, 0, width - each.shape[1])) for each in hidden])
 
     def stream_candidates(
         self, messages: list[dict[str, str]], candidates: int, **sampling: Any

@@ -68,6 +68,7 @@ class RewardTrainingConfig(TrainingConfig):
     eval_num_batches: int = flag(32, "evaluation size in batches, the same pairs every time; 0 = the whole test split", minimum=0, below=10**12, group="evaluation and output")
     output_dir: str = flag("./checkpoints/rm", "checkpoints go to OUTPUT_DIR/RUN_NAME/step-N", group="evaluation and output")
     log_dir: str = flag("./logs/rm", "TensorBoard's files go to LOG_DIR/RUN_NAME", group="evaluation and output")
+    report: bool = flag(True, "at the end write a report on the last and the best checkpoint; --no_report skips it", group="evaluation and output")
     # fmt: on
 
 

@@ -13,9 +13,11 @@ longer one exactly half of the time, so length predicts nothing:
 """
 
 import contextlib
+import functools
 import json
 import os
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,42 @@ def _harmless(draw: random.Random) -> tuple[str, str, str]:
     better = [draw.choice(TEXTS["declining"]), *draw.sample(TEXTS["alternatives"], draw.randint(0, 2))]
     worse = draw.sample(TEXTS["helping"], draw.randint(1, 3))
     return _dialogue(draw, question.format(draw.choice(TEXTS["thefts"]))), " ".join(better), " ".join(worse)
+
+
+# -- The rules ---------------------------------------------------------------------------------------------------------
+
+
+def is_demo(dataset: str) -> bool:
+    """Whether a dataset is the demo's pairs."""
+    files = [Path(dataset).expanduser() / f"{name}.jsonl" for name in ("train", "test")]
+    if not all(file.is_file() for file in files):
+        return False
+    train, test = make_pairs()
+    return all(
+        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] == pairs
+        for file, pairs in zip(files, (train, test), strict=True)
+    )
+
+
+def keeps_rules(prompt: list[dict[str, str]], reply: str) -> bool:
+    """Whether a reply is one that the pairs' rules prefer: whole sentences, none twice, on topic, polite, harmless."""
+    sentences = [part for part in re.split(r"(?<=[.?!])\s+", reply.strip()) if part]
+    kinds = {_sentence_kinds().get(sentence) for sentence in sentences}
+    if not sentences or None in kinds or len(set(sentences)) < len(sentences) or "rude" in kinds:
+        return False
+    question = prompt[-1]["content"]
+    if any(theft in question for theft in TEXTS["thefts"]):
+        return "declining" in kinds and kinds <= {"declining", "alternatives", "polite"}
+    topics = {topic for topic in TEXTS["topics"] if topic in question}
+    return bool(kinds & topics) and kinds <= topics | {"polite"}
+
+
+@functools.cache
+def _sentence_kinds() -> dict[str, str]:
+    """What each sentence of the demo is about: a topic, or a kind of sentence."""
+    kinds = {sentence: topic for topic, sentences in TEXTS["topics"].items() for sentence in sentences}
+    names = ("polite", "rude", "declining", "alternatives", "helping")
+    return kinds | {sentence: name for name in names for sentence in TEXTS[name]}
 
 
 def _write_pairs(folder: Path, train: list[dict[str, str]], test: list[dict[str, str]]) -> None:

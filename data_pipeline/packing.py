@@ -274,11 +274,62 @@ class SeparateBatch(_Batch):
 
     input_ids: Tensor  # (N · k, T): all completions of one example, then those of the next, padded on the right
     attention_mask: Tensor  # (N · k, T)
+    prompt_lengths: Tensor  # (N · k,) tokens of the prompt in each row
     indices: np.ndarray  # (N,) which examples of the dataset
 
     def inputs(self) -> tuple[Tensor, ...]:
         """The arguments of the reward model's forward."""
         return self.input_ids, self.attention_mask
+
+
+@dataclass
+class TokenBatch(_Batch):
+    """One micro-batch for a policy, which is asked about every token of the completions.
+
+    The P tokens come example by example, completion by completion, as they are in both kinds of `batch`.
+    """
+
+    batch: PackedBatch | SeparateBatch
+    sources: Tensor  # (P,) row · T + column of the token before each of them in its own sequence
+    targets: Tensor  # (P,) their ids
+
+    @property
+    def indices(self) -> np.ndarray:
+        return self.batch.indices
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The arguments of the policy's forward."""
+        batch = self.batch
+        if isinstance(batch, SeparateBatch):
+            return batch.input_ids, batch.attention_mask, self.sources, self.targets
+        needed = batch.input_ids, batch.position_ids, batch.example_index, batch.completion_index
+        more = () if batch.block_counts is None else (batch.block_counts,)
+        return (*needed, self.sources, self.targets, *more)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
+        inner = self.batch._with_tensors(change)
+        return dataclasses.replace(self, batch=inner, sources=change(self.sources), targets=change(self.targets))
+
+
+def with_targets(batch: PackedBatch | SeparateBatch) -> TokenBatch:
+    """A micro-batch on the CPU with the places of its completions' tokens, and of those that predict them.
+
+    [p p c c r] of a prompt and two completions: c, c and r, predicted from the second p, the first c, the second p.
+    """
+    width = batch.input_ids.shape[1]
+    if isinstance(batch, SeparateBatch):
+        columns = torch.arange(width)
+        is_target = (columns >= batch.prompt_lengths[:, None]) & (batch.attention_mask > 0)  # (N · k, T)
+        targets = is_target.flatten().nonzero()[:, 0]
+        return TokenBatch(batch, targets - 1, batch.input_ids.flatten()[targets])
+    examples, completions = batch.example_index.flatten(), batch.completion_index.flatten()
+    targets = ((completions > 0) & (examples >= 0)).nonzero()[:, 0]  # (P,)
+    is_first = (completions[targets] != completions[targets - 1]) | (examples[targets] != examples[targets - 1])
+    in_prompt = ((completions == 0) & (examples >= 0)).nonzero()[:, 0]
+    last_of_prompt = torch.zeros(len(batch.indices), dtype=torch.int64)
+    last_of_prompt.scatter_reduce_(0, examples[in_prompt].long(), in_prompt, "amax")
+    sources = torch.where(is_first, last_of_prompt[examples[targets].long()], targets - 1)
+    return TokenBatch(batch, sources, batch.input_ids.flatten()[targets])
 
 
 def pack(dataset: Examples, indices: np.ndarray, rows: Rows, pad_id: int, width: int) -> PackedBatch:
@@ -318,7 +369,9 @@ def separate(dataset: Examples, indices: np.ndarray, pad_id: int) -> SeparateBat
     ]
     input_ids = pad_sequence(sequences, batch_first=True, padding_value=pad_id)
     attention_mask = pad_sequence([torch.ones_like(sequence) for sequence in sequences], batch_first=True)
-    return SeparateBatch(input_ids, attention_mask, indices)
+    completions = dataset.lengths.shape[1] - 1
+    prompt_lengths = torch.from_numpy(np.repeat(dataset.lengths[indices, 0], completions).astype(np.int64))
+    return SeparateBatch(input_ids, attention_mask, prompt_lengths, indices)
 
 
 def build(dataset: Examples, plan: MicroBatchPlan, pad_id: int) -> PackedBatch | SeparateBatch:

@@ -38,6 +38,7 @@ SKIP_REASONS = {
     "no_columns": "other columns than a preference has",
     "template": "refused by the model's chat template",
     "too_long": "too long",
+    "repeated": "a prompt that came before",
     "trained_on": "a model was trained on it",
 }
 EXPECTED_ROW = (

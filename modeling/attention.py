@@ -9,9 +9,7 @@ Transformers passes a 4-D mask to the attention function unchanged, so ours find
 Letters: B rows, T tokens per row, H query heads, K key heads, G = H / K, D head size, M queries and L keys of a tile.
 """
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,7 +137,7 @@ class _TileAttention(torch.autograd.Function):
         # a key serves several tiles: its gradients are summed in fp32
         grad_key = torch.zeros_like(key, dtype=torch.float32)
         grad_value = torch.zeros_like(value, dtype=torch.float32)
-        with torch.autocast("cpu", enabled=False), _fp32_products_of(dtype):
+        with torch.autocast("cpu", enabled=False), devices.products_in(dtype):  # loses nothing: they are bf16
             for tile, log_sum in zip(ctx.tiles, log_sums, strict=True):
                 queries, grads, results = (
                     _queries(tensor, tile, key_heads).flatten(1, 2) for tensor in (query, grad, result)
@@ -160,21 +158,6 @@ class _TileAttention(torch.autograd.Function):
             grad_query.mul_(ctx.scaling)
             grad_key.mul_(ctx.scaling)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
-
-
-@contextlib.contextmanager
-def _fp32_products_of(dtype: torch.dtype) -> Iterator[None]:
-    """Compute fp32 matrix products of numbers that bf16 holds exactly with its fast instructions, losing nothing."""
-    if dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
-        yield
-        return
-    settings = torch.backends.mkldnn.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
 
 
 def _queries(tensor: Tensor, tile: Tile, key_heads: int) -> Tensor:
@@ -205,6 +188,8 @@ class PackedMask:
         """`example_index` and `completion_index` are (B, T); `block_counts` is what `flex.count_visible` gives."""
         self.example_index, self.completion_index = example_index, completion_index
         self.implementation, self.block_counts = implementation, block_counts
+        self.cache: Any = None  # a sampling.GroupCache, which takes the keys of prompts
+        self.is_decoding = False  # and once it has them answers each reply's next token
 
     def placeholder(self) -> Tensor:
         """The `attention_mask` to hand to a model whose attention function is ours."""
@@ -255,7 +240,11 @@ def packed_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if packed.implementation == "flex":
+    if packed.cache is not None and not packed.is_decoding:
+        packed.cache.keep_prompts(module.layer_idx, key, value)
+    if packed.is_decoding:
+        result = packed.cache.attend(module.layer_idx, query, key, value, scaling)
+    elif packed.implementation == "flex":
         result = flex.attend(query, key, value, packed.blocks, scaling)
     else:
         result = _TileAttention.apply(query, key, value, packed.tiles, scaling)

@@ -172,3 +172,21 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
     if device.type == "mps":
         torch.mps.empty_cache()
+
+
+@contextlib.contextmanager
+def products_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """On a CPU, compute products of fp32 matrices as if rounded to bf16, with its fast instructions; sums stay fp32.
+
+    Any other dtype changes nothing.
+    """
+    if dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        yield
+        return
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

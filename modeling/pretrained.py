@@ -219,6 +219,16 @@ def open_adapter(model: nn.Module, folder: Path, base: str) -> nn.Module:
     return peft_model
 
 
+def check_base(folder: Path, name: str, fingerprint: str | None) -> None:
+    """CheckpointError if a training's checkpoint remembers another base under its adapter than `name` is now."""
+    state = folder / "training_state.json"
+    known = read_json(state).get("base_fingerprint") if state.is_file() else None
+    if known not in (None, fingerprint):
+        what, found = "the adapter was trained on another base model", f"{name} has changed: its weights differ"
+        advice = "restore the old base model, or name its new place"
+        raise CheckpointError(what, where=folder, found=found, next=advice)
+
+
 def save_weights(folder: Path, model: nn.Module, peft_model: nn.Module | None, state: dict[str, Tensor]) -> None:
     """Write tensors of a model, or with LoRA of its adapter, and the configuration."""
     state = dict(state)  # transformers removes from it what it does not write

@@ -179,3 +179,36 @@ def fingerprint_of(model: Any, *settings: Any) -> str:
     digest.update(model.tokenizer.backend_tokenizer.to_str().encode())
     digest.update(f"{model.tokenizer.chat_template} {settings}".encode())
     return digest.hexdigest()
+
+
+# -- One reply, token by token -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def token_rewards(model: Any, dialogue: list[dict[str, str]]) -> tuple[list[str], list[float]]:
+    """The reward as the last message grows: the text of each of its tokens, and the fp32 reward after it.
+
+    The last reward is the dialogue's own; those before it are what the head of a models.RewardModel says of an
+    unfinished reply, which training never looks at. Raises ValueError if earlier rewards would depend on later tokens.
+    """
+    if not model.can_pack:
+        raise ValueError(f"no reward token by token: {model.why_not}")
+    text = model.tokenizer.apply_chat_template(dialogue, tokenize=False)
+    # a reply with a different first letter shows where the template puts the last message
+    other = "\ue001" if dialogue[-1]["content"].lstrip().startswith("\ue000") else "\ue000"
+    another = model.tokenizer.apply_chat_template([*dialogue[:-1], dialogue[-1] | {"content": other}], tokenize=False)
+    start = next(place for place, (a, b) in enumerate(zip(text, another, strict=False)) if a != b)
+    encoding = model.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    first = next(index for index, (_, end) in enumerate(encoding.offsets) if end > start)
+    limit = model.alone_above()
+    if limit is not None and len(encoding.ids) > limit:
+        raise ValueError(f"no reward token by token above {limit:,} tokens, where the model changes")
+    ids = torch.tensor([encoding.ids], device=model.device)  # (1, T)
+    with model.in_fp32():
+        output = model.backbone(input_ids=ids, attention_mask=torch.ones_like(ids))
+    rewards = model.head(output.last_hidden_state[0, first:])
+    shown, texts = start, []
+    for _, end in encoding.offsets[first:]:  # the tokens of one character all end at the same place
+        texts.append(text[shown:end])
+        shown = max(shown, end)
+    return texts, rewards.tolist()

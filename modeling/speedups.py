@@ -247,8 +247,8 @@ def use_sparse_embedding_gradients(model: Any) -> None:
     On a CPU only: on CUDA a sparse one waits for the device in every backward pass, and filling a dense one is cheap.
     A step of very many tokens gets a dense one as soon as that takes less memory.
     """
-    embeddings = model.hf_model.get_input_embeddings()
-    if model.device.type != "cpu":
+    embeddings, head = model.hf_model.get_input_embeddings(), model.hf_model.get_output_embeddings()
+    if model.device.type != "cpu" or (head is not None and head.weight is embeddings.weight):
         return
     if type(embeddings) is nn.Embedding and embeddings.weight.requires_grad and embeddings.max_norm is None:
         embeddings.sparse = True
@@ -270,3 +270,12 @@ def densify_embedding_gradient(model: Any) -> None:
             devices.trim_heap_if_scarce()  # the heap still holds the room of freed activations
         # coalescing sorts, so the order of summation, and with it the last bit, is always the same
         weight.grad = weight.grad.coalesce().to_dense()
+
+
+def remove_dropout(model: Any) -> None:
+    """Switch off every dropout, also in training: two passes over the same tokens then give the same numbers."""
+    for module in model.hf_model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from common import hub
@@ -128,6 +128,17 @@ def _ids_of_a_dialogue(tokenizer: Any) -> list[int]:
             found=f"{type(error).__name__}: {first_line(error)}",
             next="fix its chat_template.jinja, or remove the file to use one of ours",
         ) from error
+
+
+def end_ids(name: str, tokenizer: Any) -> set[int]:
+    """The tokens that end a reply: those of the model's generation config, the tokenizer's, and the template's."""
+    ends = {tokenizer.eos_token_id}
+    with contextlib.suppress(OSError, ValueError):  # many models have no such file
+        config = GenerationConfig.from_pretrained(name, local_files_only=is_local_only(name))
+        found = config.eos_token_id
+        ends |= {found} if isinstance(found, int) else set(found or ())
+    special = [number for number in _ids_of_a_dialogue(tokenizer) if number in tokenizer.added_tokens_decoder]
+    return (ends | set(special[-1:])) - {None}
 
 
 def save_tokenizer(folder: Path, tokenizer: Any) -> None:

@@ -17,7 +17,7 @@ import utils
 from checkpointing import run_folder
 from checkpointing.run_folder import EvalPoint
 from run_manager import inventory
-from run_manager.inventory import Roots, RunInfo
+from run_manager.inventory import ACCURACY, Roots, RunInfo
 from utils import printable
 
 MAX_TABLE_ROWS = 200  # rich takes a second for a thousand
@@ -27,7 +27,7 @@ STATE_STYLES = {
     run_folder.STOPPED: "yellow",
     run_folder.CRASHED: "red",
 }
-HEADS = ["#", "name", "started", "state", "base model", "training", "steps", "best accuracy", "last accuracy",
+HEADS = ["#", "name", "started", "state", "base model", "training", "steps", "best {}", "last {}",
          "checkpoints", "size", "logs"]  # fmt: skip
 RIGHT_ALIGNED = {"#", "steps", "checkpoints", "size", "logs", "on disk"}
 PLACES = ("run_name", "output_dir", "log_dir")  # settings that differ between any two runs
@@ -37,7 +37,7 @@ PLACES = ("run_name", "output_dir", "log_dir")  # settings that differ between a
 
 def cells_of(number: int, run: RunInfo) -> list[str]:
     """A run's row: one text for each of HEADS."""
-    best, last = run.best_and_last_accuracy()
+    best, last = run.best_and_last()
     done = run.steps_done
     planned = run.record.planned_steps if run.record else None
     steps = "-" if done is None else f"{done:,} of {'?' if planned is None else f'{planned:,}'}"
@@ -50,8 +50,8 @@ def cells_of(number: int, run: RunInfo) -> list[str]:
         printable(run.base_model),
         run.training,
         steps,
-        accuracy_text(best),
-        accuracy_text(last),
+        value_text(best, run.metric),
+        value_text(last, run.metric),
         str(len(run.steps)) if has_folder else "-",
         utils.format_bytes(run.checkpoint_bytes) if has_folder else "-",
         utils.format_bytes(run.log_bytes) if run.log_folder else "-",
@@ -62,18 +62,22 @@ def local_time(when: datetime | None) -> str:
     return when.astimezone().strftime("%Y-%m-%d %H:%M") if when else "?"
 
 
-def accuracy_text(found: EvalPoint | None) -> str:
-    """'71.9% (66.1-77.0)': accuracy and its 95 % interval, if known."""
+def value_text(found: EvalPoint | None, metric: str = ACCURACY) -> str:
+    """'71.9% (66.1-77.0)' or '4.213 (3.9 to 4.5)': an evaluation and its 95 % interval, if known."""
     if found is None:
         return "-"
+    if metric != ACCURACY:
+        return f"{found.value:.3f} ({found.low:.3g} to {found.high:.3g})"
     return f"{found.value:.1%}" + (f" ({100 * found.low:.1f}-{100 * found.high:.1f})" if found.count else "")
 
 
 def show_runs(runs: list[RunInfo], notes: list[str]) -> None:
     """Print the list."""
     rows = [cells_of(number, run) for number, run in enumerate(runs, 1)]
+    metric = next((run.metric for run in runs if run.record), ACCURACY).replace("_", " ")
+    heads = [head.format(metric) for head in HEADS]
     if not (sys.stdout.isatty() and len(rows) <= MAX_TABLE_ROWS and show_table(rows)):
-        print("\n".join(plain_lines(HEADS, rows)))
+        print("\n".join(plain_lines(heads, rows)))
     checkpoints, logs = (sum(getattr(run, name) for run in runs) for name in ("checkpoint_bytes", "log_bytes"))
     count = utils.counted(len(runs), "run")
     print(f"{count}, {utils.format_bytes(checkpoints)} of checkpoints, {utils.format_bytes(logs)} of logs")
@@ -117,16 +121,16 @@ def plain_lines(heads: list[str], rows: list[list[str]]) -> list[str]:
     return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
 
 
-def accuracy_object(found: EvalPoint | None) -> dict[str, Any] | None:
+def value_object(found: EvalPoint | None, metric: str) -> dict[str, Any] | None:
     if found is None:
         return None
     interval = (found.low, found.high) if found.count else None
-    return {"step": found.step, "accuracy": found.value, "pairs": found.count or None, "interval": interval}
+    return {"step": found.step, metric: found.value, "pairs": found.count or None, "interval": interval}
 
 
 def as_object(run: RunInfo) -> dict[str, Any]:
     """A run for --json; what is unknown is null."""
-    best, last = map(accuracy_object, run.best_and_last_accuracy())
+    best, last = (value_object(found, run.metric) for found in run.best_and_last())
     model = run.config.get("model")
     return {
         "name": run.name,
@@ -176,8 +180,9 @@ def summary_lines(run: RunInfo) -> list[str]:
     if run.record and run.record.resumed_from:
         lines.append(f"  resumed from {printable(run.record.resumed_from)}")
     lines += [f"  model        {model}, {training}", f"  steps        {steps}"]
-    for title, text, found in zip(("best", "last"), (best, last), run.best_and_last_accuracy(), strict=True):
-        pairs = f", {found.count:,} pairs" if found and found.count else ""
+    for title, text, found in zip(("best", "last"), (best, last), run.best_and_last(), strict=True):
+        what = {"accuracy": "pair", "reward": "prompt"}.get(run.metric, "example")
+        pairs = f", {utils.counted(found.count, what)}" if found and found.count else ""
         lines.append(f"  {title:<12} {text}" + (f" at step {found.step:,}{pairs}" if found else ""))
     lines += [f"  checkpoints  {size}" + (f" in {printable(str(run.folder))}" if run.folder else "")]
     lines += [f"  logs         {logs}" + (f" in {printable(str(run.log_folder))}" if run.log_folder else "")]
@@ -218,7 +223,7 @@ def step_lines(run: RunInfo, runs: list[RunInfo], roots: Roots) -> list[str]:
         if (run.folder / "reports" / step.folder.name / "report.html").is_file():
             marks.append(f"reports/{step.folder.name}/report.html")
         optimizer = utils.format_bytes(step.optimizer_bytes) if step.optimizer_bytes else "removed"
-        row = [f"  {step.folder.name}", utils.format_bytes(step.bytes), optimizer, accuracy_text(step.accuracy())]
+        row = [f"  {step.folder.name}", utils.format_bytes(step.bytes), optimizer, value_text(step.accuracy())]
         rows.append([*row, ", ".join(marks)])
     heads = ["  step", "size", "of which optimizer", "accuracy", ""]
     lines = ["checkpoints:", *plain_lines(heads, rows)] if rows else ["checkpoints: none"]

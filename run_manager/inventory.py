@@ -4,6 +4,7 @@ Only reads and follows no symbolic link. What vanishes while it is read counts a
 """
 
 import fnmatch
+import math
 import os
 import re
 import stat
@@ -20,6 +21,7 @@ from common import file_locks, json_records
 from utils import UserError, printable
 
 TRASH = ".trash"
+ACCURACY = "accuracy"  # what reward models are evaluated by
 SORT_KEYS = ("started", "name", "state", "accuracy", "steps", "size")
 UNKNOWN = "unknown"  # no record, or none that can be read
 STATES = (run_folder.RUNNING, run_folder.FINISHED, run_folder.STOPPED, run_folder.CRASHED, UNKNOWN)
@@ -90,10 +92,15 @@ class RunInfo:
         lora = self.config.get("lora")
         return ("LoRA" if lora else "full") if type(lora) is bool else "?"
 
-    def best_and_last_accuracy(self) -> tuple[EvalPoint | None, EvalPoint | None]:
+    @property
+    def metric(self) -> str:
+        """What its evaluations measure; higher is better."""
+        return next(iter(self.record.evaluations), ACCURACY) if self.record else ACCURACY
+
+    def best_and_last(self) -> tuple[EvalPoint | None, EvalPoint | None]:
         """The highest evaluation, the newest of equals, and the newest: of the record, or else of the checkpoints."""
         if self.record:
-            found = self.record.evaluations.get("accuracy", [])
+            found = self.record.evaluations.get(self.metric, [])
         else:
             found = [accuracy for step in self.steps if (accuracy := step.accuracy())]
         best = max(found, key=lambda accuracy: (accuracy.value, accuracy.step), default=None)
@@ -285,8 +292,8 @@ def sort_runs(runs: list[RunInfo], key: str) -> list[RunInfo]:
 
     def value(run: RunInfo) -> Any:
         if key == "accuracy":
-            best, _ = run.best_and_last_accuracy()
-            return best.value if best else -1.0
+            best, _ = run.best_and_last()
+            return best.value if best else -math.inf
         started = run.started.timestamp() if run.started else 0.0
         size = run.checkpoint_bytes + run.log_bytes
         steps = -1 if run.steps_done is None else run.steps_done

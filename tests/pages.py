@@ -20,12 +20,16 @@ from chat import ChatConfig
 from data import LookConfig
 from eval_rm import EvalConfig
 from manage_runs import ManageConfig
+from train_grpo import PolicyTrainingConfig
 from train_rm import RewardTrainingConfig
+from train_sft import SupervisedTrainingConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = {
     "train_rm.py": RewardTrainingConfig,
+    "train_sft.py": SupervisedTrainingConfig,
+    "train_grpo.py": PolicyTrainingConfig,
     "eval_rm.py": EvalConfig,
     "chat.py": ChatConfig,
     "manage_runs.py": ManageConfig,
@@ -33,7 +37,8 @@ CONFIGS = {
 }
 # The tree's order: entry scripts, shared files, then the folders from the top floor down.
 ROOT_FILES = [*CONFIGS, "models.py", "utils.py"]
-FOLDERS = ["training", "evaluation", "chat_app", "run_manager", "modeling", "data_pipeline", "checkpointing", "common"]
+FOLDERS = ["training", "grpo", "evaluation", "chat_app", "run_manager", "modeling", "data_pipeline", "checkpointing",
+           "common"]  # fmt: skip
 WITHOUT_DOCSTRING = {
     "demo_chat_template.jinja": "The demo model's chat template, which writes what Qwen3's writes.",
     "demo_sentences.json": "The words and sentences that the demo's pairs are made of.",

@@ -209,7 +209,7 @@ def become(words, folder, env, output):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
-    for name in ("chat", "eval_rm", "manage_runs", "train_rm"):
+    for name in ("chat", "eval_rm", "manage_runs", "train_grpo", "train_rm", "train_sft"):
         sys.modules.pop(name, None)  # the script is `__main__`, and the others it never imports
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()  # what Python's own generator does by itself after a fork

@@ -614,7 +614,7 @@ def test_every_reason_is_counted_with_its_rows(load, base):
         "template": {"chosen": [SYSTEM, QUESTION, YES], "rejected": [SYSTEM, QUESTION, NO]},
         "too_long": {"chosen": transcript("Yes. " * 50), "rejected": transcript("No.")},
     }
-    assert reasons.keys() == parsing.SKIP_REASONS.keys() - {"trained_on"}, "which only evaluations count"
+    assert reasons.keys() == parsing.SKIP_REASONS.keys() - {"trained_on", "repeated"}, "not of pairs"
     pairs = load([GOOD_ROW, *reasons.values(), GOOD_ROW], max_length=60, tokenizer=picky)
     assert pairs.counts.count == Counter(dict.fromkeys(reasons, 1))
     assert pairs.counts.first_rows == {key: [row] for row, key in enumerate(reasons, start=2)}

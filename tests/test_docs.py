@@ -58,7 +58,10 @@ def test_every_flag_is_in_a_table_on_exactly_one_page():
     whole = {page: [name for name in names if " --" not in name] for page, names in markers.items()}
     for script, config in CONFIGS.items():
         (page,) = (page for page, names in whole.items() if any(script in name for name in names))
-        listed = [field.name for name in whole[page] for field in pages.flags_of(name.removeprefix("flags: "))]
+        listed = [
+            field.name for name in whole[page] if script in name
+            for field in pages.flags_of(name.removeprefix("flags: "))
+        ]  # fmt: skip
         assert sorted(listed) == sorted(field.name for field in fields(config))
     for page in PAGES:
         written = re.findall(r"^\| `--(\w+)` \|", pages.read(page), re.MULTILINE)
@@ -124,6 +127,8 @@ def test_flags_that_a_page_mentions_exist(page):
 
 RUN_BELOW = (
     "python train_rm.py",
+    "python train_sft.py",
+    "python train_grpo.py",
     "python eval_rm.py",
     "python chat.py",
     "python manage_runs.py",
@@ -237,8 +242,40 @@ def test_managing_commands_run_as_written(reader):
     assert (reader.folder / "logs/rm/adapter").is_dir()
 
 
+SMALLER = {
+    "train_rm.py": [*SMALL, "--no_report"],
+    "train_sft.py": SMALL,
+    "train_grpo.py": ["--max_steps", "1", "--eval_num_prompts", "4", "--max_new_tokens", "8"],
+    "eval_rm.py": ["--max_pairs", "8", "--no_untrained_baseline"],
+}
+
+
+def test_from_preferences_to_a_policy_as_written(script_server, tmp_path):
+    """The README's story in six commands, on the demo's own models, and then those of the page about policies."""
+    section = (
+        pages.read(README).split("## From preferences to a better policy")[1].split("```bash\n")[1].split("```")[0]
+    )
+    story = [shlex.split(line, comments=True)[1:] for line in section.splitlines()]
+    assert [words[0] for words in story] == [*SMALLER, "manage_runs.py", "chat.py"]
+    for words in story[:-1]:
+        result = script_server.run([*words, *SMALLER.get(words[0], [])], tmp_path)
+        assert result.returncode == 0, (words, result.stderr)
+    assert all(name in result.stdout for name in ("demo", "better")), "one list of all runs"
+    port = free_port()
+    server = script_server.start([*story[-1], "--port", port], tmp_path)
+    waited = script_server.run(["-c", wait_for(port)], tmp_path)
+    server.send_signal(signal.SIGTERM)
+    assert waited.returncode == 0 and server.wait().returncode == 143
+    page = [shlex.split(command)[1:] for command in pages.commands(ROOT / "docs/grpo.md")]
+    assert page[:2] == [words for words in story if words[0] in ("train_sft.py", "train_grpo.py")]
+    ((script, *flags),) = page[2:]
+    result = script_server.run([script, *flags, "--max_steps", "2"], tmp_path)
+    assert result.returncode == 0 and "resuming after step 1 of 2" in result.stdout, result.stderr
+
+
 def test_evaluating_commands_run_as_written(reader):
     commands = [shlex.split(command)[1:] for command in documented("python eval_rm.py")]
+    commands = [words for words in commands if "./checkpoints/rm/demo" not in words]
     assert len(commands) == 5
     for words in commands:
         output = reader.run(*words)
@@ -266,7 +303,7 @@ def test_python_blocks_load_what_training_wrote(reader):
 def test_chat_commands_and_the_api_example_run_as_written(reader):
     reader.train(["--demo", "--run_name", DEMO_RUN])
     (example,) = {block for page in PAGES for block in pages.code_blocks(page, "python") if "gradio" in block}
-    commands = [shlex.split(command)[1:] for command in documented("python chat.py")]
+    commands = [shlex.split(command)[1:] for command in documented("python chat.py") if "/grpo/" not in command]
     assert len(commands) == 3
     for words in commands:
         small = [*reader.model, "--reward_model", "checkpoints/rm/first"] if "--autoload" in words else []

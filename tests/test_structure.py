@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-ENTRY_SCRIPTS = {"train_rm", "eval_rm", "chat", "manage_runs"}
+ENTRY_SCRIPTS = {"train_rm", "train_sft", "train_grpo", "eval_rm", "chat", "manage_runs"}
 SHARED = {"models", "data", "utils"}
 # From the ground up: each room (a root file or a folder) imports lower floors only, never a neighbour.
 FLOORS = [
@@ -19,14 +19,14 @@ FLOORS = [
     {"data_pipeline", "checkpointing"},
     {"modeling", "run_manager"},
     {"models", "data", "manage_runs"},
-    {"training", "evaluation", "chat_app"},
-    {"train_rm", "eval_rm", "chat"},
+    {"training", "grpo", "evaluation", "chat_app"},
+    {"train_rm", "train_sft", "train_grpo", "eval_rm", "chat"},
     {"bench"},
 ]
 FOLDERS = set().union(*FLOORS) - ENTRY_SCRIPTS - SHARED - {"bench"}
 WITHOUT_TORCH = ["utils", "common", "run_manager", "manage_runs", "checkpointing.run_folder", "checkpointing.manifest",
                  "checkpointing.resolve"]  # fmt: skip
-MAX_LINES, MAX_FILES = 420, 10
+MAX_LINES, MAX_FILES = 420, 11
 
 
 def python_files():

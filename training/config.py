@@ -78,7 +78,6 @@ class TrainingConfig:
     output_dir: str = flag("./checkpoints", "checkpoints go to OUTPUT_DIR/RUN_NAME/step-N", group="evaluation and output")
     log_dir: str = flag("./logs", "TensorBoard's files go to LOG_DIR/RUN_NAME", group="evaluation and output")
     run_name: str | None = flag(None, "name of the run (default: date and time, such as 20240115_143022)", group="evaluation and output")
-    report: bool = flag(True, "at the end write a report on the last and the best checkpoint; --no_report skips it", group="evaluation and output")
     resume_from: str | None = flag(None, "checkpoint folder, or a run's folder for its newest checkpoint", group="evaluation and output", on_resume="not stored")
 
     config: str | None = flag(None, "JSON file with any of these settings; flags take precedence", group="other", on_resume="not stored")

@@ -122,8 +122,7 @@ class World:
         """Raise UserError if the processes were not all started with the same settings, data and code."""
         if self.is_alone:
             return
-        everyone: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(everyone, dict(settings))
+        everyone = self.gather_objects(dict(settings))
         for rank, other in enumerate(everyone):
             if names := [name for name in everyone[0] if other.get(name) != everyone[0][name]]:
                 name = names[0]
@@ -224,6 +223,14 @@ class World:
         if number := int(everything[-self.size :].max()):
             raise Stopped(number)
         return everything[: -self.size].view_as(results)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order, on every rank."""
+        if self.is_alone:
+            return [value]
+        everyone: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(everyone, value)
+        return everyone
 
     def smallest(self, number: int) -> int:
         """The minimum of a number over all ranks."""

@@ -35,6 +35,7 @@ class Parts(NamedTuple):
     model: Any  # of models.py, on the CPU
     train_data: Any
     eval_data: Any
+    widest: Any = None  # examples as large as any that a step makes, if those are not of `train_data`
 
 
 Opener = Callable[[Any, Path | None, World], Parts]  # (config, checkpoint resumed from, world) -> Parts
@@ -58,7 +59,7 @@ def set_up(config: TrainingConfig, resumed_from: Path | None, world: World, open
             make_folder(log_folder, "--log_dir")
             atomic_files.remove_dead_saves(folder)
             atomic_files.temporary(folder / run_folder.RUN).unlink(missing_ok=True)
-        model, train_data, eval_data = open_parts(config, resumed_from, world)
+        model, train_data, eval_data, widest = open_parts(config, resumed_from, world)
         if not resumed_from:
             torch.manual_seed(config.seed)
         check_sequences(model, world, train_data, eval_data)
@@ -84,7 +85,7 @@ def set_up(config: TrainingConfig, resumed_from: Path | None, world: World, open
             adamw.offload()
         choices = go_back_to(resumed_from, run) if resumed_from else memory.Choices.of(config)
         adamw.make_moments(may_offload)
-        memory.choose(batcher, train_data, adamw, choices)
+        memory.choose(batcher, train_data if widest is None else widest, adamw, choices)
         return run
     except BaseException:
         if lock is not None:

@@ -33,6 +33,7 @@ def numbers(content):
     [
         ("against_trl.py", 2, ["--their_best", 2, "--gradient_checkpointing", "--sorted"]),
         ("evaluation_against_trl.py", 1, []),
+        ("grpo_against_trl.py", 1, []),
         ("overhead.py", 2, []),
         ("scaling.py", 3, ["--png", "growth.png"]),
         ("shapes.py", 1, []),

@@ -281,11 +281,36 @@ def test_a_run_that_crashed_before_its_first_save_can_be_started_again_under_its
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_runs_of_policies_are_listed_beside_and_found_by_name(manage, work):
+    point = run_folder.EvalPoint(20, 4.2126, 3.9, 4.5, 128)
+    for kind, name, metric in (("grpo", "better", "reward"), ("sft", "first", "log_likelihood")):
+        record = run_folder.new_record(f"train_{kind}.py", 20, 20, {"model": "base"}, {})
+        record.state, record.evaluations = run_folder.FINISHED, {metric: [point]}
+        (work / "checkpoints" / kind / name / "step-20").mkdir(parents=True)
+        run_folder.write_record(work / "checkpoints" / kind / name, record)
+    out = manage("--list").stdout
+    assert [line for line in out.splitlines() if line.endswith(":")] == [
+        f"{Path('checkpoints', kind)}:" for kind in ("rm", "sft", "grpo")
+    ]
+    assert "best reward" in out and "4.213 (3.9 to 4.5)" in out and "best accuracy" in out
+    assert "4.213 (3.9 to 4.5) at step 20, 128 prompts" in manage("--show", "better").stdout
+    refused = manage("--show", "first")
+    assert refused.returncode == 2 and "runs of this name in" in refused.stderr
+    assert json.loads(manage("--json").stdout) == [
+        run for run in json.loads(manage("--json").stdout) if "grpo" not in str(run)
+    ]
+    assert "not shown: the runs in" in manage("--prune", "keep=last", "--dry_run").stderr
+    manage("--delete", "better", "--yes")
+    assert not (work / "checkpoints/grpo/better").exists() and (work / "checkpoints/rm/first").is_dir()
+    for kind in ("grpo", "sft"):
+        shutil.rmtree(work / "checkpoints" / kind)
+
+
 def test_a_pipe_gets_one_complete_line_per_run(manage, work):
     long_name = "x" * 100
     (work / "checkpoints/rm/branch").rename(work / "checkpoints/rm" / long_name)
     lines = manage().stdout.splitlines()
-    assert lines[0].split() == " ".join(display.HEADS).split()
+    assert lines[0].split() == " ".join(display.HEADS).format("accuracy", "accuracy").split()
     assert sorted(line.split()[1] for line in lines[1:7] if line[0].isdigit())[-1] == long_name
     first = next(line for line in lines if " first " in line)
     assert "finished" in first and "4 of 4" in first and "LoRA" in first and "%" in first

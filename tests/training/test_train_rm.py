@@ -787,15 +787,16 @@ def small_qwen3(real_tokenizer_folder, tmp_path_factory):
 def test_64_real_pairs_are_learned_by_heart(run_script, small_qwen3, real_data, write_rows, tmp_path):
     from data_pipeline.reading import rows_of
 
-    rows = [row for _, row in rows_of(Path(real_data) / "train.jsonl.gz")][:64]
-    write_rows(rows)
-    write_rows(rows, "test.jsonl")
+    rows = [row for _, row in rows_of(Path(real_data) / "train.jsonl.gz")][:72]
+    write_rows(rows[:64])
+    write_rows(rows[64:], "test.jsonl")
     result = run_script(
         "train_rm.py", "--model", small_qwen3, "--dataset", tmp_path, "--epochs", 20, "--batch_size", 16, "--lr", 2e-3,
         "--grad_accum", 1, "--eval_steps", 0, "--no_gradient_checkpointing", "--run_name", "heart", timeout=600,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert scalars(tmp_path / "logs/rm/heart")[0]["eval/accuracy"][-1][1] >= 0.99
+    last_epoch = [accuracy for _, accuracy in scalars(tmp_path / "logs/rm/heart")[0]["train/accuracy"][-4:]]
+    assert sum(last_epoch) / 4 >= 0.98, last_epoch
 
 
 def test_real_pairs_are_counted_and_evaluated_to_the_end(run_script, small_qwen3, real_data, tmp_path):

@@ -1,0 +1,255 @@
+"""How good a policy is on held-out prompts: its reward, how often it beats its start, and how far it moved from it.
+
+The reward model that is trained against is a proxy: a policy learns to please it. A judge that was not trained on,
+another reward model or the demo's own rules, says whether the replies are better; plotted against the square root of
+the KL divergence, proxy and judge part where overoptimization begins (Gao et al. 2022, arXiv 2210.10760).
+
+Letters: N held-out prompts.
+"""
+
+import contextlib
+import dataclasses
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import utils
+from checkpointing.run_folder import step_folders
+from common import atomic_files, json_records
+from data_pipeline import demo, sampler
+from grpo import rollouts
+from utils import StopRequest, UserError
+
+HELD_OUT = 2**40  # in place of a step's number: the same draws in every evaluation
+HISTORY, PLOT = "evaluations.json", "overoptimization.svg"
+CLEAR_FALL = 0.02  # of the judge's win rate from its peak, from which the sentence speaks of overoptimization
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation; intervals are of 95 %."""
+
+    step: int
+    count: int
+    reward: float
+    reward_low: float
+    reward_high: float
+    win_rate: float  # against the replies of the start to the same prompts, ties as half
+    win_low: float
+    win_high: float
+    kl: float  # from the start, nats a reply
+    tokens: float  # a reply
+    truncated: float  # share of replies
+    judge: float | None = None  # mean of the judge that was not trained on: its reward, or the share that keeps rules
+    judge_win_rate: float | None = None
+    judge_win_low: float | None = None
+    judge_win_high: float | None = None
+
+    def line(self) -> str:
+        judged = ""
+        if self.judge_win_rate is not None:
+            judged = f", judge {self.judge:.3f}, its win rate {self.judge_win_rate:.1%}"
+        return (
+            f"held-out reward {self.reward:.3f} (95 % interval {self.reward_low:.3f} to {self.reward_high:.3f}), "
+            f"win rate {self.win_rate:.1%} ({self.win_low:.1%} to {self.win_high:.1%}){judged}, "
+            f"KL {self.kl:.2f}, {self.count:,} prompts"
+        )
+
+
+class Judge:
+    """Evaluates one run, always on the same prompts with the same draws."""
+
+    def __init__(self, run: Any, policy: Any, judges: dict[str, Any], check_stop: Callable[[], None]):
+        """`policy` is train_grpo.py's: a writer, and the reference, None for the run's own without adapters."""
+        self.run, self.policy, self.check_stop = run, policy, check_stop
+        self.scorer, self.gold = judges["reward_model"], judges.get("gold_reward_model")
+        self.knows_rules = self.gold is None and demo.is_demo(run.config.dataset)
+        self.history: list[Evaluation] = []
+        path = run.folder / HISTORY
+        if run.step and path.is_file():
+            with contextlib.suppress(ValueError, TypeError):  # it is only drawn
+                found = [json_records.from_json(Evaluation, entry) for entry in utils.read_json(path)]
+                self.history = [one for one in found if one.step <= run.step]
+        self._start: tuple[Tensor, Tensor | None] | None = None
+
+    @property
+    def last(self) -> Evaluation:
+        return self.history[-1]
+
+    def is_too_far(self, max_kl: float) -> bool:
+        return bool(max_kl and self.history and self.last.step == self.run.step and self.last.kl > max_kl)
+
+    def evaluate_and_show(self, log: Any, shown: Any, stop: StopRequest) -> None:
+        """Evaluate after the last completed step; record, log and print the result."""
+        if not len(self.run.eval_data):
+            return
+        run, found = self.run, self.evaluate(stop)
+        self.history = [one for one in self.history if one.step < run.step] + [found]
+        run.record_evaluation(found.reward, (found.reward_low, found.reward_high), found.count)
+        named = dataclasses.asdict(found)
+        wanted = ("reward", "win_rate", "kl", "tokens", "truncated", "judge", "judge_win_rate")
+        log.scalars(
+            {f"eval/{name}": named[name] for name in wanted if named[name] is not None}, run.step,
+            run.examples_seen(run.step),
+        )  # fmt: skip
+        if run.world.is_main:
+            with atomic_files.atomic_file(run.folder / HISTORY) as file:
+                file.write(utils.json_text([dataclasses.asdict(one) for one in self.history]))
+        shown.say(f"step {run.step}: {found.line()}")
+
+    def evaluate(self, stop: StopRequest) -> Evaluation:
+        run, config = self.run, self.run.config
+        indices = sampler.fixed_sample(len(run.eval_data), config.eval_num_prompts, config.seed)
+        writer = rollouts.Writer(
+            run.model, self.scorer, run.eval_data, run.world, seed=config.seed, max_new_tokens=config.max_new_tokens,
+            ends=self.policy.writer.ends, keys_at_once=config.generation_tokens,
+        )  # fmt: skip
+        found = writer.write(indices, 1, HELD_OUT, self.check_stop)
+        judged = self.judged(found)
+        if self._start is None:
+            with self.as_reference(writer):
+                start = writer.write(indices, 1, HELD_OUT, self.check_stop)
+            self._start = start.rewards[:, 0], self.judged(start)
+        start_rewards, start_judged = self._start
+        rewards = found.rewards[:, 0].double()
+        error = 1.96 * float(rewards.std()) / math.sqrt(len(rewards)) if len(rewards) > 1 else math.inf
+        mean = float(rewards.mean())
+        wins = win_rate(found.rewards[:, 0], start_rewards)
+        of_judge: dict[str, float] = {}
+        if judged is not None:
+            values = win_rate(judged, start_judged)
+            names = ("judge_win_rate", "judge_win_low", "judge_win_high")
+            of_judge = {"judge": float(judged.double().mean()), **dict(zip(names, values, strict=True))}
+        return Evaluation(
+            run.step, len(rewards), mean, mean - error, mean + error, *wins, self.kl(found, stop),
+            float(found.lengths.double().mean()), float((~found.is_finished).double().mean()), **of_judge,
+        )  # fmt: skip
+
+    def judged(self, found: rollouts.Rollouts) -> Tensor | None:
+        """(N,) what the judge that was not trained on says of each reply; None without one."""
+        if self.gold is not None:
+            return rollouts.score(
+                self.gold, found.messages, found.texts, [None] * len(found.texts), self.check_stop
+            )[:, 0]  # fmt: skip
+        if not self.knows_rules:
+            return None
+        return torch.tensor([
+            float(demo.keeps_rules(messages, texts[0]))
+            for messages, texts in zip(found.messages, found.texts, strict=True)
+        ])  # fmt: skip
+
+    @contextlib.contextmanager
+    def as_reference(self, writer: rollouts.Writer) -> Iterable[None]:
+        """The writer writes as the reference does."""
+        if self.policy.reference is not None:
+            writer.policy = self.policy.reference
+            yield
+        else:
+            with self.run.model.peft_model.disable_adapter():
+                yield
+
+    def kl(self, found: rollouts.Rollouts, stop: StopRequest) -> float:
+        """The mean over replies of log p - log p_ref, summed over a reply's tokens."""
+        run, groups = self.run, found.groups()
+
+        def compute(plans: list[Any], micro_batches: Iterable[Any]) -> Tensor:
+            results = torch.zeros(1, device=run.model.device)
+            for rank_batch, batch in micro_batches:
+                run.world.check(stop)
+                inputs = batch.inputs()
+                with torch.no_grad():
+                    difference = run.model(*inputs)[0] - self.policy.reference_logprobs(run.model, inputs)
+                results += difference.sum() * bool(rank_batch.weight)
+            return run.world.all_reduce(results, stop)
+
+        _, total = run.batcher.run(groups, np.arange(len(groups)), compute, is_training=False)
+        return float(total) / len(groups)
+
+    # -- at the end -------------------------------------------------------------------------------------------------
+
+    def conclusion(self) -> list[str]:
+        """How good the policy became, and where its judge liked it best; draws the plot."""
+        if not self.history:
+            return ["nothing is held out: this run cannot say how good the policy is"]
+        lines = [self.last.line()]
+        if len(self.history) > 1 and self.run.world.is_main:
+            path = self.run.folder / "reports" / PLOT
+            draw(self.history, path)
+            lines.append(f"overoptimization plot: {utils.seen_from_here(str(path))}")
+        if sentence := self.peak():
+            lines.append(sentence)
+        return lines
+
+    def peak(self) -> str:
+        """A sentence about the evaluation that the judge liked best."""
+        known = [one for one in self.history if one.judge_win_rate is not None and one.step]
+        if not known:
+            return ""
+        best, last = max(known, key=lambda one: one.judge_win_rate), known[-1]
+        saved = {path.name for path in step_folders(self.run.folder)}
+        name = f"step-{best.step}" + ("" if f"step-{best.step}" in saved else ", which was not saved")
+        if best.judge_win_rate - last.judge_win_rate < CLEAR_FALL:
+            return f"the judge that was not trained on likes {name} best (win rate {best.judge_win_rate:.1%})"
+        return (
+            f"overoptimized: the judge's win rate fell from {best.judge_win_rate:.1%} at {name} to "
+            f"{last.judge_win_rate:.1%}, while the reward went from {best.reward:.3f} to {last.reward:.3f}.\n"
+            f"  Use step-{best.step}, or try a larger --kl_coef"
+        )
+
+
+def win_rate(rewards: Tensor, start: Tensor) -> tuple[float, float, float]:
+    """The share of replies that beat the start's, ties as half, with its 95 % interval."""
+    wins = float((rewards > start).double().sum() + 0.5 * (rewards == start).double().sum())
+    low, high = utils.wilson_interval(wins, len(rewards))
+    return wins / len(rewards), low, high
+
+
+def draw(history: list[Evaluation], path: Path) -> None:
+    """Proxy and judge against the square root of the KL divergence, as an SVG file."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib.figure import Figure
+
+    distances = [math.sqrt(max(0.0, one.kl)) for one in history]
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(distances, [one.win_rate for one in history], "o-", label="under the reward model, which was trained on")
+    if all(one.judge_win_rate is not None for one in history):
+        axes.plot(distances, [one.judge_win_rate for one in history], "s--", label="under a judge that was not")
+    axes.axhline(0.5, color="grey", lw=1, ls=":")
+    axes.set(xlabel="√KL from the start (nats a reply)", ylabel="win rate against the start", ylim=(0, 1))
+    axes.legend()
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
+# -- The demo ----------------------------------------------------------------------------------------------------------
+
+
+def demo_models(config: Any) -> dict[str, str]:
+    """The reward model and the start of the demo, trained now unless they are there."""
+    found = {}
+    for setting, script, folder in (
+        ("reward_model", "train_rm.py", Path("checkpoints/rm/demo")),
+        ("model", "train_sft.py", Path("checkpoints/sft/demo")),
+    ):
+        if setting == "reward_model" and config.reward_model:
+            continue
+        if not step_folders(folder):
+            print(f"python {script} --demo --run_name demo", flush=True)
+            command = [sys.executable, script, "--demo", "--run_name", "demo"]
+            command[1] = str(Path(__file__).resolve().parent.parent / script)
+            done = subprocess.run(command + ["--no_report"] * (setting == "reward_model"))
+            if done.returncode:
+                raise UserError(f"{script} ended with {done.returncode}, so the demo cannot go on", next="see above")
+        found[setting] = str(folder)
+    return found

@@ -1,0 +1,105 @@
+"""grpo/rollouts.py: rewards are those of the replies' text, shared work changes nothing, every reply is kept."""
+
+import sqlite3
+
+import numpy as np
+import pytest
+import torch
+
+import models
+from data_pipeline import demo, dialogues
+from data_pipeline.sources import DataSpec
+from grpo import rollouts
+from grpo.rollouts import Reply, RolloutFile, Rollouts, Writer
+from modeling.scorer import Scorer, ScoringConfig
+from training.distributed import World
+
+
+@pytest.fixture(scope="module")
+def scorer(base, tokenizer):
+    return Scorer(models.RewardModel.create(base, tokenizer, 0), ScoringConfig())
+
+
+@pytest.fixture(scope="module")
+def prompts(small_dataset, tokenizer):
+    return dialogues.load_prompts(DataSpec(small_dataset), tokenizer, 512)[0]
+
+
+@pytest.fixture(scope="module")
+def policy(base, tokenizer):
+    policy = models.PolicyModel.create(base, tokenizer=tokenizer)
+    policy.use_attention("pieces", backward=False)
+    return policy
+
+
+def writer_of(policy, scorer, prompts, world=None, keys_at_once=10**6):
+    return Writer(
+        policy, scorer, prompts, world or World(), seed=0, max_new_tokens=12, ends=set(range(0, 1024, 20)),
+        keys_at_once=keys_at_once,
+    )  # fmt: skip
+
+
+def test_rewards_of_groups_are_those_of_each_dialogue_alone(scorer):
+    questions = [[{"role": "user", "content": text}] for text in ("Hello!", "Is the oven hot? " * 9)]
+    texts = [["Yes.", "Yes.", "No, it is not.", ""], ["No.", "Yes, it is.", "Yes, it is hot.", "It"]]
+    found = rollouts.score(scorer, questions, texts, [None, None], lambda: None)
+    for question, group, rewards in zip(questions, texts, found.tolist(), strict=True):
+        for text, reward in zip(group, rewards, strict=True):
+            dialogue = [*question, {"role": "assistant", "content": text}]
+            assert reward == pytest.approx(scorer.model.score_dialogues([dialogue])[0], abs=1e-5)
+
+
+def test_waves_and_ranks_write_the_same(policy, scorer, prompts):
+    indices = np.array([5, 3, 11, 40, 2])
+    whole = writer_of(policy, scorer, prompts).write(indices, 3, 4, lambda: None)
+    assert whole.prompts.tolist() == indices.tolist() and whole.rewards.shape == (5, 3)
+    waves = writer_of(policy, scorer, prompts, keys_at_once=100).write(indices, 3, 4, lambda: None)
+    shares = [
+        writer_of(policy, scorer, prompts)._write(indices[rank::2], 3, 4, lambda: None) for rank in range(2)
+    ]  # fmt: skip
+    ranks = Rollouts.interleaved(indices, shares)
+    for other in (waves, ranks):
+        assert other.texts == whole.texts and other.messages == whole.messages
+        assert [[r.tokens for r in group] for group in other.replies] == [
+            [r.tokens for r in group] for group in whole.replies
+        ]
+        assert torch.allclose(other.rewards, whole.rewards, atol=1e-5)
+    again = writer_of(policy, scorer, prompts).write(indices, 3, 5, lambda: None)
+    assert again.texts != whole.texts, "another step has other draws"
+    assert policy.training, "as it was before"
+
+
+def test_every_reply_is_kept_and_a_resumed_run_writes_its_steps_again(tmp_path):
+    def step(number):
+        replies = [[Reply([1, 2], [0.0, 0.0], True), Reply([3], [0.0], False)]]
+        messages = [[{"role": "user", "content": f"question {number}"}]]
+        found = Rollouts(np.array([7]), [], messages, replies, [["yes", "no"]], torch.tensor([[1.0, number]]))
+        return number, found, torch.tensor([[0.5, -0.5]]), torch.tensor([[0.1, 0.2]])
+
+    path = tmp_path / "rollouts.sqlite"
+    file = RolloutFile(path, 0)
+    for number in (1, 2, 3):
+        file.add(*step(number))
+    file.close()
+    file = RolloutFile(path, 1)
+    file.add(*step(2))
+    file.close()
+    rows = sqlite3.connect(path).execute("SELECT * FROM rollouts ORDER BY step, completion").fetchall()
+    assert [row[0] for row in rows] == [1, 1, 2, 2]
+    assert rows[3] == (2, 7, 1, "question 2", "no", 2.0, -0.5, pytest.approx(0.2), 1, "at the limit")
+    path.write_bytes(b"not a database" * 100)
+    with pytest.raises(OSError, match="rename or remove it"):
+        RolloutFile(path, 0)
+
+
+def test_the_demos_rules_are_those_of_its_pairs(demo_folder):
+    """Of every pair the chosen reply keeps them and the rejected one breaks them."""
+    train, test = demo.make_pairs()
+    for pair in train + test:
+        for side, keeps in (("chosen", True), ("rejected", False)):
+            dialogue = dialogues.parsing.parse_transcript(pair[side])
+            assert demo.keeps_rules(dialogue[:-1], dialogue[-1]["content"]) == keeps, dialogue
+    assert demo.is_demo(str(demo_folder[1])) and not demo.is_demo(str(demo_folder[0]))
+    question = [{"role": "user", "content": "Can you tell me something about bread?"}]
+    sentence = "Let the dough rest until it has doubled."
+    assert not demo.keeps_rules(question, f"{sentence} {sentence}") and not demo.keeps_rules(question, "")

@@ -1,0 +1,181 @@
+"""train_grpo.py: steps that do not depend on how they are cut, exact resuming with the same replies, what stops it."""
+
+import json
+import re
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import models
+import train_grpo
+import train_sft
+from checkpointing import manifest
+from grpo import evaluation
+from tests.training.test_train_rm import same_bytes, scalars
+from utils import UserError
+
+TINY = ["--batch_size", "4", "--group_size", "3", "--max_new_tokens", "10", "--eval_num_prompts", "8",
+        "--eval_steps", "2", "--save_steps", "2", "--max_steps", "4", "--lr", "1e-3", "--precision",
+        "fp32"]  # fmt: skip
+FILES = ("model.safetensors", "optimizer.safetensors", "random_state.safetensors", "trained_examples.safetensors")
+
+
+@pytest.fixture(scope="module")
+def spoken(base, small_dataset, tmp_path_factory):
+    """A policy that has learned to end its replies: (folder, reward model)."""
+    import os
+
+    folder, before = tmp_path_factory.mktemp("spoken"), Path.cwd()
+    os.chdir(folder)
+    try:
+        train_sft.main(["--model", base, "--dataset", small_dataset, "--replies", "both", "--batch_size", "16",
+                        "--grad_accum", "1", "--epochs", "6", "--lr", "6e-3", "--run_name", "sft"])  # fmt: skip
+    finally:
+        os.chdir(before)
+    model = models.RewardModel.create(base, models.load_tokenizer(base), 3)
+    model.save(folder / "reward")
+    return str(manifest.find(str(folder / "checkpoints/sft/sft"))), str(folder / "reward")
+
+
+@pytest.fixture
+def train(spoken, small_dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *flags):
+        policy, reward = spoken
+        common = ["--model", policy, "--reward_model", reward, "--dataset", small_dataset]
+        train_grpo.main([*common, *TINY, "--run_name", name, *map(str, flags)])
+        return manifest.find(f"checkpoints/grpo/{name}")
+
+    return run
+
+
+def rollouts_of(folder):
+    path = folder.parent / "rollouts.sqlite"
+    return sqlite3.connect(path).execute("SELECT * FROM rollouts ORDER BY step, prompt, completion").fetchall()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_stopped_run_goes_on_bitwise_replies_included(train, tmp_path, capsys, lora):
+    more = ["--lora"] * lora
+    straight = train("straight", *more)
+    out = capsys.readouterr().out
+    assert re.search(r"step 4: held-out reward .* win rate .* KL .*, 8 prompts", out)
+    assert "python chat.py --model" in out and "overoptimization plot" in out
+    train("stopped", *more, "--max_steps", 3)
+    train_grpo.main(["--resume_from", "checkpoints/grpo/stopped", "--max_steps", "4"])
+    stopped = manifest.find("checkpoints/grpo/stopped")
+    names = ("adapter_model.safetensors", *FILES[1:]) if lora else FILES
+    assert straight.name == stopped.name == "step-4" and same_bytes(straight, stopped, *names)
+    rows = rollouts_of(straight)
+    assert rows == rollouts_of(stopped) and len(rows) == 4 * 4 * 3
+    assert (straight.parent / "reports" / evaluation.PLOT).read_text().count("<svg") == 1
+    values, _ = scalars(tmp_path / "logs/grpo/straight")
+    assert abs(values["train/kl"][0][1]) < 1e-4 and values["train/logprob_gap"][0][1] < 1e-4
+    for name in ("reward", "reward_std_in_group", "kl_k3", "entropy", "clip_fraction", "reply_tokens", "truncated",
+                 "groups_without_spread", "distinct_3", "grad_norm", "rollout_seconds", "update_seconds"):  # fmt: skip
+        assert len(values[f"train/{name}"]) == 4, name
+    assert [step for step, _ in values["eval/win_rate"]] == [0, 2, 4]
+    policy = models.PolicyModel.restore(straight)
+    assert next(policy.stream_candidates([{"role": "user", "content": "Hi"}], 1, max_new_tokens=2))
+
+
+def test_how_a_step_is_cut_changes_nothing(train):
+    whole = train("whole", "--max_steps", 2, "--tokens_per_batch", 4096)
+    for name, flags in {
+        "cut": ["--tokens_per_batch", 96], "waves": ["--generation_tokens", 100], "plain": ["--attention", "sdpa"],
+        "recomputed": ["--gradient_checkpointing"],
+    }.items():  # fmt: skip
+        other = train(name, "--max_steps", 2, *flags)
+        assert [row[4] for row in rollouts_of(other)] == [row[4] for row in rollouts_of(whole)], name
+        weights, wanted = (load_file(folder / "model.safetensors") for folder in (other, whole))
+        for path, tensor in wanted.items():
+            assert torch.allclose(weights[path], tensor, atol=3e-5), (name, path)
+
+
+def test_several_processes_write_and_learn_what_one_does(train, spoken, small_dataset, script_server, tmp_path):
+    from tests.training.test_distributed import free_port
+
+    alone = train("alone", "--max_steps", 2)
+    place = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    arguments = ["train_grpo.py", "--model", spoken[0], "--reward_model", spoken[1], "--dataset", small_dataset, *TINY,
+                 "--max_steps", 2, "--run_name", "two"]  # fmt: skip
+    started = [
+        script_server.start(arguments, tmp_path, place | {"RANK": rank, "LOCAL_RANK": rank}) for rank in range(2)
+    ]
+    for result in [script.wait() for script in started]:
+        assert result.returncode == 0, result.stderr
+    two = manifest.find("checkpoints/grpo/two")
+    assert [row[4] for row in rollouts_of(two)] == [row[4] for row in rollouts_of(alone)]
+    weights, wanted = (load_file(folder / "model.safetensors") for folder in (two, alone))
+    for path, tensor in wanted.items():
+        assert torch.allclose(weights[path], tensor, atol=3e-5), path
+
+
+def test_out_of_memory_halves_the_budget_and_the_step_is_the_same(train, monkeypatch, capsys):
+    whole = train("whole", "--max_steps", 1, "--no_gradient_checkpointing")
+    forward, calls = models.PolicyModel.forward, []
+
+    def fail_once(self, *tensors):
+        if torch.is_grad_enabled() and not calls:
+            calls.append(1)
+            raise RuntimeError("CUDA out of memory (made up)")
+        return forward(self, *tensors)
+
+    monkeypatch.setattr(models.PolicyModel, "forward", fail_once)
+    other = train("again", "--max_steps", 1, "--no_gradient_checkpointing")
+    assert calls and "out of memory at" in capsys.readouterr().out
+    weights, wanted = (load_file(folder / "model.safetensors") for folder in (other, whole))
+    assert all(torch.allclose(weights[path], tensor, atol=3e-5) for path, tensor in wanted.items())
+
+
+def test_a_policy_too_far_from_its_start_stops_the_run(train, capsys):
+    folder = train("far", "--max_kl", 1e-9, "--lr", "1e-2", "--eval_steps", 1, "--save_steps", 0)
+    assert folder.name == "step-1" and "Try a larger --kl_coef" in capsys.readouterr().out
+
+
+def test_a_gold_reward_model_judges_and_is_not_trained_on(train, spoken, base, tmp_path, capsys):
+    models.RewardModel.create(base, models.load_tokenizer(base), 9).save(tmp_path / "gold")
+    folder = train("judged", "--gold_reward_model", tmp_path / "gold")
+    history = json.loads((folder.parent / evaluation.HISTORY).read_text())
+    assert [one["step"] for one in history] == [0, 2, 4]
+    assert all(0 <= one["judge_win_rate"] <= 1 and one["judge"] != one["reward"] for one in history)
+    assert "the judge" in capsys.readouterr().out
+
+
+def test_what_overoptimizes_is_said_with_the_step_to_use():
+    def one(step, wins, judge):
+        return evaluation.Evaluation(step, 9, float(step), 0, 0, wins, 0, 1, step / 10, 5, 0, judge, judge, 0, 1)
+
+    judge = evaluation.Judge.__new__(evaluation.Judge)
+    judge.run = type("Run", (), {"folder": Path("nowhere")})
+    judge.history = [one(0, 0.5, 0.5), one(10, 0.7, 0.66), one(20, 0.9, 0.4)]
+    text = judge.peak()
+    assert "overoptimized" in text and "from 66.0% at step-10" in text and "40.0%" in text
+    judge.history = judge.history[:2]
+    assert "likes step-10" in judge.peak() and "overoptimized" not in judge.peak()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--reward_model", "./nowhere"], "--reward_model: no such file"),
+        (["--fsdp"], "--fsdp: not for policies"),
+        (["--lora", "--lora_dropout", "0.1"], "must be 0"),
+        (["--group_size", "1"], "--group_size"),
+        (["--max_new_tokens", "5000"], "2,048 positions"),
+    ],
+)
+def test_what_cannot_work_is_said_at_once(train, flags, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        train("refused", *flags)
+
+
+def test_a_language_model_is_no_reward_model(train, spoken):
+    with pytest.raises(UserError, match="--reward_model does not name a reward model"):
+        train("refused", "--reward_model", spoken[0])
+    assert np.isfinite(train_grpo.PolicyTrainingConfig().lr)
