@@ -194,14 +194,15 @@ class Judge:
         if not known:
             return ""
         best, last = max(known, key=lambda one: one.judge_win_rate), known[-1]
-        saved = {path.name for path in step_folders(self.run.folder)}
-        name = f"step-{best.step}" + ("" if f"step-{best.step}" in saved else ", which was not saved")
+        name = f"step-{best.step}"
+        is_saved = name in {path.name for path in step_folders(self.run.folder)}
         if best.judge_win_rate - last.judge_win_rate < CLEAR_FALL:
-            return f"the judge that was not trained on likes {name} best (win rate {best.judge_win_rate:.1%})"
+            unless = "" if is_saved else ", which was not saved"
+            return f"the judge that was not trained on likes {name} best: win rate {best.judge_win_rate:.1%}{unless}"
+        advice = f"Use {name}, or try a larger --kl_coef" if is_saved else "Try a larger --kl_coef, or --save_steps"
         return (
             f"overoptimized: the judge's win rate fell from {best.judge_win_rate:.1%} at {name} to "
-            f"{last.judge_win_rate:.1%}, while the reward went from {best.reward:.3f} to {last.reward:.3f}.\n"
-            f"  Use step-{best.step}, or try a larger --kl_coef"
+            f"{last.judge_win_rate:.1%}, while the reward went from {best.reward:.3f} to {last.reward:.3f}.\n  {advice}"
         )
 
 

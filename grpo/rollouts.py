@@ -17,9 +17,11 @@ from torch import Tensor
 
 from data_pipeline import packing
 from data_pipeline.messages import Messages
+from data_pipeline.parsing import reason_in_words
 from data_pipeline.tokenization import longest_sequences, tokenize_groups
 from grpo.sampling import Reply, sample_groups, uniforms
 from modeling.scorer import Scorer
+from utils import UserError
 
 TRUNCATED = ("lowest", "keep", "mask")
 NGRAM = 3  # of `repetition`
@@ -155,8 +157,16 @@ def score(
         for prompt, group in zip(prompts, texts, strict=True)
     ]
     found = tokenize_groups(dialogues, model.tokenizer, scorer.max_length, tools)
-    if skipped := [group for group in found if isinstance(group, str)]:
-        raise ValueError(f"the reward model cannot read a reply: {skipped[0]}")
+    for prompt, group in zip(prompts, found, strict=True):
+        if isinstance(group, str):
+            raise UserError(
+                "the reward model cannot read a reply",
+                where=model.tokenizer.name_or_path,
+                found=f"{reason_in_words(group)}; the prompt ends in {prompt[-1]['content'][-60:]!r}",
+                next=f"shorter --prompt_max_length and --max_new_tokens: it reads {scorer.max_length:,} tokens"
+                if group == "too_long"
+                else "prompts that its chat template takes, or another reward model",
+            )
     groups = Groups([_shared(group.ids) for group in found])
     rewards = torch.empty(groups.lengths[:, 1:].shape)
     packs = model.packs_up_to(int(longest_sequences(groups.lengths).max()))

@@ -15,7 +15,8 @@ import torch
 import data
 import models
 from data_pipeline import packing, reading
-from modeling import speedups, tokenizers
+from grpo import rollouts, sampling
+from modeling import log_probs, speedups, tokenizers
 
 pytestmark = pytest.mark.real
 
@@ -190,3 +191,39 @@ def test_the_policy_streams_sentences(real_model_folder):
     reply = "".join(pieces)
     assert "Paris" in reply and reply.rstrip().endswith("."), reply
     assert sum(bool(piece) for piece in pieces) >= 5, "it came in one piece"
+
+
+def test_a_policy_samples_and_learns_from_the_probabilities_of_its_own_forward(real_model_folder):
+    """Prompts shared, replies compacted, packed rows and the head in tiles, against transformers' plain forward."""
+    tokenizer = tokenizers.load_tokenizer(real_model_folder)
+    policy = models.PolicyModel.create(real_model_folder, tokenizer=tokenizer).eval()
+    log_probs.check_head(policy)
+    assert policy.use_attention(backward=False) != "sdpa", "its prompts are shared"
+    questions = ["How do I bake bread?", "Name three colours of the rainbow, please, and nothing else."]
+    prompts = [
+        np.array(tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
+                                               return_dict=False))
+        for text in questions
+    ]  # fmt: skip
+    ends = tokenizers.end_ids(real_model_folder, tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ends
+    replies = sampling.sample_groups(
+        policy, prompts, 3, 16, ends, lambda *places: sampling.uniforms(0, 1, *places)
+    )  # fmt: skip
+    groups = rollouts.Groups([
+        [prompt, *(np.array(reply.tokens) for reply in group)] for prompt, group in zip(prompts, replies, strict=True)
+    ])  # fmt: skip
+    (plan,) = packing.plan_step(groups, np.arange(2), 4096, 64, policy.attention_crossover_length())
+    with torch.no_grad():
+        packed, _ = policy(*policy.prepared(packing.build(groups, plan, tokenizer.pad_token_id)).inputs())
+    packed = iter(packed.split(groups.lengths[plan.indices, 1:].flatten().tolist()))
+    for index in plan.indices.tolist():
+        for reply in replies[index]:
+            ids = torch.from_numpy(np.concatenate([prompts[index], reply.tokens]))[None]
+            with torch.no_grad():
+                whole = policy.hf_model(input_ids=ids).logits[0].log_softmax(dim=1)
+            wanted = whole[len(prompts[index]) - 1 : -1].gather(1, ids[0, len(prompts[index]) :, None])[:, 0]
+            assert torch.allclose(next(packed), wanted, atol=1e-4)
+            assert reply.logprobs == pytest.approx(wanted.tolist(), abs=1e-4)
+    said = "".join(tokenizer.decode(reply.tokens).lower() for reply in replies[0])
+    assert any(word in said for word in ("bread", "flour", "wheat")), "it answers the question"

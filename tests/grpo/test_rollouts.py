@@ -13,6 +13,7 @@ from grpo import rollouts
 from grpo.rollouts import Reply, RolloutFile, Rollouts, Writer
 from modeling.scorer import Scorer, ScoringConfig
 from training.distributed import World
+from utils import UserError
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,13 @@ def test_rewards_of_groups_are_those_of_each_dialogue_alone(scorer):
         for text, reward in zip(group, rewards, strict=True):
             dialogue = [*question, {"role": "assistant", "content": text}]
             assert reward == pytest.approx(scorer.model.score_dialogues([dialogue])[0], abs=1e-5)
+
+
+def test_what_the_reward_model_cannot_read_is_named(base, tokenizer):
+    short = Scorer(models.RewardModel.create(base, tokenizer, 0), ScoringConfig(max_length=20))
+    question = [[{"role": "user", "content": "Is the oven hot? " * 9}]]
+    with pytest.raises(UserError, match=r"too long(.|\n)*--max_new_tokens: it reads 20 tokens"):
+        rollouts.score(short, question, [["Yes."]], [None], lambda: None)
 
 
 def test_waves_and_ranks_write_the_same(policy, scorer, prompts):

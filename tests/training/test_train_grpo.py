@@ -156,8 +156,9 @@ def test_what_overoptimizes_is_said_with_the_step_to_use():
     judge.history = [one(0, 0.5, 0.5), one(10, 0.7, 0.66), one(20, 0.9, 0.4)]
     text = judge.peak()
     assert "overoptimized" in text and "from 66.0% at step-10" in text and "40.0%" in text
+    assert "--save_steps" in text, "that step was not saved"
     judge.history = judge.history[:2]
-    assert "likes step-10" in judge.peak() and "overoptimized" not in judge.peak()
+    assert "likes step-10 best" in judge.peak() and "overoptimized" not in judge.peak()
 
 
 @pytest.mark.parametrize(
