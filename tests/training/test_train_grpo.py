@@ -1,7 +1,9 @@
 """train_grpo.py: steps that do not depend on how they are cut, exact resuming with the same replies, what stops it."""
 
 import json
+import os
 import re
+import signal
 import sqlite3
 from pathlib import Path
 
@@ -27,7 +29,6 @@ FILES = ("model.safetensors", "optimizer.safetensors", "random_state.safetensors
 @pytest.fixture(scope="module")
 def spoken(base, small_dataset, tmp_path_factory):
     """A policy that has learned to end its replies: (folder, reward model)."""
-    import os
 
     folder, before = tmp_path_factory.mktemp("spoken"), Path.cwd()
     os.chdir(folder)
@@ -180,3 +181,44 @@ def test_a_language_model_is_no_reward_model(train, spoken):
     with pytest.raises(UserError, match="--reward_model does not name a reward model"):
         train("refused", "--reward_model", spoken[0])
     assert np.isfinite(train_grpo.PolicyTrainingConfig().lr)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="signals of POSIX")
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGINT", "SIGTERM"])
+def test_a_killed_or_stopped_run_loses_at_most_its_last_steps_and_no_reply(
+    train, spoken, small_dataset, script_server, tmp_path, number
+):
+    straight = train("straight", "--max_steps", 6, "--save_steps", 2)
+    words = ["train_grpo.py", "--model", spoken[0], "--reward_model", spoken[1], "--dataset", small_dataset, *TINY,
+             "--max_steps", 6, "--save_steps", 2, "--run_name", "hit"]  # fmt: skip
+    script = script_server.start(words, tmp_path)
+    script.wait_for(r"step 3/6")
+    script.send_signal(getattr(signal, number))
+    result = script.wait()
+    if number == "SIGKILL":
+        assert result.returncode == -signal.SIGKILL
+    else:
+        assert result.returncode == 128 + getattr(signal, number), result.stderr
+        assert "the last completed step" in result.stdout
+    resumed = script_server.run(["train_grpo.py", "--resume_from", "checkpoints/grpo/hit"], tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    hit = manifest.find("checkpoints/grpo/hit")
+    assert hit.name == straight.name == "step-6" and same_bytes(straight, hit, *FILES)
+    assert rollouts_of(hit) == rollouts_of(straight)
+
+
+def test_a_step_whose_loss_is_not_finite_is_skipped_and_named(train, monkeypatch, capsys):
+    from grpo import loss
+
+    original, calls = loss.token_loss, []
+
+    def poisoned(*tensors):
+        calls.append(1)
+        losses, clipped = original(*tensors)
+        return (losses * float("nan") if len(calls) == 2 else losses), clipped
+
+    monkeypatch.setattr(loss, "token_loss", poisoned)
+    folder = train("poisoned", "--max_steps", 3)
+    out = capsys.readouterr().out
+    assert re.search(r"step \d skipped: its loss or gradient is not finite", out) and "1 of these steps were" in out
+    assert all(bool(tensor.isfinite().all()) for tensor in load_file(folder / "model.safetensors").values())
