@@ -92,7 +92,7 @@ def main() -> None:
     columns = [*PHASES, "step", "peak GiB"]
     shape = f"{arguments.prompts} x {arguments.group} completions of {arguments.new} tokens, {precision}"
     print(f"\n{arguments.clock} seconds, medians of {arguments.steps} steps, {shape}\n")
-    print("| | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
+    print("| | " + " | ".join(columns) + " |\n| --- |" + " --- |" * len(columns))
     for name, values in found.items():
         print(f"| {name} | " + " | ".join(f"{values[column]:.3g}" for column in columns) + " |")
     best = min((name for name in found if name != "this project"), key=lambda name: found[name]["step"])

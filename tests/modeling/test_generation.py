@@ -2,29 +2,39 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import models
+from data_pipeline import packing
 from modeling import generation, pretrained, tokenizers
+from tests.conftest import Completions
 from tests.test_models import tiny_config
 from utils import CheckpointError, UserError
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 
 
-def test_token_logprobs_are_those_of_the_language_model(base):
-    model = models.PolicyModel.create(base).eval()
-    ids = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]])
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+def logprobs_of(model, *sequences):
+    """The log-probabilities of all tokens of some sequences but the first of each, end to end."""
+    examples = Completions([[ids[:1], ids[1:]] for ids in sequences])
+    batch = model.prepared(packing.separate(examples, np.arange(len(sequences)), 0))
     with torch.no_grad():
-        logprobs = model.token_logprobs(ids, mask)
-        loss = model.hf_model(input_ids=ids[:1], labels=ids[:1]).loss
-    assert logprobs.shape == (2, 4) and logprobs.dtype == torch.float32
-    assert logprobs[0].mean().item() == pytest.approx(-loss.item(), abs=1e-5)
-    assert (logprobs[1, 2:] == 0).all() and (logprobs[1, :2] < 0).all()
+        return model(*batch.inputs())[0]
+
+
+def test_log_probabilities_are_those_of_the_language_model(base):
+    model = models.PolicyModel.create(base).eval()
+    logprobs = logprobs_of(model, [5, 6, 7, 8, 9], [10, 11, 12])
+    with torch.no_grad():
+        both = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[10, 11, 12]])
+        losses = [model.hf_model(input_ids=ids, labels=ids).loss for ids in both]
+    assert logprobs.shape == (6,) and logprobs.dtype == torch.float32
+    assert logprobs[:4].mean().item() == pytest.approx(-losses[0].item(), abs=1e-5)
+    assert logprobs[4:].mean().item() == pytest.approx(-losses[1].item(), abs=1e-5)
 
 
 def test_streamed_pieces_are_the_generated_text(base):
@@ -78,13 +88,11 @@ def test_a_policy_with_adapters_comes_back_the_same(base, tmp_path):
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     model.eval().save(tmp_path)
-    ids = torch.tensor([[5, 6, 7, 8]])
     again = models.PolicyModel.restore(tmp_path).eval()
     plain = models.PolicyModel.create(base).eval()
-    with torch.no_grad():
-        wanted = model.token_logprobs(ids, torch.ones_like(ids))
-        assert torch.equal(again.token_logprobs(ids, torch.ones_like(ids)), wanted)
-        assert not torch.allclose(plain.token_logprobs(ids, torch.ones_like(ids)), wanted, atol=1e-3)
+    wanted = logprobs_of(model, [5, 6, 7, 8])
+    assert torch.equal(logprobs_of(again, [5, 6, 7, 8]), wanted)
+    assert not torch.allclose(logprobs_of(plain, [5, 6, 7, 8]), wanted, atol=1e-3)
 
 
 def test_a_reward_model_is_no_policy(base, tokenizer, tmp_path):
