@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import datetime
 import math
+import shlex
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import utils
-from checkpointing import resolve
 from checkpointing.run_folder import step_folder
 from common.flags import flag
 from common.progress import ProgressBar
@@ -38,8 +38,8 @@ with utils.lazy_imports():  # --help must not wait for torch
     import models
     from checkpointing import checkpoint
     from data_pipeline import dialogues, packing, sources
-    from grpo import evaluation, loss, rollouts
-    from modeling import devices, fused, log_probs, scorer, speedups, tokenizers
+    from grpo import evaluation, loss, opening, rollouts
+    from modeling import devices, log_probs, speedups, tokenizers
     from training import distributed, logger, setup
     from training import run as runs
 
@@ -61,6 +61,8 @@ class PolicyTrainingConfig(TrainingConfig):
     # fmt: off
     reward_model: str | None = flag(None, "reward model: checkpoint, run, folder or hub id", group="model and data", on_resume="exact")
     gold_reward_model: str | None = flag(None, "another reward model that only judges, to see whether replies are better or only please the first", group="model and data")
+    model: str = flag("Qwen/Qwen3-0.6B", "policy to start from: hub id, local folder or run", group="model and data", on_resume="exact")
+    max_length: int = flag(2048, "longest sequence in tokens: here always --prompt_max_length + --max_new_tokens", minimum=8, below=2**31, group="model and data", on_resume="not stored")
     prompt_max_length: int = flag(512, "longest prompt in tokens; longer ones are skipped and counted", minimum=1, below=2**31, group="model and data", on_resume="exact")
 
     batch_size: int = flag(16, "prompts a step, if --grad_accum is 1", minimum=1, below=10**6, group="optimization", on_resume="exact")
@@ -97,6 +99,8 @@ class PolicyTrainingConfig(TrainingConfig):
         found = super().problems()
         if self.reward_model is None and not self.demo and not self.resume_from:
             found.append("--reward_model: expected a reward model, such as ./checkpoints/rm/RUN")
+        if self.max_length not in (2048, self.prompt_max_length + self.max_new_tokens):
+            found.append("--max_length: here --prompt_max_length and --max_new_tokens say how long a sequence can be")
         if self.fsdp:
             found.append("--fsdp: not for policies, whose sharded weights could not write replies")
         if self.lora_dropout:
@@ -221,12 +225,11 @@ def main(argv: list[str]) -> None:
             config, resumed_from = read_config(PolicyTrainingConfig, argv, __doc__.split("\n\n")[0])
             if config.demo:
                 config = dataclasses.replace(config, **evaluation.demo_models(config))
-        if Path(config.model).exists():  # a run's folder stands for its newest step
-            config = dataclasses.replace(config, model=str(resolve.sound_checkpoint(config.model)))
+        config = opening.with_fixed_models(config, resumed_from)
         judges: dict[str, Any] = {}
 
         def open_parts(*arguments: Any) -> setup.Parts:
-            judges.update(open_judges(config))
+            judges.update(opening.open_judges(config))
             return open_policy(*arguments)
 
         run = setup.set_up(config, resumed_from, world, open_parts, Path(__file__).name)
@@ -235,21 +238,6 @@ def main(argv: list[str]) -> None:
                 trained = train(run, judges, stop)
             print(trained, flush=True)
         del run
-
-
-def open_judges(config: PolicyTrainingConfig) -> dict[str, Any]:
-    """The reward model that is trained against, and the one that only judges if there is one, each in a Scorer."""
-    judges = {}
-    for name, given in (("reward_model", config.reward_model), ("gold_reward_model", config.gold_reward_model)):
-        if given:
-            folder = resolve.find_model(given, f"--{name}")
-            stored = resolve.training_settings(folder).get("max_length")
-            longest = stored if isinstance(stored, int) else scorer.ScoringConfig.max_length
-            needed = config.prompt_max_length + config.max_new_tokens
-            judges[name] = scorer.Scorer(
-                models.RewardModel.restore(folder), scorer.ScoringConfig(max_length=max(longest, 2 * needed))
-            )
-    return judges
 
 
 def open_policy(config: PolicyTrainingConfig, resumed_from: Path | None, world: distributed.World) -> setup.Parts:
@@ -266,7 +254,7 @@ def open_policy(config: PolicyTrainingConfig, resumed_from: Path | None, world: 
     speedups.remove_dropout(policy)
     policy.temperature = config.temperature
     policy.hf_model.generation_config.eos_token_id = sorted(tokenizers.end_ids(config.model, tokenizer))
-    longest = int(train.lengths.max()) + config.max_new_tokens
+    longest = max(int(each.lengths.max(initial=0)) for each in (train, test)) + config.max_new_tokens
     if (limit := policy.most_positions()) is not None and longest > limit:
         raise UserError(
             f"the model has {limit:,} positions, and a prompt with its completion can have {longest:,} tokens",
@@ -275,21 +263,6 @@ def open_policy(config: PolicyTrainingConfig, resumed_from: Path | None, world: 
     widest = np.zeros(int(train.lengths.max()), np.int32), np.zeros(config.max_new_tokens, np.int32)
     group = [widest[0], *[widest[1]] * config.group_size]
     return setup.Parts(policy, train, test, rollouts.Groups([group] * config.examples_per_step))
-
-
-def open_reference(run: runs.Run) -> Any:
-    """The policy before its first step, frozen; None where it is the policy without its adapters."""
-    if run.config.lora:
-        return None
-    reference = models.PolicyModel.create(run.config.model, tokenizer=run.model.tokenizer)
-    reference.requires_grad_(False)
-    reference.to(run.model.device).eval()
-    reference.autocast_dtype, reference.temperature = run.model.autocast_dtype, run.model.temperature
-    reference.use_attention(run.config.attention, backward=False)
-    speedups.narrow_last_layer(reference)
-    if reference.device.type == "cpu":
-        fused.fuse_layers(reference)
-    return reference
 
 
 def train(run: runs.Run, judges: dict[str, Any], stop: StopRequest) -> str:
@@ -301,7 +274,7 @@ def train(run: runs.Run, judges: dict[str, Any], stop: StopRequest) -> str:
             run.model, judges["reward_model"], run.train_data, world, seed=config.seed,
             max_new_tokens=config.max_new_tokens, ends=ends, keys_at_once=config.generation_tokens,
         ),
-        open_reference(run),
+        opening.open_reference(run),
     )  # fmt: skip
     log = logger.TensorBoardLogger(run.log_folder, run.step, run.examples_seen(run.step))
     log.table("config", dataclasses.asdict(config), run.step)
@@ -316,6 +289,9 @@ def train(run: runs.Run, judges: dict[str, Any], stop: StopRequest) -> str:
         with contextlib.closing(kept):
             if run.step == 0 or run.is_evaluation_missing:
                 judge.evaluate_and_show(log, shown, stop)
+            if run.step and judge.is_too_far(config.max_kl):
+                shown.say(f"step {run.step} is further from the reference than --max_kl {config.max_kl:g}: raise it")
+                total_steps = run.step
             for step in range(run.step + 1, total_steps + 1):
                 clock = Clock()
 
@@ -407,8 +383,11 @@ def summary(run: runs.Run, judge: evaluation.Judge) -> str:
         lines.append(f"{run.skipped_steps:,} of these steps were skipped: their loss or gradient was not finite")
     lines += judge.conclusion()
     saved = step_folder(run.folder, run.step)
-    lines += [f"checkpoint: {saved}", "next:", f"  tensorboard --logdir {run.config.log_dir}"]
-    lines.append(f"  python chat.py --model {saved} --reward_model {run.config.reward_model}")
+    logs, policy, judge_folder = (
+        shlex.quote(str(each)) for each in (run.config.log_dir, saved, run.config.reward_model)
+    )
+    lines += [f"checkpoint: {saved}", "next:", f"  tensorboard --logdir {logs}"]
+    lines.append(f"  python chat.py --model {policy} --reward_model {judge_folder}")
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
+import shlex
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -290,7 +291,8 @@ def summary(run: runs.Run, evaluation: Evaluation | None) -> str:
         lines.append(evaluation.line())
     saved = step_folder(run.folder, run.step)
     lines += [f"checkpoint: {saved}", "next:"]
-    lines += [f"  tensorboard --logdir {run.config.log_dir}", f"  python chat.py --model {saved}"]
+    logs, model = shlex.quote(run.config.log_dir), shlex.quote(str(saved))
+    lines += [f"  tensorboard --logdir {logs}", f"  python chat.py --model {model}"]
     return "\n".join(lines)
 
 

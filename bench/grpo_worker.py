@@ -48,7 +48,7 @@ def ours(channel: harness.Channel, settings: dict[str, Any]) -> None:
 
     import train_grpo
     from common import flags
-    from grpo import rollouts
+    from grpo import opening, rollouts
     from modeling import tokenizers
     from training import distributed, setup
     from utils import StopRequest
@@ -62,7 +62,7 @@ def ours(channel: harness.Channel, settings: dict[str, Any]) -> None:
         "prompt_max_length": 256, "save_rollouts": False,
     }  # fmt: skip
     config = flags.build_config(train_grpo.PolicyTrainingConfig, chosen, [])
-    judges = train_grpo.open_judges(config)
+    judges = opening.open_judges(config)
     with contextlib.redirect_stdout(None):
         run = setup.set_up(config, None, distributed.World(), train_grpo.open_policy, "train_grpo.py")
     phases, clock, stop = Phases(), settings["clock"], StopRequest()
@@ -72,7 +72,7 @@ def ours(channel: harness.Channel, settings: dict[str, Any]) -> None:
         run.model, judges["reward_model"], run.train_data, run.world, seed=0, max_new_tokens=config.max_new_tokens,
         ends={10**9}, keys_at_once=config.generation_tokens,
     )  # fmt: skip
-    policy = train_grpo.Policy(writer, train_grpo.open_reference(run))
+    policy = train_grpo.Policy(writer, opening.open_reference(run))
     policy.reference_logprobs = phases.timed("reference", policy.reference_logprobs, clock)
     parameters = list(run.model.trained_parameters().values())
     order = np.concatenate([run.sampler.indices_for(step) for step in range(1, settings["steps"] + 2)])

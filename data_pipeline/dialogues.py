@@ -299,7 +299,8 @@ class DialogueDataset:
                     f"{part.unusable_share:.0%} of the rows would be skipped",
                     where=part.name,
                     found="\n".join(["", *part.counts.lines()]).replace("\n", "\n  "),
-                    next="fix the data, raise the longest length, or accept it with --bad_rows skip",
+                    next="fix the data, raise --max_length (of prompts --prompt_max_length), or accept it with "
+                    "--bad_rows skip",
                 )
 
 

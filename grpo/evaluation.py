@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import utils
-from checkpointing.run_folder import step_folders
+from checkpointing.run_folder import FINISHED, read_record, step_folders
 from common import atomic_files, json_records
 from data_pipeline import demo, sampler
 from grpo import rollouts
@@ -75,17 +75,19 @@ class Judge:
         self.history: list[Evaluation] = []
         path = run.folder / HISTORY
         if run.step and path.is_file():
-            with contextlib.suppress(ValueError, TypeError):  # it is only drawn
+            try:
                 found = [json_records.from_json(Evaluation, entry) for entry in utils.read_json(path)]
                 self.history = [one for one in found if one.step <= run.step]
-        self._start: tuple[Tensor, Tensor | None] | None = None
+            except (ValueError, TypeError) as error:  # it is only drawn
+                print(f"{path} cannot be read, so earlier evaluations are not drawn: {error}", flush=True)
+        self._start: tuple[list[list[str]], Tensor, Tensor | None] | None = None
 
     @property
     def last(self) -> Evaluation:
         return self.history[-1]
 
     def is_too_far(self, max_kl: float) -> bool:
-        return bool(max_kl and self.history and self.last.step == self.run.step and self.last.kl > max_kl)
+        return bool(max_kl and self.history and self.last.step == self.run.step and abs(self.last.kl) > max_kl)
 
     def evaluate_and_show(self, log: Any, shown: Any, stop: StopRequest) -> None:
         """Evaluate after the last completed step; record, log and print the result."""
@@ -117,15 +119,16 @@ class Judge:
         if self._start is None:
             with self.as_reference(writer):
                 start = writer.write(indices, 1, HELD_OUT, self.check_stop)
-            self._start = start.rewards[:, 0], self.judged(start)
-        start_rewards, start_judged = self._start
+            self._start = start.texts, start.rewards[:, 0], self.judged(start)
+        start_texts, start_rewards, start_judged = self._start
+        is_same = torch.tensor([one == other for one, other in zip(found.texts, start_texts, strict=True)])
         rewards = found.rewards[:, 0].double()
         error = 1.96 * float(rewards.std()) / math.sqrt(len(rewards)) if len(rewards) > 1 else math.inf
         mean = float(rewards.mean())
-        wins = win_rate(found.rewards[:, 0], start_rewards)
+        wins = win_rate(found.rewards[:, 0], start_rewards, is_same)
         of_judge: dict[str, float] = {}
         if judged is not None:
-            values = win_rate(judged, start_judged)
+            values = win_rate(judged, start_judged, is_same)
             names = ("judge_win_rate", "judge_win_low", "judge_win_high")
             of_judge = {"judge": float(judged.double().mean()), **dict(zip(names, values, strict=True))}
         return Evaluation(
@@ -137,7 +140,7 @@ class Judge:
         """(N,) what the judge that was not trained on says of each reply; None without one."""
         if self.gold is not None:
             return rollouts.score(
-                self.gold, found.messages, found.texts, [None] * len(found.texts), self.check_stop
+                self.gold, found.messages, found.texts, found.tools, self.check_stop
             )[:, 0]  # fmt: skip
         if not self.knows_rules:
             return None
@@ -194,6 +197,9 @@ class Judge:
         if not known:
             return ""
         best, last = max(known, key=lambda one: one.judge_win_rate), known[-1]
+        if best.judge_win_rate < 0.5:
+            rate = f"{last.judge_win_rate:.1%}"
+            return f"the judge that was not trained on likes the start better: win rate {rate} after step {last.step}"
         name = f"step-{best.step}"
         is_saved = name in {path.name for path in step_folders(self.run.folder)}
         if best.judge_win_rate - last.judge_win_rate < CLEAR_FALL:
@@ -206,8 +212,12 @@ class Judge:
         )
 
 
-def win_rate(rewards: Tensor, start: Tensor) -> tuple[float, float, float]:
-    """The share of replies that beat the start's, ties as half, with its 95 % interval."""
+def win_rate(rewards: Tensor, start: Tensor, is_same: Tensor) -> tuple[float, float, float]:
+    """The share of replies that beat the start's, ties as half, with its 95 % interval.
+
+    `is_same` (N,) says which are the same text: a tie, even where rounding gave it another reward.
+    """
+    start = torch.where(is_same, rewards, start)
     wins = float((rewards > start).double().sum() + 0.5 * (rewards == start).double().sum())
     low, high = utils.wilson_interval(wins, len(rewards))
     return wins / len(rewards), low, high
@@ -237,20 +247,32 @@ def draw(history: list[Evaluation], path: Path) -> None:
 
 
 def demo_models(config: Any) -> dict[str, str]:
-    """The reward model and the start of the demo, trained now unless they are there."""
+    """The reward model and the start of the demo, unless others are named; trained now if they are not there."""
     found = {}
-    for setting, script, folder in (
-        ("reward_model", "train_rm.py", Path("checkpoints/rm/demo")),
-        ("model", "train_sft.py", Path("checkpoints/sft/demo")),
-    ):
-        if setting == "reward_model" and config.reward_model:
-            continue
-        if not step_folders(folder):
-            print(f"python {script} --demo --run_name demo", flush=True)
-            command = [sys.executable, script, "--demo", "--run_name", "demo"]
-            command[1] = str(Path(__file__).resolve().parent.parent / script)
-            done = subprocess.run(command + ["--no_report"] * (setting == "reward_model"))
-            if done.returncode:
-                raise UserError(f"{script} ended with {done.returncode}, so the demo cannot go on", next="see above")
-        found[setting] = str(folder)
+    if not config.reward_model:
+        found["reward_model"] = _trained("train_rm.py", Path("checkpoints/rm/demo"), "--no_report")
+    if Path(config.model).resolve() == Path("demo/model").resolve():
+        found["model"] = _trained("train_sft.py", Path("checkpoints/sft/demo"))
     return found
+
+
+def _trained(script: str, folder: Path, *more: str) -> str:
+    """A run of the demo, begun or resumed if it is not finished."""
+    with contextlib.suppress(OSError, ValueError):
+        if read_record(folder).state == FINISHED and step_folders(folder):
+            return str(folder)
+    words = ["--resume_from", str(folder)] if step_folders(folder) else ["--demo", "--run_name", folder.name, *more]
+    print(f"python {script} {' '.join(words)}", flush=True)
+    child = subprocess.Popen([sys.executable, str(Path(__file__).resolve().parent.parent / script), *words])
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:  # the terminal has told the child too, which saves its last step
+        child.wait()
+        raise
+    except BaseException:
+        child.terminate()
+        child.wait()
+        raise
+    if code:
+        raise UserError(f"{script} ended with {code}, so the demo cannot go on", next="the same command goes on")
+    return str(folder)

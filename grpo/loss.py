@@ -12,7 +12,7 @@ from torch import Tensor
 LOSSES = ("dapo", "grpo", "dr_grpo")
 SCALES = ("group", "batch", "none")
 EPSILON = 1e-4  # beside a standard deviation, as TRL has it
-NO_SPREAD = 1e-6  # rewards of a group that differ by less are one reward
+NO_SPREAD = 1e-6  # rewards of a group that differ by less, relative to their size, are one reward
 
 
 def advantages(rewards: Tensor, scale: str) -> tuple[Tensor, Tensor]:
@@ -22,7 +22,7 @@ def advantages(rewards: Tensor, scale: str) -> tuple[Tensor, Tensor]:
     spread has advantages of exactly 0: dividing by its rounding would make large ones of nothing.
     """
     centered = rewards - rewards.mean(dim=1, keepdim=True)
-    has_spread = centered.abs().amax(dim=1) > NO_SPREAD  # (N,)
+    has_spread = centered.abs().amax(dim=1) > NO_SPREAD * (1 + rewards.abs().amax(dim=1))  # (N,)
     if scale == "group":
         centered = centered / (rewards.std(dim=1, keepdim=True) + EPSILON)
     elif scale == "batch":

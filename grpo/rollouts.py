@@ -7,7 +7,7 @@ import contextlib
 import errno
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Rollouts:
     replies: list[list[Reply]]  # N lists of G
     texts: list[list[str]]
     rewards: Tensor  # (N, G), on the CPU
+    tools: list[Any] = field(default_factory=list)  # what the assistant could call, for each prompt
 
     @classmethod
     def interleaved(cls, prompts: np.ndarray, parts: Sequence["Rollouts | None"]) -> "Rollouts":
@@ -65,7 +66,7 @@ class Rollouts:
         places = [(parts[at % len(parts)], at // len(parts)) for at in range(len(prompts))]
         lists = {
             name: [getattr(part, name)[at] for part, at in places]
-            for name in ("prompt_ids", "messages", "replies", "texts")
+            for name in ("prompt_ids", "messages", "replies", "texts", "tools")
         }
         return cls(prompts, **lists, rewards=torch.stack([part.rewards[at] for part, at in places]))
 
@@ -129,7 +130,8 @@ class Writer:
         texts = [[decode(reply.tokens, skip_special_tokens=True).strip() for reply in group] for group in replies]
         asked = [self.prompts.prompts[index] for index in indices.tolist()]
         tools = [self.prompts.tools[index] for index in indices.tolist()]
-        return Rollouts(indices, ids, asked, replies, texts, score(self.scorer, asked, texts, tools, check_stop))
+        rewards = score(self.scorer, asked, texts, tools, check_stop)
+        return Rollouts(indices, ids, asked, replies, texts, rewards, tools)
 
     def _waves(self, ids: list[np.ndarray], group_size: int) -> Iterator[slice]:
         """Stretches of the prompts whose keys fit at once."""
@@ -180,6 +182,10 @@ def score(
         batch = model.prepared(packing.build(groups, plan, model.tokenizer.pad_token_id)).to(model.device)
         with scorer.precision():
             rewards[torch.from_numpy(plan.indices)] = model(*batch.inputs()).view(len(plan.indices), -1).cpu()
+    for at, group in enumerate(found):  # at another place in a row, rounding makes the reward of an equal reply differ
+        known: dict[bytes, int] = {}
+        firsts = [known.setdefault(ids.tobytes(), number) for number, ids in enumerate(group.ids)]
+        rewards[at] = rewards[at, firsts]
     return rewards
 
 
@@ -222,11 +228,18 @@ class RolloutFile:
         self.path = path
         if path is None:
             return
-        with self._disk_errors():
+        if resumed_step and not path.exists():
+            print(f"{path} is gone: replies are kept from step {resumed_step + 1} on", flush=True)
+        try:
             self._database = sqlite3.connect(path)
             self._database.executescript(SCHEMA)
             with self._database:
                 self._database.execute("DELETE FROM rollouts WHERE step > ?", (resumed_step,))
+        except sqlite3.DatabaseError as error:
+            raise UserError(
+                "the file of replies is damaged", where=path, found=error, safe="the checkpoints are untouched",
+                next="rename or remove it, then give the same command",
+            ) from error  # fmt: skip
 
     def add(self, step: int, rollouts: Rollouts, advantages: Tensor, kl: Tensor) -> None:
         """Keep a step's replies, with their advantages and KL divergences, (N, G) each."""
@@ -253,4 +266,4 @@ class RolloutFile:
         try:
             yield
         except sqlite3.Error as error:
-            raise OSError(errno.EIO, f"{error}; rename or remove it to go on", str(self.path)) from error
+            raise OSError(errno.EIO, str(error), str(self.path)) from error

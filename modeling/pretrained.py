@@ -49,7 +49,7 @@ def open_model(auto_class: Any, name: str, tokenizer: Any, **options: Any) -> Op
         raise UserError(
             "--model names a LoRA adapter, and training starts from a whole model",
             where=name,
-            next=f"python train_rm.py --resume_from {name}   (to train the adapter on), or name its base model",
+            next=f"--resume_from {name}   (to train the adapter on), or name its base model",
         )
     hub.check_path_exists(name, "--model")
     local_only = tokenizers.is_local_only(name)

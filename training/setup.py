@@ -168,7 +168,8 @@ def check_data(config: TrainingConfig, world: World, train_data: Any, eval_data:
         print("nothing is held out: this run cannot say how good the model is", flush=True)
     if len(train_data) == 0:
         found = f"{train_data.counts.rows:,} rows, of which none can be used"
-        advice = "python data.py --dataset with the same settings shows what was read"
+        looks = "python data.py --dataset with the same settings shows what was read"
+        advice = looks if config.unit == "pairs" else "what was read, and why it was skipped, is above"
         raise UserError("no training data is left", where=train_data.name, found=found, next=advice)
 
 

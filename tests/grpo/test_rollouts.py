@@ -44,6 +44,7 @@ def test_rewards_of_groups_are_those_of_each_dialogue_alone(scorer):
     questions = [[{"role": "user", "content": text}] for text in ("Hello!", "Is the oven hot? " * 9)]
     texts = [["Yes.", "Yes.", "No, it is not.", ""], ["No.", "Yes, it is.", "Yes, it is hot.", "It"]]
     found = rollouts.score(scorer, questions, texts, [None, None], lambda: None)
+    assert found[0, 0] == found[0, 1], "of equal replies exactly, or a group without spread would have advantages"
     for question, group, rewards in zip(questions, texts, found.tolist(), strict=True):
         for text, reward in zip(group, rewards, strict=True):
             dialogue = [*question, {"role": "assistant", "content": text}]
@@ -77,7 +78,7 @@ def test_waves_and_ranks_write_the_same(policy, scorer, prompts):
     assert policy.training, "as it was before"
 
 
-def test_every_reply_is_kept_and_a_resumed_run_writes_its_steps_again(tmp_path):
+def test_every_reply_is_kept_and_a_resumed_run_writes_its_steps_again(tmp_path, capsys):
     def step(number):
         replies = [[Reply([1, 2], [0.0, 0.0], True), Reply([3], [0.0], False)]]
         messages = [[{"role": "user", "content": f"question {number}"}]]
@@ -96,8 +97,11 @@ def test_every_reply_is_kept_and_a_resumed_run_writes_its_steps_again(tmp_path):
     assert [row[0] for row in rows] == [1, 1, 2, 2]
     assert rows[3] == (2, 7, 1, "question 2", "no", 2.0, -0.5, pytest.approx(0.2), 1, "at the limit")
     path.write_bytes(b"not a database" * 100)
-    with pytest.raises(OSError, match="rename or remove it"):
+    with pytest.raises(UserError, match="rename or remove it"):
         RolloutFile(path, 0)
+    path.unlink()
+    RolloutFile(path, 3).close()
+    assert "replies are kept from step 4 on" in capsys.readouterr().out
 
 
 def test_the_demos_rules_are_those_of_its_pairs(demo_folder):

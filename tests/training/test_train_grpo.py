@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sqlite3
 from pathlib import Path
@@ -16,7 +17,7 @@ import models
 import train_grpo
 import train_sft
 from checkpointing import manifest
-from grpo import evaluation
+from grpo import evaluation, opening
 from tests.training.test_train_rm import same_bytes, scalars
 from utils import UserError
 
@@ -148,6 +149,48 @@ def test_a_gold_reward_model_judges_and_is_not_trained_on(train, spoken, base, t
     assert "the judge" in capsys.readouterr().out
 
 
+def test_a_run_stands_for_its_newest_step_and_not_for_later_ones(run_folder, train, spoken, tmp_path):
+    config = train_grpo.PolicyTrainingConfig(model=spoken[0], reward_model=str(run_folder))
+    fixed = opening.with_fixed_models(config, None)
+    assert fixed.reward_model == str(run_folder / "step-2") and fixed.max_length == 512 + 256
+    folder = train("pinned", "--reward_model", run_folder, "--max_steps", 1)
+    stored = json.loads((folder / "train_config.json").read_text())
+    assert stored["reward_model"] == str((run_folder / "step-2").absolute()) and "max_length" not in stored
+
+
+def test_a_moved_start_can_be_named_anew(train, spoken, tmp_path, monkeypatch):
+    shutil.copytree(spoken[0], tmp_path / "start")
+    straight = train("straight", "--model", tmp_path / "start")
+    train("stopped", "--model", tmp_path / "start", "--max_steps", 2)
+    (tmp_path / "start").rename(tmp_path / "moved")
+    resume = ["--resume_from", "checkpoints/grpo/stopped", "--max_steps", "4"]
+    with pytest.raises(UserError, match=r"began from is missing(.|\n)*--allow_data_change"):
+        train_grpo.main(resume)
+    train_grpo.main([*resume, "--model", str(tmp_path / "moved"), "--allow_data_change"])
+    assert same_bytes(straight, manifest.find("checkpoints/grpo/stopped"), *FILES[:3])
+
+
+def test_longer_test_prompts_count_for_the_positions(train, write_rows):
+    rows = [{"prompt": f"tea {n}"} for n in range(8)]
+    folder = write_rows(rows).parent
+    write_rows([{"prompt": "tea " * 400}], "test.jsonl")
+    with pytest.raises(UserError, match="2,048 positions"):
+        train("refused", "--dataset", folder, "--max_new_tokens", 1500, "--prompt_max_length", 1000)
+
+
+def test_beyond_max_kl_a_resumed_run_does_not_go_on(train, capsys):
+    train("far", "--max_kl", 1e-9, "--lr", "1e-2", "--eval_steps", 1, "--save_steps", 0)
+    train_grpo.main(["--resume_from", "checkpoints/grpo/far"])
+    assert "is further from the reference than --max_kl 1e-09: raise it" in capsys.readouterr().out
+    assert manifest.find("checkpoints/grpo/far").name == "step-1"
+
+
+def test_the_same_text_is_a_tie_whatever_rounding_says():
+    same = torch.tensor([True, True, False, False])
+    rate, *_ = evaluation.win_rate(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.1, 1.9, 2.0, 5.0]), same)
+    assert rate == 0.5
+
+
 def test_what_overoptimizes_is_said_with_the_step_to_use():
     def one(step, wins, judge):
         return evaluation.Evaluation(step, 9, float(step), 0, 0, wins, 0, 1, step / 10, 5, 0, judge, judge, 0, 1)
@@ -170,6 +213,7 @@ def test_what_overoptimizes_is_said_with_the_step_to_use():
         (["--lora", "--lora_dropout", "0.1"], "must be 0"),
         (["--group_size", "1"], "--group_size"),
         (["--max_new_tokens", "5000"], "2,048 positions"),
+        (["--max_length", "8"], "--max_length: here --prompt_max_length"),
     ],
 )
 def test_what_cannot_work_is_said_at_once(train, flags, words):
