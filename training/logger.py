@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 BY_EXAMPLES = "_by_examples"
+QUALITIES = ("/loss", "/accuracy", "/reward", "/win_rate", "/judge_win_rate", "/kl")  # ends of tags
 
 
 class TensorBoardLogger:
@@ -23,10 +24,10 @@ class TensorBoardLogger:
         self.writer = SummaryWriter(str(folder), flush_secs=10)
 
     def scalars(self, values: dict[str, float], step: int, examples: int) -> None:
-        """Write scalars over steps; loss and accuracy over examples seen as well."""
+        """Write scalars over steps; those that say how good the model is over examples seen as well."""
         for tag, value in values.items():
             self._write("add_scalar", tag, value, step)
-            if tag.endswith(("/loss", "/accuracy")):
+            if tag.endswith(QUALITIES):
                 self._write("add_scalar", tag + BY_EXAMPLES, value, examples)
 
     def histogram(self, tag: str, values: Any, step: int) -> None:

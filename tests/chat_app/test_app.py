@@ -27,6 +27,9 @@ FROM_GRADIO = (
     r"^AbortError: (signal is|BodyStreamBuffer was) aborted|^Unexpected error Connection errored out|^Failed to fetch"
     r"|^Unexpected error 404: Not Found"
     r"|^Failed to load resource: .* 422 .*/gradio_api/(cancel|reset)$"
+    # the stream of a page that was reloaded ends in the middle; whether Chromium still says so depends on its timing
+    r"|^Failed to load resource: net::ERR_INCOMPLETE_CHUNKED_ENCODING .*/gradio_api/queue/data\?session_hash=\w+$"
+    r"|^TypeError: network error .*/assets/index-[\w-]+\.js$"
 )
 # A tab that is constantly hidden and shown again, and so busy that pieces of a reply arrive together
 HIDING = """

@@ -82,6 +82,7 @@ def test_a_stopped_run_goes_on_bitwise_replies_included(train, tmp_path, capsys,
                  "groups_without_spread", "distinct_3", "grad_norm", "rollout_seconds", "update_seconds"):  # fmt: skip
         assert len(values[f"train/{name}"]) == 4, name
     assert [step for step, _ in values["eval/win_rate"]] == [0, 2, 4]
+    assert [prompts for prompts, _ in values["train/reward_by_examples"]] == [4, 8, 12, 16]
     policy = models.PolicyModel.restore(straight)
     assert next(policy.stream_candidates([{"role": "user", "content": "Hi"}], 1, max_new_tokens=2))
 
