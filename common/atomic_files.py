@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import shutil
+import sqlite3
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,3 +98,12 @@ def replace_text(path: Path, text: str) -> None:
     """Replace a small file, all or nothing. The temporary name is always the same, so kills leave at most one file."""
     with atomic_file(path, temporary(path).name) as file:
         file.write(text)
+
+
+@contextlib.contextmanager
+def database_errors(path: Path) -> Iterator[None]:
+    """What goes wrong while an SQLite file is read or written, as an OSError that names it."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise OSError(errno.EIO, str(error), str(path)) from error

@@ -5,7 +5,6 @@ it holds no texts, so a million rows fit in memory.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import math
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import utils
+from common.atomic_files import database_errors
 from common.progress import ProgressBar
 from data import Counts
 from data_pipeline.parsing import SAME_TOKENS, SKIP_REASONS
@@ -60,7 +60,7 @@ class ScoreLog:
 
     def __init__(self, folder: Path, key: str):
         self.path = folder / f".partial-{key[:24]}.sqlite"
-        with self._disk_errors():
+        with database_errors(self.path):
             try:
                 self._connect(key)
             except (sqlite3.Error, ValueError) as error:
@@ -87,13 +87,6 @@ class ScoreLog:
         if state != "ok" or keys != [(key,)] or not reasons <= SKIP_REASONS.keys():
             raise ValueError(state)
 
-    @contextlib.contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise OSError(errno.EIO, str(error), str(self.path)) from error
-
     def __len__(self) -> int:
         return self._database.execute("SELECT COUNT(*) FROM scores").fetchone()[0]
 
@@ -113,7 +106,7 @@ class ScoreLog:
     def add(self, rows: Iterable[tuple[int, Scores]]) -> None:
         """Keep the scores of some rows, given with their positions."""
         entries = ((position, json.dumps(scores)) for position, scores in rows)
-        with self._disk_errors(), self._database:
+        with database_errors(self.path), self._database:
             self._database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", entries)
 
     def close(self) -> None:

@@ -3,8 +3,6 @@
 Letters: N prompts, G completions of each.
 """
 
-import contextlib
-import errno
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.atomic_files import database_errors
 from data_pipeline import packing
 from data_pipeline.messages import Messages
 from data_pipeline.parsing import reason_in_words
@@ -254,16 +253,9 @@ class RolloutFile:
             for at, prompt in enumerate(rollouts.prompts.tolist())
             for number, reply in enumerate(rollouts.replies[at])
         ]  # fmt: skip
-        with self._disk_errors(), self._database:
+        with database_errors(self.path), self._database:
             self._database.executemany("INSERT OR REPLACE INTO rollouts VALUES (?,?,?,?,?,?,?,?,?,?)", rows)
 
     def close(self) -> None:
         if self.path is not None:
             self._database.close()
-
-    @contextlib.contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise OSError(errno.EIO, str(error), str(self.path)) from error
