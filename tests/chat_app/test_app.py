@@ -138,20 +138,18 @@ def wait_for_words(page):
     expect(page.locator("#chat .bot .md").last).not_to_be_empty()
 
 
+def open_settings(page):
+    page.get_by_role("button", name="Generation settings").click()
+    page.wait_for_timeout(500)  # Gradio builds what it opens with the initial values: text typed meanwhile is lost
+
+
 def set_slider(page, label, value):
     box = page.get_by_label(f"number input for {label}")
     if not box.is_visible():
-        page.get_by_role("button", name="Generation settings").click()
-
-    def fill():
-        box.fill(str(value))
-        box.press("Tab")
-        expect(box).to_have_value(str(value), timeout=2_000)
-
-    try:
-        fill()
-    except AssertionError:  # Gradio was still building the opened accordion with its initial values
-        fill()
+        open_settings(page)
+    box.fill(str(value))
+    box.press("Tab")
+    expect(box).to_have_value(str(value))
 
 
 def wait_until_saved(page, count):
@@ -473,7 +471,7 @@ def test_a_pair_of_the_demos_is_compared_token_by_token(open_page, demo_folder):
 
 def test_the_comparison_says_that_the_chats_system_prompt_applies(open_page):
     page = open_page()
-    page.get_by_role("button", name="Generation settings").click()
+    open_settings(page)
     page.get_by_label("System prompt").fill("Be <b>kind</b>.")
     page.get_by_role("tab", name="Compare").click()
     expect(page.get_by_text("applies here too, and is saved with votes: Be <b>kind</b>.")).to_be_visible()
