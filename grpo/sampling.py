@@ -186,7 +186,7 @@ def sample_groups(
         hidden = next(steps)  # (R, hidden size), of the token before the next one
     for position in range(max_new_tokens):
         check_stop()
-        logits = log_probs.capped_logits(head, hidden.float(), policy.autocast_dtype)
+        logits = log_probs.logits_of(head, hidden.float(), policy.autocast_dtype)
         if policy.temperature != 1:
             logits /= policy.temperature
         drawn_with = torch.from_numpy(numbers(owners[live], completions[live], position)).to(device)

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from utils import UserError
 
@@ -172,6 +173,14 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
     if device.type == "mps":
         torch.mps.empty_cache()
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """(P, D) and (V, D) fp32 -> (P, V) fp32; with bf16, the factors may be rounded to it, where that is faster."""
+    if dtype == torch.bfloat16 and left.device.type == "cuda":
+        return torch.mm(left.to(dtype), right.to(dtype).T, out_dtype=torch.float32)
+    with products_in(dtype):
+        return left @ right.T
 
 
 @contextlib.contextmanager

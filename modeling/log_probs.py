@@ -30,12 +30,20 @@ class Head(NamedTuple):
     scale: float = 1.0
     cap: float | None = None
 
-    def logits(self, hidden: Tensor, entries: slice = slice(None)) -> Tensor:
-        """(P, V) fp32 logits of (P, D) hidden states, or those of some entries of the vocabulary, before the cap."""
-        z = hidden @ self.weight[entries].T
+    def logits(self, hidden: Tensor, entries: slice = slice(None), dtype: torch.dtype | None = None) -> Tensor:
+        """(P, V) fp32 logits of (P, D) fp32 hidden states, or those of some entries of the vocabulary."""
+        return self._finished(devices.product(hidden, self.weight[entries], dtype), entries)
+
+    def rounded_logits(self, hidden: Tensor, weight: Tensor, entries: slice) -> Tensor:
+        """The same in the dtype of `hidden` and of `weight`, the weights of these entries."""
+        return self._finished(hidden @ weight.T, entries)
+
+    def _finished(self, z: Tensor, entries: slice) -> Tensor:
         if self.bias is not None:
             z += self.bias[entries]
-        return z.mul_(self.scale) if self.scale != 1 else z
+        if self.scale != 1:
+            z.mul_(self.scale)
+        return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
 
 
 def head_of(hf_model: nn.Module) -> Head:
@@ -57,7 +65,8 @@ def token_logprobs(
         hidden: (P, D) last hidden states of the tokens before the targets.
         targets: (P,) token ids.
         temperature: logits are divided by it first.
-        dtype: bf16 rounds the factors of the head's products, and is faster; sums and logits are fp32 either way.
+        dtype: bf16 rounds the factors of the head's products, and is faster; the results are of fp32 logits either way,
+            their gradients of bf16 ones.
 
     The log-probabilities have a gradient, with respect to `hidden`, the weight and the bias; the entropy has none.
     """
@@ -66,70 +75,82 @@ def token_logprobs(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """In tiles of tokens and vocabulary that stay in a processor's cache: each is computed, reduced and forgotten."""
+    """In tiles of tokens and vocabulary that stay in a processor's cache: each is computed, reduced and forgotten.
+
+    One kernel makes probabilities of a tile's logits; the sums of the tiles, (tiles, P), say what share of the whole
+    distribution each tile has.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, temperature: float,
         dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        count, vocabulary = len(hidden), len(weight)
-        logprobs, entropy, log_sums = (hidden.new_empty(count) for _ in range(3))
-        for tokens in _parts(count, TILE_TOKENS):
-            h = hidden[tokens]
-            largest = h.new_full((len(h),), -torch.inf)
-            sums, mixed, chosen = h.new_zeros(len(h)), h.new_zeros(len(h)), h.new_zeros(len(h))
-            for entries in _parts(vocabulary, tile_entries(h.device)):
-                with devices.products_in(dtype):
-                    z = _capped(head.logits(h, entries), head.cap)
+        count, vocabulary_tiles = len(hidden), _parts(len(weight), tile_entries(hidden.device))
+        chosen, entropy = hidden.new_zeros(count), hidden.new_zeros(count)
+        log_sums = hidden.new_full((count,), -torch.inf)
+        of_tiles = hidden.new_empty(len(vocabulary_tiles), count)
+        for number, entries in enumerate(vocabulary_tiles):
+            for tokens in _parts(count, TILE_TOKENS):
+                z = head.logits(hidden[tokens], entries, dtype)
                 z = z.div_(temperature) if temperature != 1 else z
                 at, columns = _inside(targets[tokens], entries)
-                chosen[at] = z[at, columns]
-                before, largest = largest, torch.maximum(largest, z.amax(dim=1))
-                shrink = (before - largest).exp_()
-                weights = (z - largest[:, None]).exp_()
-                sums = sums * shrink + weights.sum(dim=1)
-                mixed = mixed * shrink + torch.linalg.vecdot(weights, z)  # of p · z, for the entropy
-            log_sums[tokens] = largest + sums.log()
-            logprobs[tokens] = chosen - log_sums[tokens]
-            entropy[tokens] = log_sums[tokens] - mixed / sums
-        ctx.save_for_backward(hidden, weight, bias, targets, log_sums)
+                chosen[tokens][at] = z[at, columns]
+                p = z.softmax(dim=1)
+                log_sum = z.amax(dim=1) - p.amax(dim=1).log_()  # the largest is at least one of as many as there are
+                both = torch.stack([log_sums[tokens], log_sum])  # (2, p), of all tiles before and of this one
+                log_sums[tokens], of_tiles[number, tokens] = both.logsumexp(dim=0), log_sum
+                shares = (both - log_sums[tokens]).exp_()
+                of_both = torch.stack([entropy[tokens], log_sum - torch.linalg.vecdot(p, z)])
+                entropy[tokens] = (shares * of_both + torch.special.entr(shares)).sum(dim=0)
+        ctx.save_for_backward(hidden, weight, bias, targets, chosen, of_tiles - log_sums)
         ctx.head, ctx.temperature, ctx.dtype = head, temperature, dtype
         ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        return chosen - log_sums, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        """d log p / dz is the target's indicator minus p, over the temperature: logits are computed once more."""
-        hidden, weight, bias, targets, log_sums = ctx.saved_tensors
+        """d log p / dz is the target's indicator minus p, over the temperature: logits are computed once more.
+
+        With a dtype in that, as autocast computes gradients; they are summed in fp32.
+        """
+        hidden, weight, bias, targets, chosen, log_shares = ctx.saved_tensors
         of_hidden, of_weight, of_bias = (
             torch.zeros_like(tensor) if needed else None
             for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         )
-        head, temperature = ctx.head, ctx.temperature
-        for tokens in _parts(len(hidden), TILE_TOKENS):
-            h, factors = hidden[tokens], gradient[tokens] / temperature
-            for entries in _parts(len(weight), tile_entries(h.device)):
-                with devices.products_in(ctx.dtype):
-                    z = _capped(head.logits(h, entries), head.cap)
-                slope = None if head.cap is None else 1 - (z / head.cap).square()
-                z = z.div_(temperature) if temperature != 1 else z
-                p = z.sub_(log_sums[tokens, None]).exp_().mul_(-factors[:, None])  # dL/dz
-                at, columns = _inside(targets[tokens], entries)
-                p[at, columns] += factors[at]
-                if slope is not None:
-                    p.mul_(slope)
-                if head.scale != 1:
-                    p.mul_(head.scale)
-                with devices.products_in(ctx.dtype):
-                    if of_hidden is not None:
-                        of_hidden[tokens].addmm_(p, weight[entries])
-                    if of_weight is not None:
-                        of_weight[entries].addmm_(p.T, h)
+        head, temperature, dtype = ctx.head, ctx.temperature, ctx.dtype or hidden.dtype
+        factors = (gradient * (head.scale / temperature))[:, None]  # (P, 1)
+        rounded = hidden.to(dtype)
+        for number, entries in enumerate(_parts(len(weight), tile_entries(hidden.device))):
+            rows = weight[entries].to(dtype)
+            for tokens in _parts(len(hidden), TILE_TOKENS):
+                z = head.rounded_logits(rounded[tokens], rows, entries)
+                p = z.div(temperature).softmax(dim=1) if temperature != 1 else z.softmax(dim=1)
+                if head.cap is not None:
+                    p *= _slope(z, head.cap)
+                share = -factors[tokens] * log_shares[number, tokens, None].exp()
+                if of_hidden is not None:
+                    of_hidden[tokens] += (p @ rows) * share
+                if of_weight is not None:
+                    of_weight[entries] += p.T @ (hidden[tokens] * share).to(dtype)
                 if of_bias is not None:
-                    of_bias[entries] += p.sum(dim=0)
+                    of_bias[entries] += (p.T @ share.to(dtype))[:, 0]
+        if head.cap is not None:
+            factors = factors * _slope(chosen[:, None] * temperature, head.cap)
+        if of_hidden is not None:
+            of_hidden.addcmul_(weight[targets], factors)
+        if of_weight is not None:
+            of_weight.index_add_(0, targets, hidden * factors)
+        if of_bias is not None:
+            of_bias.index_add_(0, targets, factors[:, 0])
         return of_hidden, of_weight, of_bias, None, None, None, None
+
+
+def _slope(z: Tensor, cap: float) -> Tensor:
+    """The derivative of a capped logit by the uncapped one."""
+    return 1 - (z / cap).square()
 
 
 def _inside(targets: Tensor, entries: slice) -> tuple[Tensor, Tensor]:
@@ -143,18 +164,14 @@ def tile_entries(device: torch.device) -> int:
     return TILE_ENTRIES if device.type == "cpu" else 16 * TILE_ENTRIES
 
 
-def capped_logits(head: Head, hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def logits_of(head: Head, hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """(P, V) fp32 logits of (P, D) fp32 hidden states; `dtype` as in `token_logprobs`."""
-    with torch.autocast(hidden.device.type, enabled=False), devices.products_in(dtype):
-        return _capped(head.logits(hidden), head.cap)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head.logits(hidden, dtype=dtype)
 
 
 def _parts(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def _capped(z: Tensor, cap: float | None) -> Tensor:
-    return z if cap is None else z.div_(cap).tanh_().mul_(cap)
 
 
 @torch.no_grad()

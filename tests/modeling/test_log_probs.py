@@ -44,6 +44,20 @@ def test_values_and_gradients_are_those_of_the_whole_table(kind, temperature, at
         assert torch.allclose(ours, exact, atol=1e-5 * float(exact.abs().max()))
 
 
+def test_in_bf16_gradients_are_rounded_and_values_nearly_not():
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*size, generator=draw).bfloat16().float() for size in ((60, 64), (5000, 64)))
+    targets, factors = torch.randint(0, 5000, (60,), generator=draw), torch.randn(60, generator=draw)
+    found = {}
+    for dtype in (None, torch.bfloat16):
+        inputs = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+        logprobs, entropy = token_logprobs(Head(inputs[1], None), inputs[0], targets, dtype=dtype)
+        found[dtype] = [logprobs.detach(), entropy, *torch.autograd.grad((logprobs * factors).sum(), inputs)]
+    for number, (exact, rounded) in enumerate(zip(found[None], found[torch.bfloat16], strict=True)):
+        difference = float((exact - rounded).norm() / exact.norm())
+        assert difference <= (1e-5 if number < 2 else 2e-2), (number, difference)
+
+
 LANGUAGE_MODELS = {
     "Qwen3": {"head_dim": 16}, "Llama": {}, "Gemma2": {"head_dim": 16, "final_logit_softcapping": 2.0},
     "Cohere": {"logit_scale": 0.25}, "Granite": {"logits_scaling": 4.0}, "GPT2": {}, "GPTJ": {"rotary_dim": 8},
