@@ -114,11 +114,15 @@ class PretrainedModel(nn.Module):
     def text_config(self) -> Any:
         return self.hf_model.config.get_text_config()
 
-    def autocast(self) -> contextlib.AbstractContextManager:
+    def autocast(self, keeps_casts: bool = False) -> contextlib.AbstractContextManager:
+        """Autocast to `autocast_dtype`, if there is one.
+
+        A forward pass uses each weight once, and would hold all cast ones until its end; with `keeps_casts` it does,
+        for many passes within one context.
+        """
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
-        # no cache of cast weights: a forward pass uses each once, and would hold them all until its end
-        return torch.autocast(self.device.type, self.autocast_dtype, cache_enabled=False)
+        return torch.autocast(self.device.type, self.autocast_dtype, cache_enabled=keeps_casts)
 
     @contextlib.contextmanager
     def in_fp32(self) -> Iterator[None]:

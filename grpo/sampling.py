@@ -182,30 +182,29 @@ def sample_groups(
     is_end = torch.zeros(len(head.weight), dtype=torch.bool, device=device)
     is_end[[end for end in ends if end < len(head.weight)]] = True
     live = np.arange(count)
-    with policy.autocast():
+    with policy.autocast(keeps_casts=True):
         hidden = next(steps)  # (R, hidden size), of the token before the next one
-    for position in range(max_new_tokens):
-        check_stop()
-        logits = log_probs.logits_of(head, hidden.float(), policy.autocast_dtype)
-        if policy.temperature != 1:
-            logits /= policy.temperature
-        drawn_with = torch.from_numpy(numbers(owners[live], completions[live], position)).to(device)
-        ids, logprobs = draw(logits, drawn_with)
-        finished = is_end[ids].cpu().numpy()
-        for at, token, logprob, ended in zip(live, ids.tolist(), logprobs.tolist(), finished, strict=True):
-            if not replies[at].is_finished:
-                replies[at].tokens.append(token)
-                replies[at].logprobs.append(logprob)
-                replies[at].is_finished = bool(ended)
-        done = np.array([replies[at].is_finished for at in live])
-        if done.all() or position == max_new_tokens - 1:
-            break
-        rows = None
-        if done.mean() > SHARE_TO_COMPACT:
-            rows = torch.from_numpy(np.flatnonzero(~done)).to(device)
-            live, ids = live[~done], ids[rows]
-        positions = torch.from_numpy(lengths[owners[live]] + position).to(device)
-        with policy.autocast():
+        for position in range(max_new_tokens):
+            check_stop()
+            logits = log_probs.logits_of(head, hidden.float(), policy.autocast_dtype)
+            if policy.temperature != 1:
+                logits /= policy.temperature
+            drawn_with = torch.from_numpy(numbers(owners[live], completions[live], position)).to(device)
+            ids, logprobs = draw(logits, drawn_with)
+            finished = is_end[ids].cpu().numpy()
+            for at, token, logprob, ended in zip(live, ids.tolist(), logprobs.tolist(), finished, strict=True):
+                if not replies[at].is_finished:
+                    replies[at].tokens.append(token)
+                    replies[at].logprobs.append(logprob)
+                    replies[at].is_finished = bool(ended)
+            done = np.array([replies[at].is_finished for at in live])
+            if done.all() or position == max_new_tokens - 1:
+                break
+            rows = None
+            if done.mean() > SHARE_TO_COMPACT:
+                rows = torch.from_numpy(np.flatnonzero(~done)).to(device)
+                live, ids = live[~done], ids[rows]
+            positions = torch.from_numpy(lengths[owners[live]] + position).to(device)
             hidden = steps.send((ids, positions, rows))
     return [replies[start : start + group_size] for start in range(0, count, group_size)]
 
