@@ -307,7 +307,8 @@ def train(run: runs.Run, judges: dict[str, Any], stop: StopRequest) -> str:
                 metrics = step_metrics(found, results, has_spread)
                 is_finite = math.isfinite(metrics["train/loss"]) and math.isfinite(grad_norm)
 
-                # update
+                # update, once the replies that it comes from are kept
+                kept.add(step, found, advantages, results[..., 1])
                 run.complete_step(step, is_finite)
                 if not is_finite:
                     is_fine = results[..., 0].isfinite().all(dim=1).numpy()
@@ -326,7 +327,6 @@ def train(run: runs.Run, judges: dict[str, Any], stop: StopRequest) -> str:
                     "train/peak_memory_gib": devices.peak_gib(run.model.device),
                 }
                 log.scalars(metrics, step, run.examples_seen(step))
-                kept.add(step, found, advantages, results[..., 1])
                 shown.update(step, *figures(metrics))
 
                 # evaluate

@@ -112,7 +112,7 @@ class Judge:
         indices = sampler.fixed_sample(len(run.eval_data), config.eval_num_prompts, config.seed)
         writer = rollouts.Writer(
             run.model, self.scorer, run.eval_data, run.world, seed=config.seed, max_new_tokens=config.max_new_tokens,
-            ends=self.policy.writer.ends, keys_at_once=config.generation_tokens,
+            ends=self.policy.writer.ends, keys_at_once=self.policy.writer.keys_at_once,
         )  # fmt: skip
         found = writer.write(indices, 1, HELD_OUT, self.check_stop)
         judged = self.judged(found)

@@ -4,7 +4,7 @@ Letters: N prompts, G completions of each.
 """
 
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import utils
 from common.atomic_files import database_errors
 from data_pipeline import packing
 from data_pipeline.messages import Messages
 from data_pipeline.parsing import reason_in_words
 from data_pipeline.tokenization import longest_sequences, tokenize_groups
 from grpo.sampling import Reply, sample_groups, uniforms
-from modeling.scorer import Scorer
+from modeling import devices
+from modeling.scorer import Scorer, smaller_budget
 from utils import UserError
 
 TRUNCATED = ("lowest", "keep", "mask")
@@ -114,15 +116,22 @@ class Writer:
         was_training = self.policy.training
         self.policy.eval()
         try:
-            for wave in self._waves(ids, group_size):
+            needed = [len(prompt) + group_size * self.max_new_tokens for prompt in ids]
+            while len(replies) < len(ids):
+                wave = slice(len(replies), self._end_of_wave(needed, len(replies)))
                 chosen = indices[wave]
 
                 def numbers(prompts: np.ndarray, completions: np.ndarray, position: int, chosen=chosen) -> np.ndarray:
                     return uniforms(self.seed, step, chosen[prompts], completions, position)
 
-                replies += sample_groups(
-                    self.policy, ids[wave], group_size, self.max_new_tokens, self.ends, numbers, check_stop
-                )
+                try:
+                    replies += sample_groups(
+                        self.policy, ids[wave], group_size, self.max_new_tokens, self.ends, numbers, check_stop
+                    )
+                    continue
+                except RuntimeError as error:
+                    self._halve(needed[wave], error)
+                devices.free(self.policy.device)  # not in the `except`, where the traceback still holds keys
         finally:
             self.policy.train(was_training)
         decode = self.policy.tokenizer.decode
@@ -132,16 +141,24 @@ class Writer:
         rewards = score(self.scorer, asked, texts, tools, check_stop)
         return Rollouts(indices, ids, asked, replies, texts, rewards, tools)
 
-    def _waves(self, ids: list[np.ndarray], group_size: int) -> Iterator[slice]:
-        """Stretches of the prompts whose keys fit at once."""
-        start, held = 0, 0
-        for at, prompt in enumerate(ids):
-            needed = len(prompt) + group_size * self.max_new_tokens
-            if at > start and held + needed > self.keys_at_once:
-                yield slice(start, at)
-                start, held = at, 0
-            held += needed
-        yield slice(start, len(ids))
+    def _end_of_wave(self, needed: list[int], start: int) -> int:
+        """Where the prompts end whose keys, with those before them from `start` on, fit at once: at least one's."""
+        for end in range(start + 1, len(needed)):
+            if sum(needed[start : end + 1]) > self.keys_at_once:
+                return end
+        return len(needed)
+
+    def _halve(self, wave: list[int], error: RuntimeError) -> None:
+        """After running out of memory over a wave; any other error is raised again. The replies will be the same."""
+        if not utils.is_out_of_memory(error):
+            raise error
+        if len(wave) == 1:
+            raise UserError(
+                f"the completions of a single prompt do not fit the memory of {self.policy.device}",
+                next="a smaller --group_size or --max_new_tokens",
+            ) from error
+        self.keys_at_once = sum(wave) // 2
+        print(f"out of memory at keys of {sum(wave):,} tokens; going on with {self.keys_at_once:,}", flush=True)
 
 
 @torch.no_grad()
@@ -172,15 +189,24 @@ def score(
     rewards = torch.empty(groups.lengths[:, 1:].shape)
     packs = model.packs_up_to(int(longest_sequences(groups.lengths).max()))
     crossover_length = model.attention_crossover_length() if packs else None
-    plans = packing.plan_step(
-        groups, np.arange(len(groups)), scorer.tokens_per_batch, scorer.batch_size, crossover_length,
-        model.alone_above(),
-    )  # fmt: skip
-    for plan in plans:
-        check_stop()
-        batch = model.prepared(packing.build(groups, plan, model.tokenizer.pad_token_id)).to(model.device)
-        with scorer.precision():
-            rewards[torch.from_numpy(plan.indices)] = model(*batch.inputs()).view(len(plan.indices), -1).cpu()
+    left = np.arange(len(groups))
+    while len(left):
+        plans = packing.plan_step(
+            groups, left, scorer.tokens_per_batch, scorer.batch_size, crossover_length, model.alone_above()
+        )
+        for plan in plans:
+            check_stop()
+            batch = model.prepared(packing.build(groups, plan, model.tokenizer.pad_token_id)).to(model.device)
+            try:
+                with scorer.precision():
+                    scores = model(*batch.inputs()).view(len(plan.indices), -1).cpu()
+            except RuntimeError as error:
+                scorer.tokens_per_batch = smaller_budget(plan, model.device, error)
+                break
+            rewards[torch.from_numpy(plan.indices)] = scores
+            left = np.setdiff1d(left, plan.indices)
+        if len(left):
+            devices.free(model.device)  # not in the `except`, where the traceback still holds activations
     for at, group in enumerate(found):  # at another place in a row, rounding makes the reward of an equal reply differ
         known: dict[bytes, int] = {}
         firsts = [known.setdefault(ids.tobytes(), number) for number, ids in enumerate(group.ids)]
