@@ -87,7 +87,7 @@ def findings(content: dict[str, Any]) -> list[str]:
         found.append("The model prefers the rejected reply more often than the chosen one.")
     elif high < guessing:
         found.append(f"The model does worse than guessing ({guessing:.0%}).")
-    longer, within = length["model_prefers_longer"], length["within_prompts"]["pearson"]
+    longer = length["model_prefers_longer"]
     controlled = length["length_controlled"]["accuracy"]
     if longer is not None and max(longer, 1 - longer) > 0.95:
         side = "longer" if longer > 0.5 else "shorter"
@@ -95,8 +95,8 @@ def findings(content: dict[str, Any]) -> list[str]:
             f"Its reward is length: it prefers the {side} reply in {max(longer, 1 - longer):.1%} of the pairs whose "
             f"replies differ in length (people prefer the longer one in {length['people_prefer_longer']:.1%})."
         )
-    elif within is not None and abs(within) > 0.5:
-        found.append(f"Reward and length are correlated within prompts: {within:+.2f}.")
+    elif longer is not None and (bias := _length_bias(length, longer)):
+        found.append(bias)
     rule, best = max(content["baselines"].items(), key=lambda item: item[1]["accuracy"] or 0)
     if best["accuracy"] is not None and low <= best["accuracy"]:
         found.append(f"The rule “{rule}” alone reaches {best['accuracy']:.1%}: the model is not clearly better.")
@@ -114,6 +114,21 @@ def findings(content: dict[str, Any]) -> list[str]:
     for name, one in sorted(worst, key=lambda item: item[1]["accuracy"])[:3]:
         found.append(f"Weak at “{name}”: {one['accuracy']:.1%} of {one['n']:,}, against {accuracy:.1%} over all.")
     return found
+
+
+def _length_bias(length: dict[str, Any], longer: float) -> str:
+    """That a model prefers one side by length where people do not, in words; "" unless its two accuracies say so."""
+    by_side = {"longer": length["better_is_longer"], "shorter": length["better_is_shorter"]}
+    side, other = ("longer", "shorter") if longer > 0.5 else ("shorter", "longer")
+    better, worse = by_side[side], by_side[other]
+    if not better["n"] or not worse["n"] or better["low"] <= worse["high"]:
+        return ""
+    people = length["people_prefer_longer"]
+    return (
+        f"It prefers the {side} reply in {max(longer, 1 - longer):.0%} of the pairs whose replies differ in length "
+        f"(people in {people if side == 'longer' else 1 - people:.0%}): it is right in {better['accuracy']:.0%} where "
+        f"the chosen reply is {side}, but in {worse['accuracy']:.0%} where it is {other}."
+    )
 
 
 def compare(table: ScoreTable, other: ScoreTable) -> dict[str, Any]:
@@ -135,7 +150,8 @@ def worth_reading(table: ScoreTable, other: ScoreTable | None) -> dict[str, list
     """Positions of the pairs worth reading, by kind, the most telling first."""
     order = np.argsort(table.reward_margins, kind="stable")
     wrong = order[table.reward_margins[order] < 0][:MOST_READ]
-    near = np.argsort(np.abs(table.reward_margins), kind="stable")[:MOST_READ]
+    from_half = np.abs(metrics.label_probability(table.reward_margins) - 0.5)
+    near = [at for at in np.argsort(from_half, kind="stable")[:MOST_READ] if from_half[at] < metrics.NEAR_TIE]
     found = {"mistakes": table.positions[wrong].tolist(), "near_ties": table.positions[near].tolist()}
     if other is not None:
         ours, theirs = _scored_by_both(table, other)

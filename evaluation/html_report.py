@@ -1,34 +1,26 @@
-"""report.html: one file that opens anywhere, offline, in light and dark mode; it loads nothing and runs no script.
-
-The page itself is report.html.jinja. It is autoescaped: what a model or a dataset wrote is text there, never markup.
-"""
+"""report.html: what `measure` and `readings` found, as a page. The page itself is report.html.jinja."""
 
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from common import atomic_files
-from evaluation import plots, report
+from common import pages
+from evaluation import report
 
 PAGE = "report.html"
+FIRST_WORDS = 90  # characters of a prompt beside a folded pair
 READINGS = (  # key in report.json's "reading", heading, what these pairs are
     ("mistakes", "Most confident mistakes", "the model prefers the rejected reply by the widest margin"),
     ("disagreements", "Where the two models disagree most", "only one of them prefers the chosen reply"),
-    ("near_ties", "Near-ties", "the two rewards are almost the same"),
+    ("near_ties", "Near-ties", "the model gives either reply about half"),
 )
 
 
-def write(folder: Path, content: dict[str, Any], drawn: list[plots.Plot]) -> None:
+def write(folder: Path, content: dict[str, Any], drawn: list[pages.Plot]) -> None:
     """Write report.html, all or nothing."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"percent": report.percent, "number": report.number, "count": "{:,}".format}
-    page = environment.get_template("report.html.jinja").render(
+    pages.write(
+        folder / PAGE, Path(__file__).with_name("report.html.jinja"), drawn,
         content=content,
-        plots=[{"title": plot.title, "svg": plots.svg(plot)} for plot in drawn],
+        temperature=report.temperature(content),
         tables=report.tables(content),
         readings=[
             (heading, explanation, [_pair_view(entry) for entry in entries])
@@ -40,9 +32,7 @@ def write(folder: Path, content: dict[str, Any], drawn: list[plots.Plot]) -> Non
             *(("rows", line) for line in [*content["notes"], *content["rows"]["in_words"]]),
             ("weights, tokenizer and precision", content["fingerprint"][:16]),
         ],
-    )
-    with atomic_files.atomic_file(folder / PAGE) as file:
-        file.write(page + "\n")
+    )  # fmt: skip
 
 
 def _pair_view(entry: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +48,12 @@ def _pair_view(entry: dict[str, Any]) -> dict[str, Any]:
         rewards = entry[f"reward_{side}"]
         for dialogue, reward in zip(dialogues, [rewards] if is_pair else rewards, strict=True):
             replies.append({"side": side, "reward": reward, "text": _own_text(dialogue, shared)})
-    return {"margin": entry["margin"], "about": " · ".join(filter(None, about)), "shared": shared, "replies": replies}
+    asked = " ".join(shared[-1]["content"].split()) if shared else ""
+    first_words = asked if len(asked) <= FIRST_WORDS else asked[:FIRST_WORDS] + "…"
+    return {
+        "margin": entry["margin"], "first_words": first_words, "about": " · ".join(filter(None, about)),
+        "shared": shared, "replies": replies,
+    }  # fmt: skip
 
 
 def _own_text(dialogue: list[dict[str, str]], shared: list[dict[str, str]]) -> str:

@@ -24,6 +24,7 @@ BOOTSTRAP_SAMPLES = 10_000
 EXACT_UP_TO = 1000  # discordant pairs; beyond, chi-squared and the exact test agree to three digits
 LENGTH_EDGES = (0, 16, 32, 64, 128, 256, 512, 1024)  # tokens; fixed, so that reports compare
 MISLABEL_BELOW = 0.05
+NEAR_TIE = 0.05  # of probability, from a half
 
 
 def accuracy(reward_margin: Array) -> dict[str, Any]:
@@ -118,16 +119,20 @@ def calibration(reward_margin: Array) -> dict[str, Any]:
     prefers: it claims σ(|Δr|), from 0.5 to 1, and the outcome is 1 if people prefer that side too, 0 if not, and 0.5
     for a tie. (Counting each pair in both orders, in bins over [0, 1], gives the same result.) ECE, the expected
     calibration error, is the mean over pairs of |outcome − claim| of their bin (Guo et al. 2017, arXiv 1706.04599).
+    It is above 0 by chance alone: "ece_floor" is what to expect if all claims were true. The sum of a bin's outcomes
+    then has the variance Σ claim · (1 − claim), and a normal variable is √(2/π) of its deviation away on average.
     """
     claimed = expit(np.abs(reward_margin))
     happened = np.heaviside(reward_margin, 0.5)
-    values = [claimed, happened, np.ones(len(claimed))]
+    values = [claimed, happened, claimed * (1 - claimed), np.ones(len(claimed))]
     sums = stats.binned_statistic(claimed, values, "sum", CALIBRATION_BINS, range=(0.5, 1)).statistic.T.tolist()
-    bins = [{"claimed": c / count, "happened": h / count, "count": int(count)} for c, h, count in sums if count]
+    bins = [{"claimed": c / count, "happened": h / count, "count": int(count)} for c, h, _, count in sums if count]
+    by_chance = math.sqrt(2 / math.pi) * sum(math.sqrt(variance) for _, _, variance, _ in sums)
     off = [abs(one["happened"] - one["claimed"]) * one["count"] for one in bins]
     return {
         "bins": bins,
         "ece": sum(off) / len(reward_margin),
+        "ece_floor": by_chance / len(reward_margin),
         "brier": float(np.mean((1 - expit(reward_margin)) ** 2)),
         "log_loss": log_loss(reward_margin),
         "temperature": temperature(reward_margin),

@@ -13,6 +13,7 @@ from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 from common import atomic_files
+from common.pages import Plot, number, percent
 from evaluation import plots
 from utils import printable
 
@@ -29,12 +30,14 @@ def write_json(folder: Path, content: dict[str, Any]) -> None:
 # -- Figures as text: (what, value) ------------------------------------------------------------------------------------
 
 
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
-
-
-def number(value: float | None, form: str = ".3f") -> str:
-    return "–" if value is None else format(value, form)
+def temperature(content: dict[str, Any]) -> tuple[str, str]:
+    """The best temperature and a note on it, or why there is none."""
+    found = content["calibration"]["temperature"]
+    if found:
+        return number(found["value"], ".3g"), "divide rewards by it; 1 is perfect"
+    if content["mean_margin"] <= 0:
+        return "none", "the rewards say nothing about these labels"
+    return "none", "no pair is wrong: the surer, the better"
 
 
 def tables(content: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]], str]]:
@@ -52,14 +55,19 @@ def tables(content: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]], st
 def _length_and_calibration(content: dict[str, Any]) -> list[tuple[str, str]]:
     length, calibration = content["length"], content["calibration"]
     controlled, within = length["length_controlled"], length["within_prompts"]
-    across, temperature = length["across_prompts"], calibration["temperature"]
+    across, fitted = length["across_prompts"], calibration["temperature"]
     interval = "" if controlled["low"] is None else f" ({percent(controlled['low'])} to {percent(controlled['high'])})"
     scaled = (
-        f"{temperature['value']:.3g} ({temperature['low']:.3g} to {number(temperature['high'], '.3g')}); "
-        f"log loss {number(temperature['log_loss'], '.4f')}"
-        if temperature
-        else "none"
+        f"{fitted['value']:.3g} ({fitted['low']:.3g} to {number(fitted['high'], '.3g')}); "
+        f"log loss {number(fitted['log_loss'], '.4f')}"
+        if fitted
+        else ": ".join(temperature(content))
     )
+
+    def in_words(correlation: dict[str, float | None]) -> str:
+        r = correlation["pearson"]
+        direction = "" if r is None else f": {'longer' if r > 0 else 'shorter'} replies get more"
+        return f"{number(r)} ({number(correlation['spearman'])}){direction}"
 
     def accuracy_of(key: str) -> str:
         return f"{percent(length[key]['accuracy'])} of {length[key]['n']:,}"
@@ -71,9 +79,10 @@ def _length_and_calibration(content: dict[str, Any]) -> list[tuple[str, str]]:
         ("accuracy, chosen reply equally long", accuracy_of("equally_long")),
         ("the model prefers the longer reply", percent(length["model_prefers_longer"])),
         ("people prefer the longer reply", percent(length["people_prefer_longer"])),
-        ("reward and length within prompts, r (ρ)", f"{number(within['pearson'])} ({number(within['spearman'])})"),
-        ("reward and length across prompts, r (ρ)", f"{number(across['pearson'])} ({number(across['spearman'])})"),
-        ("expected calibration error", percent(calibration["ece"])),
+        ("reward and length within prompts, r (ρ)", in_words(within)),
+        ("reward and length across prompts, r (ρ)", in_words(across)),
+        ("expected calibration error (by chance alone)",
+         f"{percent(calibration['ece'])} ({percent(calibration['ece_floor'])})"),
         ("Brier score (guessing: 0.25)", number(calibration["brier"], ".4f")),
         ("log loss (guessing: 0.6931)", number(calibration["log_loss"], ".4f")),
         ("best temperature", scaled),
@@ -98,7 +107,7 @@ def _comparison(against: dict[str, Any]) -> list[tuple[str, str]]:
 # -- TensorBoard -------------------------------------------------------------------------------------------------------
 
 
-def write_tensorboard(folder: Path, content: dict[str, Any], drawn: list[plots.Plot], step: int) -> None:
+def write_tensorboard(folder: Path, content: dict[str, Any], drawn: list[Plot], step: int) -> None:
     """The figures as scalars and the plots as images, replacing those of an earlier report of the same step."""
     suffix = f".step-{step}"
     for path in folder.glob(f"events.out.tfevents.*{suffix}"):
@@ -141,8 +150,8 @@ def show(content: dict[str, Any]) -> None:
 
     def grid(title: str, rows: list[tuple[str, ...]], columns: tuple[str, ...]) -> None:
         shown = Table(title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False)
-        for number, column in enumerate(columns):
-            shown.add_column(column, justify="right" if number else "left", overflow="fold")
+        for place, column in enumerate(columns):
+            shown.add_column(column, justify="right" if place else "left", overflow="fold")
         for row in rows:
             shown.add_row(*(Text(printable(cell)) for cell in row))  # Text: a subset's name may look like markup
         console.print()

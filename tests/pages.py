@@ -44,6 +44,8 @@ WITHOUT_DOCSTRING = {
     "demo_sentences.json": "The words and sentences that the demo's pairs are made of.",
     "page.css": "The page's style, in addition to Gradio's.",
     "page_head.html": "The page's JavaScript: keeps conversations in the browser, and streams in order.",
+    "page.html.jinja": "What every page begins with: its colours, style and rules for printing.",
+    "page_macros.html.jinja": "Parts of a page that several kinds of page have.",
     "report.html.jinja": "The template of report.html.",
     "reward_bench.json": "RewardBench's sections: subsets and their weights.",
 }

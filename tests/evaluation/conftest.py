@@ -41,9 +41,10 @@ def evaluate(tmp_path, monkeypatch, demo_folder):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Reports without pictures, for tests of something else: drawing takes longer than scoring a few rows."""
+    from common import pages
     from evaluation import plots
 
-    monkeypatch.setattr(plots, "svg", lambda plot: "<svg></svg>")
+    monkeypatch.setattr(pages, "svg", lambda plot: "<svg></svg>")
     monkeypatch.setattr(plots, "image", lambda plot: np.zeros((4, 4, 3), dtype=np.uint8))
 
 

@@ -204,7 +204,9 @@ def test_the_page_is_complete_loads_nothing_and_escapes_replies(evaluate, consta
     assert all(pointer.startswith("#") for pointer in pointers), pointers  # a mark that is used again
     assert "url(h" not in page and "@import" not in page
     assert not re.search(r"#0[0-9a-f]0[0-9a-f]0[0-9a-f]", page), "a stand-in colour was left"
-    assert page.count("<svg") == page.count("</svg>") >= 4
+    assert page.count("<svg") == page.count("</svg>") == page.count("<figcaption") >= 4
+    assert "“&lt;script&gt;alert(1)&lt;/script&gt;”" in page, "a folded pair begins with its prompt"
+    assert "@media print" in page
 
 
 # -- Killed, stopped, no room ------------------------------------------------------------------------------------------

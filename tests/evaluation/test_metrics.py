@@ -115,6 +115,17 @@ def test_calibration_equals_scikit_learns_on_both_orders():
     assert sum(one["count"] for one in found["bins"]) == 500
 
 
+def test_the_floor_of_the_calibration_error_is_what_true_claims_have_by_chance():
+    draw = np.random.default_rng(3)
+    size = np.abs(draw.normal(0, 1.5, size=300))
+    by_chance = []
+    for _ in range(400):  # people choose as often as the model claims
+        agrees = draw.random(300) < 1 / (1 + np.exp(-size))
+        by_chance.append(metrics.calibration(np.where(agrees, size, -size))["ece"])
+    floor = metrics.calibration(size)["ece_floor"]
+    assert floor == pytest.approx(np.mean(by_chance), rel=0.05) and 0.02 < floor < 0.1
+
+
 def test_ties_claim_a_half_and_half_happens():
     found = metrics.calibration(np.zeros(7))
     assert found["bins"] == [{"claimed": 0.5, "happened": 0.5, "count": 7}]

@@ -185,6 +185,17 @@ def test_a_column_like_a_dialogues_that_is_not_used_is_named_once(score):
     assert "looks like" not in errors
 
 
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_a_file_without_rows_is_an_error_and_an_empty_pipe_is_not(content, reward_checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "empty.jsonl").write_text(content)
+    with pytest.raises(UserError, match="no rows") as caught:
+        eval_rm.main(["--model", str(reward_checkpoint), "--score", str(tmp_path / "empty.jsonl")])
+    assert caught.value.exit_code == 2
+    with open(tmp_path / "empty.jsonl") as pipe:
+        monkeypatch.setattr(sys, "stdin", pipe)
+        eval_rm.main(["--model", str(reward_checkpoint), "--score", "-"])
+
+
 def test_a_broken_line_is_named_after_those_before_it_are_answered(reward_checkpoint, tmp_path, capfdbinary):
     file = tmp_path / "in.jsonl"
     file.write_bytes(b'{"prompt": "a", "reply": "b"}\n\n{"prompt": "a"\n')
