@@ -48,7 +48,7 @@ class EvalConfig:
     against: str | None = flag(None, "another reward model, compared on the same pairs", group="model and data")
     untrained_baseline: bool = flag(True, "also score with the model as it was before training, if that is known; takes a second pass", group="model and data")
 
-    report_dir: str | None = flag(None, "folder for report.json, report.html and TensorBoard's files (default: for a checkpoint reports/step-N in the run's folder, with TensorBoard's files beside the training's; else ./report)", group="output")
+    report_dir: str | None = flag(None, "folder for report.json, report.html and TensorBoard's files (default: for a checkpoint reports/step-N in the run's folder, with TensorBoard's files among the training's; else ./report)", group="output")
     scores_out: str | None = flag(None, "JSONL file for the rewards of every pair, with the dialogue", group="output")
     score: str | None = flag(None, "instead of a report: read prompts and replies from this JSONL file (- for standard input) and write them with their rewards to standard output", group="output")
     best_of: bool = flag(False, "with --score: pick the reply with the highest reward in each row", group="output")

@@ -14,7 +14,7 @@ from typing import Any
 import utils
 from checkpointing.resolve import training_settings
 from checkpointing.run_folder import best_step, step_folders, step_of
-from common import hub
+from common import file_locks, hub
 from data_pipeline import sources
 from data_pipeline.sources import DataSpec
 from evaluation import analysis, eval_data, html_report, metrics, plots, report
@@ -151,8 +151,8 @@ def untrained_model(folder: Path) -> tuple[ModelSource | None, str]:
 def output_folders(folder: Path, given: str | None = None) -> tuple[Path, Path]:
     """The folders for the report and for TensorBoard's files: in `given`, or for a checkpoint beside its run's.
 
-    A report inside the checkpoint would contradict its manifest. TensorBoard's files go beside the training's own if
-    they exist, so that TensorBoard shows both.
+    A report inside the checkpoint would contradict its manifest. TensorBoard's files join the training's own, so that
+    it shows one run. Not while that is being trained: of the files of a folder TensorBoard follows only the newest.
     """
     path = folder.absolute()
     if given or step_of(path) is None or not (path / "manifest.json").is_file():
@@ -160,8 +160,8 @@ def output_folders(folder: Path, given: str | None = None) -> tuple[Path, Path]:
     report_dir, log_dir = folder.parent / "reports" / folder.name, training_settings(folder).get("log_dir")
     if isinstance(log_dir, str):  # relative to output_dir
         logs = path.parent.parent / log_dir / path.parent.name
-        if logs.is_dir():
-            return report_dir, logs / "report"
+        if logs.is_dir() and not file_locks.is_locked(path.parent / file_locks.RunLock.FILE):
+            return report_dir, logs
     return report_dir, report_dir / "tensorboard"
 
 

@@ -1,5 +1,6 @@
 """A report as report.json, in TensorBoard and in the terminal, and the figures that all of them show as text."""
 
+import contextlib
 import io
 import json
 import shutil
@@ -108,10 +109,16 @@ def _comparison(against: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def write_tensorboard(folder: Path, content: dict[str, Any], drawn: list[Plot], step: int) -> None:
-    """The figures as scalars and the plots as images, replacing those of an earlier report of the same step."""
+    """The figures as scalars and the plots as images, replacing those of an earlier report of the same step.
+
+    In a run's own folder: a resumed run drops what is of later steps from these files, as from its own.
+    """
     suffix = f".step-{step}"
-    for path in folder.glob(f"events.out.tfevents.*{suffix}"):
+    of_earlier_versions = folder / "report"  # which TensorBoard took for a run of its own
+    for path in [*folder.glob(f"events.out.tfevents.*{suffix}"), *of_earlier_versions.glob(f"*.tfevents.*{suffix}")]:
         path.unlink()
+    with contextlib.suppress(OSError):  # there is none, or it holds something else
+        of_earlier_versions.rmdir()
     with SummaryWriter(str(folder), filename_suffix=suffix) as writer:
         for tag, value in scalars(content).items():
             writer.add_scalar(tag, value, step)

@@ -89,8 +89,7 @@ def test_a_checkpoint_of_ours_knows_its_data_base_model_logs_and_report_folder(
     content = utils.read_json(reports / "report.json")
     assert content["n"] == 16 and content["step"] == 2
     assert content["baselines"]["untrained model"]["n"] == 16
-    (events,) = (tmp_path / "logs/rm/crumb/report").iterdir()
-    board = EventAccumulator(str(events)).Reload()
+    board = EventAccumulator(str(tmp_path / "logs/rm/crumb")).Reload()
     (point,) = board.Scalars("report/accuracy")
     assert (point.step, point.value) == (2, pytest.approx(content["accuracy"]))
     assert {"report/accuracy", "report/reliability", "report/length"} <= set(board.Tags()["images"])
@@ -106,6 +105,51 @@ def test_a_checkpoint_of_ours_knows_its_data_base_model_logs_and_report_folder(
     assert not trained_run.exists()
     manage_runs.main(["--undo"])
     assert (reports / "report.html").is_file()
+
+
+def report_points(log_folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return [point.step for point in EventAccumulator(str(log_folder)).Reload().Scalars("report/accuracy")]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_tensorboard_shows_a_run_once_with_its_reports_at_their_steps(trained_run, tmp_path):
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    logs = tmp_path / "logs/rm"
+    (logs / "crumb/report").mkdir()  # where earlier versions put this step's figures
+    (logs / "crumb/report/events.out.tfevents.1700000000.host.1.0.step-2").write_bytes(b"")
+    train_rm.main(["--resume_from", str(trained_run), "--max_steps", "4", "--eval_steps", "0", "--save_steps", "1"])
+    assert sorted(report_points(logs / "crumb")) == [2, 4]
+    eval_rm.main(["--model", str(trained_run / "step-2")])
+    eval_rm.main(["--model", str(trained_run / "step-3")])
+    assert sorted(report_points(logs / "crumb")) == [2, 3, 4]
+    assert list(EventMultiplexer().AddRunsFromDirectory(str(logs)).Reload().Runs()) == ["crumb"]
+    # going back to step 2 takes away the reports on what comes after it, as it does with every other point
+    train_rm.main(["--resume_from", str(trained_run / "step-2"), "--max_steps", "3", "--eval_steps", "0"])
+    assert sorted(report_points(logs / "crumb")) == [2, 3]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_report_on_a_run_that_is_being_trained_adds_no_file_to_its_logs(trained_run, tmp_path):
+    def files():
+        return sorted(path.name for path in (tmp_path / "logs/rm/crumb").iterdir())
+
+    before = files()
+    held = subprocess.Popen(
+        [sys.executable, "-c", "import sys, time; from pathlib import Path; from common import file_locks\n"
+         "lock = file_locks.RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)", str(trained_run)],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        assert held.stdout.readline() == "held\n"
+        eval_rm.main(["--model", str(trained_run)])
+    finally:
+        held.kill()
+        held.communicate()
+    assert files() == before
+    assert report_points(trained_run / "reports/step-2/tensorboard") == [2]
 
 
 @pytest.mark.usefixtures("undrawn")
