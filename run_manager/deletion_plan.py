@@ -25,6 +25,7 @@ class Item:
     parts: tuple[str, ...]  # ("run",), ("run", "step-5"), ("run", "step-5", "optimizer.safetensors")
     bytes: int
     began: str | None = None  # of the run's record: --undo must not put a step into a run that was resumed since
+    prefix: str = ""  # see Roots.prefix
 
     @property
     def path(self) -> Path:
@@ -32,7 +33,7 @@ class Item:
 
     @property
     def name(self) -> str:
-        return printable("/".join(self.parts))
+        return printable(self.prefix + "/".join(self.parts))
 
     @property
     def is_optimizer(self) -> bool:
@@ -46,7 +47,7 @@ class Item:
 class Plan:
     """What a deletion takes. The methods add to it; what must not be deleted goes to `refused`, with the reason."""
 
-    roots: Roots
+    places: list[Roots]
     runs: list[RunInfo]  # all, to warn about those that were resumed from what is deleted
     items: list[Item] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)  # (name, why)
@@ -56,8 +57,10 @@ class Plan:
     def bytes(self) -> int:
         return sum(item.bytes for item in self.items)
 
-    def add(self, root: Path, parts: tuple[str, ...], size: int, run: RunInfo) -> None:
-        item = Item(root, parts, size, run.record.began if run.record and root == self.roots.output else None)
+    def add(self, run: RunInfo, parts: tuple[str, ...], size: int, is_log: bool = False) -> None:
+        root = run.roots.logs if is_log else run.roots.output
+        began = run.record.began if run.record and not is_log else None
+        item = Item(root, parts, size, began, run.roots.prefix)
         if why := why_not(item):
             self.refused.append((item.name, why))
         elif not any(item.is_within(other) for other in self.items):
@@ -65,15 +68,15 @@ class Plan:
 
     def refuses_running(self, run: RunInfo) -> bool:
         if run.state == run_folder.RUNNING:
-            self.refused.append((printable(run.name), "it is being trained right now"))
+            self.refused.append((run.label, "it is being trained right now"))
         return run.state == run_folder.RUNNING
 
     def warn_of_resumed(self, run: RunInfo, steps: list[Step] | None, also_deleted: list[RunInfo]) -> None:
         """Warn about runs that stay and were resumed from these steps of a run (None: from any step)."""
-        for step, resumed in inventory.resumed_by(run, self.runs, self.roots).items():
-            names = [printable(name) for name in resumed if name not in [other.name for other in also_deleted]]
+        for step, resumed in inventory.resumed_by(run, self.runs).items():
+            names = [other.label for other in resumed if other not in also_deleted]
             if names and (steps is None or step in [one.folder.name for one in steps]):
-                self.warnings.append(f"{', '.join(names)} was resumed from {printable(run.name)}/{step}")
+                self.warnings.append(f"{', '.join(names)} was resumed from {run.label}/{step}")
 
     def add_runs(self, chosen: list[RunInfo]) -> None:
         """Whole runs: checkpoints and logs."""
@@ -82,14 +85,14 @@ class Plan:
                 continue
             self.warn_of_resumed(run, None, chosen)
             if run.folder:
-                self.add(self.roots.output, (run.folder.name,), run.checkpoint_bytes, run)
+                self.add(run, (run.folder.name,), run.checkpoint_bytes)
             is_one_folder = run.folder and os.path.realpath(run.folder) == os.path.realpath(run.log_folder or "")
             if run.log_folder and not is_one_folder:
-                self.add(self.roots.logs, (run.log_folder.name,), run.log_bytes, run)
+                self.add(run, (run.log_folder.name,), run.log_bytes, is_log=True)
                 written = max((found.st_mtime for _, found in inventory.walk(run.log_folder)), default=0.0)
                 if run.folder is None and (age := time.time() - written) < 600:
                     self.warnings.append(
-                        f"the logs {printable(run.name)} were written to {utils.format_duration(age)} ago: "
+                        f"the logs {run.label} were written to {utils.format_duration(age)} ago: "
                         "a run of another --output_dir may be training"
                     )
 
@@ -98,10 +101,10 @@ class Plan:
         if not steps or self.refuses_running(run):
             return
         for step in steps:
-            self.add(self.roots.output, (run.name, step.folder.name), step.bytes, run)
+            self.add(run, (run.name, step.folder.name), step.bytes)
         self.warn_of_resumed(run, steps, [])
         if len(steps) == len(run.steps):
-            self.warnings.append(f"no checkpoint of {printable(run.name)} would be left")
+            self.warnings.append(f"no checkpoint of {run.label} would be left")
 
     def add_pruned(self, chosen: list[RunInfo], keep: list[str]) -> None:
         """All steps but those to keep: 'best', 'last', or a number of the newest."""
@@ -111,7 +114,7 @@ class Plan:
             kept += [best] * ("best" in keep) + [last] * ("last" in keep)
             if "best" in keep and best is None and run.steps:
                 why = "none of its steps was evaluated when saved, so all are kept"
-                self.warnings.append(f"{printable(run.name)}: {why}")
+                self.warnings.append(f"{run.label}: {why}")
                 continue
             self.add_steps(run, [step for step in run.steps if step not in kept])
 
@@ -124,17 +127,17 @@ class Plan:
                 parts = (run.name, step.folder.name, manifest.OPTIMIZER)
                 try:
                     manifest.read_manifest(step.folder)
-                    self.add(self.roots.output, parts, step.optimizer_bytes, run)
+                    self.add(run, parts, step.optimizer_bytes)
                 except (OSError, ValueError) as error:
                     why = f"the step is damaged: {manifest.MANIFEST}: {error}"
-                    self.refused.append((printable("/".join(parts)), why))
+                    self.refused.append((printable(run.roots.prefix + "/".join(parts)), why))
 
     def add_leftovers(self, chosen: list[RunInfo]) -> None:
         """Steps that were set aside on resuming, and what killed saves left."""
         for run in chosen:
             if run.leftovers and not self.refuses_running(run):
                 for path, size in run.leftovers:
-                    self.add(self.roots.output, (run.name, path.name), size, run)
+                    self.add(run, (run.name, path.name), size)
 
 
 # -- What must not be touched ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The runs in the two roots, `./checkpoints/rm` and `./logs/rm`: their states, steps and sizes.
+"""The runs of all kinds, such as those in `./checkpoints/rm` and `./logs/rm`: their states, steps and sizes.
 
 Only reads and follows no symbolic link. What vanishes while it is read counts as gone. Standard library only.
 """
@@ -8,7 +8,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,6 +21,7 @@ from common import file_locks, json_records
 from utils import UserError, printable
 
 TRASH = ".trash"
+KINDS = ("rm", "sft", "grpo")  # reward models, and policies: supervised, and against a reward model
 ACCURACY = "accuracy"  # what reward models are evaluated by
 SORT_KEYS = ("started", "name", "state", "accuracy", "steps", "size")
 UNKNOWN = "unknown"  # no record, or none that can be read
@@ -29,11 +30,22 @@ STATES = (run_folder.RUNNING, run_folder.FINISHED, run_folder.STOPPED, run_folde
 
 @dataclass(frozen=True)
 class Roots:
-    """Where runs are. Nothing outside these two folders and the trash beside each is ever touched."""
+    """Where runs of one kind are. Nothing outside these two folders and the trash beside each is ever touched."""
 
     output: Path
     logs: Path
     has_orphans: bool = True  # show logs without checkpoints? Not if only --output_dir was given
+    is_one_of_several: bool = False  # then names go with their kind: two kinds may have runs of one name
+
+    @property
+    def kind(self) -> str:
+        """What is trained there, by the folder's name; "" if that does not say."""
+        return self.output.name if self.output.name in KINDS else ""
+
+    @property
+    def prefix(self) -> str:
+        """What goes before the names of its runs wherever they are printed."""
+        return f"{self.kind}/" if self.is_one_of_several else ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,7 @@ class Step:
 class RunInfo:
     """One run, or logs without a run (`folder` is None)."""
 
+    roots: Roots
     name: str
     folder: Path | None
     log_folder: Path | None = None
@@ -75,6 +88,22 @@ class RunInfo:
     checkpoint_bytes: int = 0
     log_bytes: int = 0
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """Its name as it is printed, which the flags take: with its kind if there are several."""
+        return printable(f"{self.roots.prefix}{self.name}")
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What it may be called: RUN and KIND/RUN."""
+        return self.name, f"{self.roots.kind}/{self.name}"
+
+    @property
+    def kind(self) -> str:
+        """What it trains: one of KINDS, by the script that wrote its record, else by its folder."""
+        script = self.record.script.removeprefix("train_").removesuffix(".py") if self.record else ""
+        return script if script in KINDS else self.roots.kind or KINDS[0]
 
     @property
     def steps_done(self) -> int | None:
@@ -110,22 +139,29 @@ class RunInfo:
 # -- Reading the roots -------------------------------------------------------------------------------------------------
 
 
-def scan(roots: Roots) -> tuple[list[RunInfo], list[str]]:
+def scan(places: Iterable[Roots]) -> tuple[list[RunInfo], list[str]]:
     """All runs, oldest first, and notes about what else is in the roots and is not touched."""
     notes: list[str] = []
+    runs = [run for roots in places for run in scan_roots(roots, notes)]
+    return sort_runs(runs, "started"), notes
+
+
+def scan_roots(roots: Roots, notes: list[str]) -> list[RunInfo]:
+    """The runs of one kind; adds to `notes`."""
     logs = {path.name: path for path in subfolders(roots.logs, notes) if event_files(path)}
     runs = []
     for folder in subfolders(roots.output, notes):
         try:
-            run = read_run(folder)
+            run = read_run(roots, folder)
         except FileNotFoundError:
             continue  # gone since the folder was read
         except OSError as error:
-            notes.append(f"{printable(folder.name)}: cannot be read ({error.strerror})")
+            notes.append(f"{printable(roots.prefix + folder.name)}: cannot be read ({error.strerror})")
             continue
         if run is None:
             if folder != logs.get(folder.name):
-                notes.append(f"{printable(folder.name)}: not a run (train_rm.py wrote nothing in it); left alone")
+                name = printable(roots.prefix + folder.name)
+                notes.append(f"{name}: not a run (no training wrote anything in it); left alone")
             continue
         if claims_logs(run, roots):
             run.log_folder = logs.pop(run.name, None)
@@ -133,10 +169,10 @@ def scan(roots: Roots) -> tuple[list[RunInfo], list[str]]:
         runs.append(run)
     if roots.has_orphans:
         for name, folder in logs.items():
-            run = RunInfo(name, None, folder, notes=["logs without a run here"])
+            run = RunInfo(roots, name, None, folder, notes=["logs without a run here"])
             note_logs(run)
             runs.append(run)
-    return sort_runs(runs, "started"), notes
+    return runs
 
 
 def subfolders(root: Path, notes: list[str]) -> list[Path]:
@@ -160,9 +196,9 @@ def is_junction(path: str | Path) -> bool:
     return hasattr(os.path, "isjunction") and os.path.isjunction(path)
 
 
-def read_run(folder: Path) -> RunInfo | None:
-    """The run in a folder; None if nothing in it comes from train_rm.py."""
-    run = RunInfo(folder.name, folder)
+def read_run(roots: Roots, folder: Path) -> RunInfo | None:
+    """The run in a folder; None if nothing in it comes from a training."""
+    run = RunInfo(roots, folder.name, folder)
     has_lock_or_record = False
     for entry in os.scandir(folder):
         path = folder / entry.name
@@ -271,16 +307,16 @@ def best_and_last_step(run: RunInfo) -> tuple[Step | None, Step | None]:
     return next((step for step in run.steps if step.folder == best), None), (run.steps or [None])[-1]
 
 
-def resumed_by(run: RunInfo, runs: list[RunInfo], roots: Roots) -> dict[str, list[str]]:
-    """The steps of this run that other runs were resumed from: step name -> names of those runs."""
-    found: dict[str, list[str]] = {}
+def resumed_by(run: RunInfo, runs: list[RunInfo]) -> dict[str, list[RunInfo]]:
+    """The steps of this run that other runs were resumed from: step name -> those runs."""
+    found: dict[str, list[RunInfo]] = {}
     for other in runs:
         source = other.record.resumed_from if other.record else None
         if not source or other is run or run.folder is None:
             continue
-        path = Path(os.path.normpath(os.path.join(os.path.abspath(roots.output), source)))
+        path = Path(os.path.normpath(os.path.join(os.path.abspath(other.roots.output), source)))
         if path.parent == Path(os.path.abspath(run.folder)):
-            found.setdefault(path.name, []).append(other.name)
+            found.setdefault(path.name, []).append(other)
     return found
 
 
@@ -288,25 +324,29 @@ def resumed_by(run: RunInfo, runs: list[RunInfo], roots: Roots) -> dict[str, lis
 
 
 def sort_runs(runs: list[RunInfo], key: str) -> list[RunInfo]:
-    """Ascending by one of SORT_KEYS, unknown values first: the newest, best or largest is last, next to the prompt."""
+    """Ascending by one of SORT_KEYS, unknown values first: the newest, best or largest is last, next to the prompt.
+
+    What evaluations measure differs from kind to kind, so sorting by it puts one kind after another.
+    """
 
     def value(run: RunInfo) -> Any:
         if key == "accuracy":
             best, _ = run.best_and_last()
-            return best.value if best else -math.inf
+            return KINDS.index(run.kind), best.value if best else -math.inf
         started = run.started.timestamp() if run.started else 0.0
         size = run.checkpoint_bytes + run.log_bytes
         steps = -1 if run.steps_done is None else run.steps_done
         return {"started": started, "name": "", "state": STATES.index(run.state), "steps": steps, "size": size}[key]
 
-    return sorted(runs, key=lambda run: (value(run), run.name, run.folder is None))
+    return sorted(runs, key=lambda run: (value(run), run.name, run.folder is None, run.kind))
 
 
 def passes(run: RunInfo, state: str | None, older_than: timedelta | None, pattern: str | None) -> bool:
     """Whether a run is in a state, started longer ago than an age (not if unknown), and has a name like `lr-*`."""
     if older_than is not None and (run.started is None or run.started >= datetime.now(UTC) - older_than):
         return False
-    return state in (None, run.state) and (pattern is None or fnmatch.fnmatchcase(run.name, pattern))
+    has_name = pattern is None or any(fnmatch.fnmatchcase(name, pattern) for name in run.names)
+    return state in (None, run.state) and has_name
 
 
 def parse_age(text: str) -> timedelta:
@@ -319,13 +359,21 @@ def parse_age(text: str) -> timedelta:
 
 
 def find_run(name: str, runs: list[RunInfo]) -> RunInfo:
-    """The run with exactly this name; logs with this name only if there is no such run."""
-    found = sorted((run for run in runs if run.name == name), key=lambda run: run.folder is None)
+    """The run with exactly this name, RUN or KIND/RUN; logs with this name only if there is no such run."""
+    found = [run for run in runs if name in run.names]
+    found = [run for run in found if run.folder] or found
     if not found:
-        guess = utils.nearest(printable(name), [printable(run.name) for run in runs])
+        names = [run.names["/" in name] for run in runs]
         raise UserError(
-            f"there is no run named '{printable(name)}'{guess}",
+            f"there is no run named '{printable(name)}'{utils.nearest(printable(name), map(printable, names))}",
             safe="nothing was changed",
             next="python manage_runs.py --list shows the names",
+        )
+    if len(found) > 1:
+        raise UserError(
+            f"there are {len(found)} runs named '{printable(name)}'",
+            where=", ".join(str(run.folder or run.log_folder) for run in found),
+            safe="nothing was changed",
+            next=f"the same command with {' or '.join(printable(run.names[1]) for run in found)}",
         )
     return found[0]

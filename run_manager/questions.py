@@ -65,7 +65,7 @@ def pick(what: str, titles: list[str]) -> list[int]:
             return str(error)
         return True
 
-    question = f"{what}: numbers and ranges (1,3-5), or Enter for a list to pick from:"
+    question = f"{what} (1,3-5; Enter for a list):"
     text = ask(questionary.text, question, validate=validate)
     if text.strip():
         return [number - 1 for number in parse_numbers(text, len(titles))]

@@ -84,6 +84,11 @@ def trash_places(root: Path) -> tuple[Path, Path]:
     return Path(parent, f"{TRASH}-{name}"), root / TRASH
 
 
+def is_used(roots: Roots) -> bool:
+    """Whether there is a trash beside or in these roots, with something in it or not."""
+    return any(place.is_dir() for root in (roots.output, roots.logs) for place in trash_places(root))
+
+
 def make_trash(root: Path) -> Path:
     """The folder for a root's next deletions: beside it if possible, else inside."""
     beside, inside = trash_places(root)
@@ -117,10 +122,11 @@ def locked_trashes(roots: Iterable[Path]) -> Iterator[dict[Path, Path]]:
         yield places
 
 
-def entries(roots: Roots, prefix: str = "") -> dict[str, dict[Path, Path]]:
+def entries(places: list[Roots], prefix: str = "") -> dict[str, dict[Path, Path]]:
     """The deletions in the trash, oldest first: name -> {root: folder of what it took from that root}."""
     found: dict[str, dict[Path, Path]] = {}
-    for root in {os.path.realpath(root): root for root in (roots.logs, roots.output)}.values():  # may be one folder
+    all_roots = [root for roots in places for root in (roots.logs, roots.output)]
+    for root in {os.path.realpath(root): root for root in all_roots}.values():  # may be one folder
         for place in trash_places(root):
             for entry in os.scandir(place) if link_problem(place) is None else ():
                 if re.fullmatch(prefix + ENTRY, entry.name, re.ASCII) and entry.is_dir(follow_symlinks=False):
@@ -128,9 +134,9 @@ def entries(roots: Roots, prefix: str = "") -> dict[str, dict[Path, Path]]:
     return dict(sorted(found.items()))
 
 
-def summary(roots: Roots) -> str | None:
+def summary(places: list[Roots]) -> str | None:
     """What the trash holds, in one line; None if it is empty."""
-    found = entries(roots)
+    found = entries(places)
     size = sum(inventory.measure(folder / FILES) for folders in found.values() for folder in folders.values())
     deletions = utils.counted(len(found), "deletion")
     return f"in the trash: {utils.format_bytes(size)}, {deletions} (--undo, --empty_trash)" if found else None
@@ -141,25 +147,33 @@ def summary(roots: Roots) -> str | None:
 
 def delete(plan: Plan) -> Outcome:
     """Move a plan's items to the trash, run by run; each is checked again right before."""
-    outcome, roots = Outcome(), plan.roots
-    with locked_trashes({item.root for item in plan.items}) as places:
-        now, taken = utils.timestamp(), {*entries(roots), *entries(roots, GONE)}
+    outcome, logs = Outcome(), [roots.logs for roots in plan.places]
+    with locked_trashes({item.root for item in plan.items}) as trashes:
+        now, taken = utils.timestamp(), {*entries(plan.places), *entries(plan.places, GONE)}
         names = (f"{now}-{number:03d}" for number in range(1, 1000))
         name = next(name for name in names if name not in taken)
-        folders = {root: place / name for root, place in places.items()}
+        folders = {root: place / name for root, place in trashes.items()}
         for root, folder in folders.items():
             items = [TakenItem(item.parts, item.bytes, item.began) for item in plan.items if item.root == root]
             (folder / FILES).mkdir(parents=True)
-            text = json.dumps(dataclasses.asdict(TakenItems(roots.output in places, items)), indent=2) + "\n"
+            has_checkpoints = any(
+                roots.output in trashes for roots in plan.places if root in (roots.output, roots.logs)
+            )
+            text = json.dumps(dataclasses.asdict(TakenItems(has_checkpoints, items)), indent=2) + "\n"
             atomic_files.replace_text(folder / MANIFEST, text)
-        for run in dict.fromkeys(item.parts[0] for item in plan.items):
-            delete_items_of_run([item for item in plan.items if item.parts[0] == run], folders, outcome)
+        for run in dict.fromkeys(run_of(item) for item in plan.items):
+            delete_items_of_run([item for item in plan.items if run_of(item) == run], folders, outcome)
         for root, folder in folders.items():
             remove_if_empty(root, folder)
-    if roots.logs in places and places[roots.logs].name == TRASH:
-        print(f"warning: {roots.logs} has no room for a trash beside it: TensorBoard shows deleted logs until "
+    for root in (root for root, place in trashes.items() if root in logs and place.name == TRASH):
+        print(f"warning: {root} has no room for a trash beside it: TensorBoard shows deleted logs until "
               "--empty_trash", file=sys.stderr)  # fmt: skip
     return outcome
+
+
+def run_of(item: Item) -> tuple[str, str]:
+    """The run that an item belongs to, among runs of several kinds."""
+    return item.prefix, item.parts[0]
 
 
 def delete_items_of_run(items: list[Item], folders: dict[Path, Path], outcome: Outcome) -> None:
@@ -226,18 +240,18 @@ def remove_if_empty(root: Path, folder: Path) -> None:
 # -- Out of the trash --------------------------------------------------------------------------------------------------
 
 
-def undo(roots: Roots, is_dry: bool = False) -> tuple[str, Outcome]:
+def undo(places: list[Roots], is_dry: bool = False) -> tuple[str, Outcome]:
     """Move the last deletion back to where it came from; returns its name. UserError, before anything moves, if
     something is in the way."""
     outcome = Outcome()
-    with contextlib.nullcontext() if is_dry else locked_trashes(itertools.chain(*entries(roots).values())):
-        name, folders, items = last_deletion(roots, is_dry)
+    with contextlib.nullcontext() if is_dry else locked_trashes(itertools.chain(*entries(places).values())):
+        name, folders, items = last_deletion(places, is_dry)
         waiting = [item for item in items if os.path.lexists(in_trash(item, folders))]
         if problems := [f"{item.name}: {why}" for item in waiting if (why := in_the_way(item, waiting))]:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
             raise UserError(
                 "the last deletion cannot be undone",
-                where=roots.output,
+                where=", ".join(dict.fromkeys(str(item.root) for item in waiting)),
                 found="; ".join(problems[:3]) + more,
                 safe="nothing was changed; it is still in the trash",
                 next="move away what is in the way, then python manage_runs.py --undo",
@@ -252,23 +266,30 @@ def undo(roots: Roots, is_dry: bool = False) -> tuple[str, Outcome]:
     return name, outcome
 
 
-def last_deletion(roots: Roots, is_dry: bool) -> tuple[str, dict[Path, Path], list[Item]]:
+def last_deletion(places: list[Roots], is_dry: bool) -> tuple[str, dict[Path, Path], list[Item]]:
     """The newest deletion that took something: name, folders by root, items. Removes newer ones that took nothing."""
-    for name, folders in reversed(entries(roots).items()):
-        if roots.output not in folders and inventory.read_object(folders[roots.logs] / MANIFEST).get("has_checkpoints"):
-            continue  # it took only logs from these roots: its checkpoints are in the trash of another --output_dir
-        if items := [item for root, folder in folders.items() for item in read_entry(root, folder)]:
+    prefixes = {root: roots.prefix for roots in places for root in (roots.output, roots.logs)}
+    for name, found in reversed(entries(places).items()):
+        folders = {root: folder for root, folder in found.items() if not is_part_of_another(root, found, places)}
+        if items := [item for root, folder in folders.items() for item in read_entry(root, folder, prefixes[root])]:
             return name, folders, items
         for root, folder in folders.items() if not is_dry else ():  # killed before it took anything
             remove_if_empty(root, folder)
-    raise UserError("the trash is empty: nothing to undo", where=trash_places(roots.output)[0])
+    raise UserError("the trash is empty: nothing to undo", where=trash_places(places[0].output)[0])
 
 
-def read_entry(root: Path, folder: Path) -> list[Item]:
+def is_part_of_another(root: Path, found: dict[Path, Path], places: list[Roots]) -> bool:
+    """Whether a deletion took only logs from these roots: its checkpoints are in the trash of another --output_dir."""
+    if not any(root == roots.logs and roots.output not in found for roots in places):
+        return False
+    return bool(inventory.read_object(found[root] / MANIFEST).get("has_checkpoints"))
+
+
+def read_entry(root: Path, folder: Path, prefix: str = "") -> list[Item]:
     """What a deletion took from one root; UserError if its manifest cannot be used."""
     try:
         taken = json_records.load(TakenItems, folder / MANIFEST)
-        items = [Item(root, one.way, one.bytes, one.began) for one in taken.items] if taken else []
+        items = [Item(root, one.way, one.bytes, one.began, prefix) for one in taken.items] if taken else []
         if outside := [item.name for item in items if leads_elsewhere(item.parts)]:
             raise ValueError(f"{outside[0]!r} leads out of the root")
     except (OSError, ValueError) as error:
@@ -319,14 +340,14 @@ def restore_event_names(path: Path) -> None:
                 event_file.rename(event_file.with_name(event_file.name.replace(HIDDEN_EVENTS, "tfevents")))
 
 
-def empty(roots: Roots, older_than: timedelta | None, is_dry: bool = False) -> Outcome:
+def empty(places: list[Roots], older_than: timedelta | None, is_dry: bool = False) -> Outcome:
     """Delete for good what is in the trash, or has been there long enough."""
     outcome = Outcome()
     limit = "" if older_than is None else f"{datetime.now() - older_than:%Y%m%d_%H%M%S}".zfill(15)  # year 110: 0110
-    touched = itertools.chain(*entries(roots, GONE).values(), *entries(roots).values())
+    touched = itertools.chain(*entries(places, GONE).values(), *entries(places).values())
     with contextlib.nullcontext() if is_dry else locked_trashes(touched):
-        old = [folders for name, folders in entries(roots).items() if not limit or name[:15] <= limit]
-        for folders in [*entries(roots, GONE).values(), *old]:
+        old = [folders for name, folders in entries(places).items() if not limit or name[:15] <= limit]
+        for folders in [*entries(places, GONE).values(), *old]:
             for folder in folders.values():
                 remove_entry(folder, is_dry, outcome)
     return outcome

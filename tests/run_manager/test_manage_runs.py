@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import utils
 from checkpointing import manifest, resolve, run_folder
 from checkpointing.run_folder import best_step, step_folders
 from common import file_locks
-from run_manager import deletion_plan, display, inventory, questions, trash
+from run_manager import deletion_plan, inventory, questions, trash
 from tests.conftest import ROOT
 
 needs_pty = pytest.mark.skipif(os.name == "nt", reason="this platform has no pseudo-terminals: prompts are not driven")
@@ -137,6 +138,7 @@ def work(trained, tmp_path, monkeypatch):
 def run_here(capsys, monkeypatch):
     """Run the program in this process and folder, without a terminal; returns its exit code and output."""
     handlers = {number: signal.getsignal(number) for number in utils.STOP_SIGNALS}
+    monkeypatch.delenv("COLUMNS", raising=False)  # readline leaves the size of another terminal in the environment
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["manage_runs.py", *map(str, arguments)])
@@ -166,7 +168,7 @@ def tree(folder):
     """Everything beneath a folder but locks and empty trashes: what a test means by 'as it was'."""
     found = {}
     for path in sorted(Path(folder).rglob("*")):
-        if path.name in (".lock", ".trash", ".trash-rm"):
+        if path.name in (".lock", ".trash", ".trash-rm", ".trash-sft", ".trash-grpo"):
             continue
         way = str(path.relative_to(folder))
         found[way] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
@@ -174,7 +176,7 @@ def tree(folder):
 
 
 def roots_of(work):
-    return inventory.Roots(work / "checkpoints/rm", work / "logs/rm")
+    return [inventory.Roots(work / "checkpoints/rm", work / "logs/rm")]
 
 
 def scanned(work):
@@ -281,40 +283,136 @@ def test_a_run_that_crashed_before_its_first_save_can_be_started_again_under_its
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_runs_of_policies_are_listed_beside_and_found_by_name(manage, work):
-    point = run_folder.EvalPoint(20, 4.2126, 3.9, 4.5, 128)
-    for kind, name, metric in (("grpo", "better", "reward"), ("sft", "first", "log_likelihood")):
-        record = run_folder.new_record(f"train_{kind}.py", 20, 20, {"model": "base"}, {})
-        record.state, record.evaluations = run_folder.FINISHED, {metric: [point]}
-        (work / "checkpoints" / kind / name / "step-20").mkdir(parents=True)
-        run_folder.write_record(work / "checkpoints" / kind / name, record)
+def names_listed(text):
+    """The names in the first lines of blocks."""
+    return {line.split()[1] for line in text.splitlines() if re.fullmatch(r"\d+ +\S+", line)}
+
+
+def add_policies(work):
+    """A run of each kind of policy beside the reward models; one has the name of a reward model's run."""
+    for kind, name, metric, value in (("grpo", "better", "reward", 4.2126), ("sft", "first", "log_likelihood", -2.3)):
+        folder = work / "checkpoints" / kind / name
+        config = {"model": "base", "lora": True, "log_dir": f"../../logs/{kind}"}
+        record = run_folder.new_record(f"train_{kind}.py", 20, 20, config, {})
+        record.state = run_folder.FINISHED
+        record.evaluations = {metric: [run_folder.EvalPoint(20, value, value - 0.3, value + 0.3, 128)]}
+        for number in (1, 2):
+            shutil.copytree(work / f"checkpoints/rm/first/step-{number}", folder / f"step-{number}")
+        shutil.copytree(work / "logs/rm/first", work / "logs" / kind / name)
+        run_folder.write_record(folder, record)
+
+
+def test_runs_of_every_kind_are_one_list(manage, work):
+    add_policies(work)
     out = manage("--list").stdout
-    assert [line for line in out.splitlines() if line.endswith(":")] == [
-        f"{Path('checkpoints', kind)}:" for kind in ("rm", "sft", "grpo")
-    ]
-    assert "best reward" in out and "4.213 (3.9 to 4.5)" in out and "best accuracy" in out
-    assert "4.213 (3.9 to 4.5) at step 20, 128 prompts" in manage("--show", "better").stdout
-    refused = manage("--show", "first")
-    assert refused.returncode == 2 and "runs of this name in" in refused.stderr
-    assert json.loads(manage("--json").stdout) == [
-        run for run in json.loads(manage("--json").stdout) if "grpo" not in str(run)
-    ]
-    assert "not shown: the runs in" in manage("--prune", "keep=last", "--dry_run").stderr
-    manage("--delete", "better", "--yes")
-    assert not (work / "checkpoints/grpo/better").exists() and (work / "checkpoints/rm/first").is_dir()
-    for kind in ("grpo", "sft"):
-        shutil.rmtree(work / "checkpoints" / kind)
+    names = [f"rm/{name}" for name in ("first", "crashed", "stopped", "killed", "branch")]
+    assert names_listed(out) == {*names, "grpo/better", "sft/first"}
+    assert "best and last reward 4.213 (3.91 to 4.51) at step 20" in out and "7 runs" in out
+    assert "best and last log likelihood -2.300 (-2.6 to -2) at step 20" in out and "accuracy" in out
+    kinds = [(run["kind"], run["name"]) for run in json.loads(manage("--json").stdout)]
+    assert len(kinds) == 7 and {("grpo", "better"), ("sft", "first"), ("rm", "first")} <= set(kinds)
+    kinds = [run["kind"] for run in json.loads(manage("--json", "--sort", "accuracy").stdout)]
+    assert kinds == ["rm"] * 5 + ["sft", "grpo"], "values of different metrics cannot be compared"
+    shown = manage("--show", "better").stdout
+    assert "reward 4.213 (3.91 to 4.51) at step 20, 128 prompts" in shown
+    assert "train_grpo.py --resume_from" in shown and "eval_rm.py" not in shown
+    assert [run["kind"] for run in json.loads(manage("--json", "--name", "*/first").stdout)] == ["rm", "sft"]
+    assert set(objects(manage, "--output_dir", "checkpoints/rm")) == {"branch", "crashed", "first", "killed", "stopped"}
 
 
-def test_a_pipe_gets_one_complete_line_per_run(manage, work):
-    long_name = "x" * 100
-    (work / "checkpoints/rm/branch").rename(work / "checkpoints/rm" / long_name)
-    lines = manage().stdout.splitlines()
-    assert lines[0].split() == " ".join(display.HEADS).format("accuracy", "accuracy").split()
-    assert sorted(line.split()[1] for line in lines[1:7] if line[0].isdigit())[-1] == long_name
-    first = next(line for line in lines if " first " in line)
-    assert "finished" in first and "4 of 4" in first and "LoRA" in first and "%" in first
-    assert "\x1b" not in "".join(lines)
+def test_a_name_that_two_kinds_have_is_asked_for_with_its_kind(manage, work):
+    add_policies(work)
+    before = tree(work)
+    for words in (["--show", "first"], ["--delete", "first", "--yes"], ["--delete", "first/step-1", "--yes"],
+                  ["--show", "better", "--against", "first"]):  # fmt: skip
+        refused = manage(*words)
+        assert refused.returncode == 2 and "there are 2 runs named 'first'" in refused.stderr, words
+        assert "next:   the same command with rm/first or sft/first" in refused.stderr and tree(work) == before
+    assert manage("--show", "sft/first").stdout.startswith("sft/first: finished\n")
+    guess = manage("--delete", "sft/frist", "--yes")
+    assert guess.returncode == 2 and "did you mean 'sft/first'" in guess.stderr and tree(work) == before
+    result = manage("--delete", "sft/first", "better", "rm/first/step-1", "--yes")
+    assert result.returncode == 0 and "sft/first  " in result.stdout and "rm/first/step-1  " in result.stdout
+    assert not (work / "checkpoints/sft/first").exists() and not (work / "logs/grpo/better").exists()
+    assert (work / "checkpoints/rm/first/step-2").is_dir() and not (work / "checkpoints/rm/first/step-1").exists()
+    restored = manage("--undo")
+    assert restored.returncode == 0 and "sft/first  " in restored.stdout and tree(work) == before
+
+
+@pytest.mark.parametrize("words", [["--prune", "keep=last"], ["--shrink"], ["--delete_superseded"]])
+def test_runs_of_every_kind_are_pruned_and_shrunk_at_once_and_restored_at_once(manage, work, words):
+    add_policies(work)
+    for kind, name in (("rm", "first"), ("grpo", "better")):
+        shutil.copytree(work / f"checkpoints/{kind}/{name}/step-1", work / f"checkpoints/{kind}/{name}/.tmp-step-9")
+    before = tree(work)
+    listed = manage(*words, "--dry_run").stdout
+    result = manage(*words, "--yes")
+    assert result.returncode == 0, result.stderr
+    for kind, name in (("rm", "first"), ("grpo", "better"), ("sft", "first")):
+        folder = work / "checkpoints" / kind / name
+        if words[0] == "--prune":
+            assert len(step_folders(folder)) == 1
+        elif words[0] == "--shrink":
+            assert not list(folder.glob("step-*/optimizer.safetensors"))
+        assert not list(folder.glob(".tmp-*")) or words[0] != "--delete_superseded"
+        assert f"  {kind}/{name}/" in listed or (kind, words[0]) == ("sft", "--delete_superseded")
+    assert manage("--undo").returncode == 0 and tree(work) == before
+    assert manage("--undo").returncode == 2
+    assert manage(*words, "--name", "grpo/*", "--yes").returncode == 0
+    assert {way: content for way, content in tree(work).items() if "/rm" in way or "/sft" in way} == {
+        way: content for way, content in before.items() if "/rm" in way or "/sft" in way
+    }
+    assert manage("--empty_trash", "--yes").returncode == 0 and manage("--undo").returncode == 2
+
+
+def test_one_place_undoes_its_part_of_a_deletion_of_several(manage, work):
+    add_policies(work)
+    before = tree(work)
+    assert manage("--delete", "better", "rm/first", "--yes").returncode == 0
+    only_grpo = ["--output_dir", "checkpoints/grpo", "--log_dir", "logs/grpo"]
+    assert manage(*only_grpo, "--undo").returncode == 0
+    assert (work / "checkpoints/grpo/better").is_dir() and not (work / "checkpoints/rm/first").exists()
+    assert manage("--undo").returncode == 0 and tree(work) == before
+
+
+LONG = "a-long-name-that-says-all-that-was-tried-" + "x" * 60
+WIDE = "報酬モデル一号機"
+
+
+def words_of(text):
+    return re.sub(r"(\d),(\d)", r"\1\2", text).replace(",", " ").split()
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 100, 120, 130, 200])
+def test_no_width_cuts_a_value_or_breaks_a_word(manage, work, monkeypatch, columns):
+    from rich.cells import cell_len
+
+    add_policies(work)
+    for folder in ("checkpoints", "logs"):
+        (work / folder / "rm/branch").rename(work / folder / "rm" / LONG)
+        (work / folder / "grpo/better").rename(work / folder / "grpo" / WIDE)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = manage("--list").stdout
+    values = ["rm/" + LONG, "grpo/" + WIDE, "sft/first", "finished", "stopped", "crashed", "2000", "log", "likelihood",
+              "4.213", "LoRA", "-2.300", "reward", "accuracy", "ago"]  # fmt: skip
+    assert set(values) <= set(words_of(text)), text
+    assert f"{run_folder.read_record(work / 'checkpoints/grpo' / WIDE).started[:4]}-" in text
+    base = next(run for run in json.loads(manage("--json").stdout) if run["name"] == "first")["base_model"]
+    for line in text.splitlines():
+        has_one_word = len(line.removeprefix("    from").replace("   ", " ").split()) <= 2  # a name, a path
+        assert cell_len(line) <= columns or (has_one_word and (LONG in line or base in line)), line
+    assert ("name" in text.splitlines()[0].split()) == (columns >= 130), "a table from 130 columns, blocks below"
+    shown = manage("--show", LONG).stdout.split("next:")[0]
+    for line in shown.splitlines():
+        assert cell_len(line) <= columns or max(map(cell_len, line.split())) > columns - 16, line
+
+
+def test_a_pipe_gets_whole_blocks_without_colours(manage, work, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    (work / "checkpoints/rm/branch").rename(work / "checkpoints/rm" / LONG)
+    text = manage().stdout
+    assert "\x1b" not in text and f" {LONG}\n    rm, finished, 4 of 4 steps, started " in text
+    assert max(len(line) for line in text.splitlines() if LONG not in line and "from " not in line) <= 80
 
 
 def test_sizes_are_the_bytes_on_disk(manage, work):
@@ -827,7 +925,7 @@ def test_odd_names_on_disk_are_listed_as_codes_and_deleted_by_their_real_names(m
     result = manage("--list")
     assert result.returncode == 0 and "\x1b" not in result.stdout
     assert "two\\nlines" in result.stdout and "\\x1b[31mred" in result.stdout and "[bold]x" in result.stdout
-    assert len(result.stdout.splitlines()) == 1 + 5 + len(names) + 1
+    assert len(re.findall(r"^\d+ +\S.*\n    rm, ", result.stdout, re.MULTILINE)) == 5 + len(names)
     assert {*names} <= set(objects(manage))
     for name in (name for name in names if name != "-1"):
         assert manage("--delete", name, "--yes").returncode == 0, name
@@ -1189,20 +1287,23 @@ def test_a_terminal_shows_a_table_and_the_menu_leaves(terminal):
     child = terminal("--sort", "name", size=(50, 250))
     child.expect("What now")
     text = child.before
-    assert "─" in text and all(name in text for name in ("branch", "crashed", "first", "killed", "stopped"))
+    assert "-----" in text and all(name in text for name in ("branch", "crashed", "first", "killed", "stopped"))
     child.send("\x1b[A" + ENTER)
     assert ended(child) == 0
 
 
 @needs_pty
-def test_a_narrow_terminal_gets_plain_complete_lines(terminal, work):
+def test_a_narrow_terminal_gets_a_block_for_each_run(terminal, work):
     name = "n" * 100
     (work / "checkpoints/rm/branch").rename(work / "checkpoints/rm" / name)
-    child = terminal("--list", size=(24, 40))
+    child = terminal("--list", size=(24, 60))
     import pexpect
 
     child.expect(pexpect.EOF)
-    assert name in child.before and "…" not in child.before and "─" not in child.before
+    text = child.before
+    assert name in text and "…" not in text and "-----" not in text and "\x1b[32mfinished\x1b[0m" in text
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
+    assert max(len(line) for line in lines if name not in line and "/" not in line) <= 60
 
 
 @needs_pty
