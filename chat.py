@@ -6,7 +6,6 @@ python chat.py --model FOLDER_OR_HUB_ID --reward_model ./checkpoints/rm/RUN/step
 python chat.py --demo                             the tiny built-in model and a reward model trained on its pairs
 """
 
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,15 +57,15 @@ class ChatConfig:
 
 
 def demo_models(output_dir: Path) -> tuple[str, Path]:
-    """The demo's model, and a reward model trained on its pairs, which takes a minute the first time."""
+    """The demo's model, and a reward model trained on its pairs, which takes one to three minutes the first time."""
     run = output_dir / DEMO_RUN
     record = run_folder.record_or_none(run)
     if not (record and record.state == run_folder.FINISHED and step_folders(run)):
-        print("training the demo's reward model, which takes about a minute and happens only once", flush=True)
+        print("training the demo's reward model, which takes one to three minutes and happens only once", flush=True)
         new_run = ["--demo", "--run_name", DEMO_RUN, "--output_dir", str(output_dir)]
         train_flags = ["--resume_from", str(run)] if step_folders(run) else new_run
         script = str(Path(__file__).with_name("train_rm.py"))
-        if subprocess.run([sys.executable, script, *train_flags]).returncode != 0:
+        if utils.run_child([sys.executable, script, *train_flags]) != 0:
             raise UserError("training the demo's reward model failed", where=run, next="see the message above")
     model, _ = demo.write_demo(Path("demo"))
     return str(model), resolve.sound_checkpoint(str(run))

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -101,6 +102,34 @@ class StopRequest:
 def _is_ignored(number: int) -> bool:
     """Whether the parent process asked to ignore a signal, as `nohup` does with that of a closed terminal."""
     return signal.getsignal(number) is signal.SIG_IGN
+
+
+def run_child(command: list[str]) -> int:
+    """Run another script to its end; returns its exit code. A stop request goes to the child, which saves what it has.
+
+    Raises `Stopped` then, when the child has ended. The child has a session of its own, so that it hears of a Ctrl-C
+    once, whether the terminal sent it to all or someone to this process alone: twice means to leave without saving.
+    """
+    asked: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, frame: object) -> None:
+        asked.append(number)
+        if child is not None and os.name != "nt":  # Windows' console tells the child by itself
+            child.send_signal(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS if not _is_ignored(number)}
+    try:
+        child = subprocess.Popen(command, start_new_session=os.name != "nt")
+        if asked and os.name != "nt":  # while it was started
+            child.send_signal(asked[-1])
+        code = child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if asked:
+        raise Stopped(asked[0])
+    return code
 
 
 def say_if_heard(text: str, stream: typing.TextIO | None = None) -> None:
@@ -252,6 +281,18 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """`, did you mean 'x'?` for the closest of `names`, or nothing."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f", did you mean {close[0]!r}?" if close else ""
+
+
+def near_matches(name: str, names: Iterable[str]) -> list[str]:
+    """Up to three of `names` that somebody who typed `name` may have meant, the likeliest first."""
+
+    def likeness(other: str) -> float:
+        if len(name) > 2 and other.casefold().startswith(name.casefold()):
+            return 1.0
+        return difflib.SequenceMatcher(None, name.casefold(), other.casefold()).ratio()
+
+    scores = {other: likeness(other) for other in names}
+    return sorted((other for other, score in scores.items() if score >= 0.5), key=lambda other: -scores[other])[:3]
 
 
 def sha256_of(path: Path) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import utils
+from checkpointing import run_folder
 from checkpointing.run_folder import resume_command, step_folders, step_of
-from common import atomic_files, json_records
+from common import atomic_files, file_locks, hub, json_records
 from utils import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -107,17 +108,31 @@ def find(resume_from: str) -> Path:
             found=damaged[0][2],
             next="restore the files from a copy, or start a new run",
         )
-    looked_in = path if path.is_dir() else path.parent
-    names = sorted(entry.name for entry in looked_in.iterdir()) if looked_in.is_dir() else []
-    error_class, what = CheckpointError, "no checkpoint there"
     if not path.is_dir():
-        error_class, what = utils.UserError, f"no such folder{utils.nearest(path.name, names)}"
-    raise error_class(
-        f"--resume_from: {what}",
-        where=path.absolute(),
-        found=f"{looked_in} holds {', '.join(names[:8]) or 'nothing'}",
-        next="a step-N folder, or a run's folder for its newest step",
-    )
+        raise hub.missing_path(path, "--resume_from")
+    raise nothing_to_resume(path)
+
+
+def nothing_to_resume(folder: Path) -> utils.UserError:
+    """The error about a folder without any step. Nothing is damaged: it is bad input, and no bad checkpoint."""
+    record = run_folder.record_or_none(folder)
+    if record is None:
+        names = sorted(entry.name for entry in folder.iterdir())
+        return utils.UserError(
+            "--resume_from: no checkpoint there",
+            where=folder.absolute(),
+            found=f"{folder} holds {', '.join(names[:8]) or 'nothing'}",
+            next=f"--resume_from takes {hub.WANTED['--resume_from']}",
+        )
+    if file_locks.is_locked(folder / file_locks.RunLock.FILE):
+        found, advice = "it is being trained right now, before its first checkpoint", "wait until it has saved one"
+    else:
+        found = f"it was {record.state} before its first checkpoint" + (f" ({record.cause})" if record.cause else "")
+        advice = run_folder.start_command(folder, record)
+    return utils.UserError(
+        "--resume_from: this run has not saved any step, so there is nothing to resume",
+        where=folder.absolute(), found=found, safe="nothing was changed", next=advice,
+    )  # fmt: skip
 
 
 def check_resumable(folder: Path) -> None:

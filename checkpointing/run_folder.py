@@ -3,6 +3,7 @@
 Standard library only, so that manage_runs.py reads a thousand of them without importing torch.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -10,6 +11,8 @@ import math
 import os
 import platform
 import re
+import shlex
+import shutil
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import utils
-from common import atomic_files, json_records
+from common import atomic_files, file_locks, json_records
 
 RUN = "run.json"
 DEFAULT_SCRIPT = "train_rm.py"  # of runs whose record names none
@@ -84,7 +87,23 @@ def best_step(run_folder: Path) -> Path | None:
 def resume_command(folder: Path) -> str:
     """What to type to go on from a run's folder or one of its steps, with the script that trains it."""
     record = record_or_none(folder.parent if step_of(folder) is not None else folder)
-    return f"python {record.script if record else DEFAULT_SCRIPT} --resume_from {folder}"
+    name = f'"{folder}"' if " " in str(folder) else folder  # every shell knows these quotes
+    return f"python {record.script if record else DEFAULT_SCRIPT} --resume_from {name}"
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a run's folder holds anything but a lock, a record and what a killed first save left."""
+    bare = (file_locks.RunLock.FILE, RUN)
+    return any(path.name not in bare and not path.name.startswith(".tmp-") for path in folder.iterdir())
+
+
+def remove_unused(folder: Path, log_folder: Path) -> None:
+    """Remove the folders of a run in which nothing was trained; one that began once keeps its record."""
+    if has_begun(folder) or (folder / RUN).exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # Windows keeps a folder with an open file, which does no harm
+    with contextlib.suppress(OSError):  # it holds logs, or was never made
+        log_folder.rmdir()
 
 
 # -- run.json ----------------------------------------------------------------------------------------------------------
@@ -133,6 +152,20 @@ def new_record(
     record = RunRecord(RUNNING, now, now, os.getpid(), platform.node(), step, planned_steps, script=script)
     record.config, record.changed = config, changed
     return record
+
+
+def start_command(folder: Path, record: RunRecord) -> str:
+    """What to type to start a run again that saved nothing: its settings, where they are not the defaults."""
+    words = ["python", record.script, "--run_name", folder.name]
+    places = {"output_dir": str(folder.parent), "log_dir": os.path.normpath(folder.parent / record.config["log_dir"])}
+    for name, value in ({**record.config, **places}).items():
+        if name not in record.changed or name == "run_name" or value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
 def time_text() -> str:

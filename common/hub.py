@@ -3,13 +3,14 @@ within seconds instead of after a minute of retries."""
 
 from pathlib import Path, PureWindowsPath
 
-from utils import DiskOrNetworkError, UserError, nearest
+from utils import DiskOrNetworkError, UserError, near_matches, nearest
 
 ANSWER_WITHIN_SECONDS = 3  # without an answer, huggingface_hub tries a second time
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".csv.gz")
 LFS_POINTER = b"version https://git-lfs"
 WANTED = {
     "--model": "a local path or a hub id, such as Qwen/Qwen3-0.6B",
+    "--resume_from": "a step-N folder, or a run's folder for its newest step",
     "--dataset": "a local path or a hub id, such as Anthropic/hh-rlhf",
     "--base_model": "the model that an adapter was trained on: a folder, or a hub id",
     "--against": "another reward model: a folder, or a hub id",
@@ -26,17 +27,29 @@ def looks_like_a_path(name: str) -> bool:
 
 
 def check_path_exists(name: str, flag: str) -> None:
-    """Raise UserError, with the nearest name, if `name` is a path and nothing is there. Does not ask the hub."""
+    """Raise UserError, with the nearest names, if `name` is a path and nothing is there. Does not ask the hub."""
     path = Path(name).expanduser()
-    if not looks_like_a_path(name) or path.exists():
-        return
-    parent = path.parent
-    siblings = sorted(sibling.name for sibling in parent.iterdir()) if parent.is_dir() else []
-    holds = f"{parent} holds {', '.join(siblings[:8]) or 'nothing'}"
-    raise UserError(
-        f"{flag}: no such file or folder{nearest(path.name, siblings)}",
+    if looks_like_a_path(name) and not path.exists():
+        raise missing_path(path, flag)
+
+
+def missing_path(path: Path, flag: str) -> UserError:
+    """The error about a path that is not there: what is near its first part that is missing, else what is beside it."""
+    missing = path
+    while not missing.parent.is_dir() and missing.parent != missing:
+        missing = missing.parent
+    parent = missing.parent
+    siblings = (
+        sorted(each.name for each in parent.iterdir() if not each.name.startswith(".")) if parent.is_dir() else []
+    )
+    near = near_matches(missing.name, siblings)
+    more = f" and {len(siblings) - 8} more" if len(siblings) > 8 else ""
+    holds = f"{parent} holds {', '.join(siblings[:8]) or 'nothing'}{more}"
+    found = f"near it in {parent}: {', '.join(near)}" if near else holds
+    return UserError(
+        f"{flag}: no such file or folder" + (f", did you mean {near[0]!r}?" if near else ""),
         where=path.absolute(),
-        found=holds if parent.is_dir() else f"{parent} does not exist either",
+        found=found if missing == path else f"{path.parent} does not exist either; {found}",
         next=f"{flag} takes {WANTED[flag]}",
     )
 

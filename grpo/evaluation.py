@@ -10,7 +10,6 @@ Letters: N held-out prompts.
 import contextlib
 import dataclasses
 import math
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -263,16 +262,7 @@ def _trained(script: str, folder: Path, *more: str) -> str:
             return str(folder)
     words = ["--resume_from", str(folder)] if step_folders(folder) else ["--demo", "--run_name", folder.name, *more]
     print(f"python {script} {' '.join(words)}", flush=True)
-    child = subprocess.Popen([sys.executable, str(Path(__file__).resolve().parent.parent / script), *words])
-    try:
-        code = child.wait()
-    except KeyboardInterrupt:  # the terminal has told the child too, which saves its last step
-        child.wait()
-        raise
-    except BaseException:
-        child.terminate()
-        child.wait()
-        raise
+    code = utils.run_child([sys.executable, str(Path(__file__).resolve().parent.parent / script), *words])
     if code:
         raise UserError(f"{script} ended with {code}, so the demo cannot go on", next="the same command goes on")
     return str(folder)

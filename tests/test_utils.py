@@ -251,6 +251,48 @@ with utils.StopRequest() as stop:
     assert (code, stdout) == (exit_code, "") and "Traceback" not in stderr
 
 
+CHILD = """
+import sys, time, utils
+def main(argv):
+    with utils.StopRequest() as stop:
+        print("ready", flush=True)
+        while stop.signal_number is None:
+            time.sleep(0.01)
+        time.sleep(0.3)  # a second signal would end it here
+        print("saved", flush=True)
+        stop.check()
+sys.exit(utils.run_script(main))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to groups of processes")
+@pytest.mark.parametrize("is_to_all", [False, True], ids=["to the parent alone", "to all, as a terminal sends it"])
+@pytest.mark.parametrize("number", utils.STOP_SIGNALS)
+def test_a_child_is_told_once_to_stop_and_waited_for(tmp_path, number, is_to_all):
+    (tmp_path / "child.py").write_text(CHILD)
+    code = f"""
+import sys, utils
+def main(argv):
+    print(utils.run_child([sys.executable, {str(tmp_path / "child.py")!r}]), flush=True)
+sys.exit(utils.run_script(main))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
+    )  # fmt: skip
+    with process:
+        assert process.stdout.readline() == "ready\n"
+        (os.killpg if is_to_all else os.kill)(process.pid, number)
+        stdout, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stdout) == (128 + number, "saved\n") and stderr.endswith("stopped\n"), stderr
+
+
+def test_a_childs_exit_code_is_returned_and_signals_are_as_before():
+    before = [signal.getsignal(each) for each in utils.STOP_SIGNALS]
+    assert utils.run_child([sys.executable, "-c", "raise SystemExit(7)"]) == 7
+    assert [signal.getsignal(each) for each in utils.STOP_SIGNALS] == before
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Disk errors and folders
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,6 +423,8 @@ def test_durations_are_shown_in_two_units(seconds, text):
 
 def test_the_nearest_name_is_suggested_or_nothing():
     assert utils.nearest("trian", ["test", "train"]) == ", did you mean 'train'?"
+    assert utils.near_matches("RNU", ["other", "run", "run-2"]) == ["run", "run-2"]
+    assert utils.near_matches("2024", ["2025", "20240115_143022", "first"])[0] == "20240115_143022"
     assert utils.nearest("zebra", ["test", "train"]) == utils.nearest("train", []) == ""
 
 

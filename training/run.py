@@ -91,6 +91,9 @@ class Run:
         is_limited = self.config.max_steps == self.sampler.total_steps
         more = "a larger --max_steps, or 0 for no limit" if is_limited else "more --epochs"
         print(f"nothing to do: step {self.step} of {self.sampler.total_steps} is done; to train further: {more}")
+        if self.lock is not None and self.log_folder is not None:
+            run_folder.remove_unused(self.folder, self.log_folder)  # of a new --run_name
+            self.lock.release()
         return True
 
     def complete_step(self, step: int, is_finite: bool) -> None:
@@ -161,6 +164,15 @@ class Run:
             saved = f"the last completed step, {self.step}, could not be saved either:\n{error}"
         # standard output may have no reader any more, which may be the cause
         utils.say_if_heard(saved, sys.stderr if isinstance(cause, BrokenPipeError) else sys.stdout)
+
+    def how_to_go_on(self) -> str:
+        """What is saved of a run that was stopped, and what to type to go on."""
+        steps = run_folder.step_folders(self.folder)
+        if not steps:
+            return "no step is saved; the same command starts again"
+        launcher = "" if self.world.is_alone else "   (started with the launcher, as before)"
+        done = f"{steps[-1].name} of {self.sampler.total_steps} is saved; to go on from there:"
+        return f"{done}\n  {run_folder.resume_command(self.folder)}{launcher}"
 
     # -- run.json ---------------------------------------------------------------------------------------------------
 
@@ -244,6 +256,8 @@ def supervised(run: Run, resumed_from: Path | None) -> Iterator[utils.StopReques
             if isinstance(cause, OSError) and stop.signal_number is not None:
                 cause = Stopped(stop.signal_number)  # a closed terminal asks to stop and breaks what is printed next
             run.end_record(cause)
+            if isinstance(cause, (Stopped, KeyboardInterrupt)) and run.world.is_main:
+                utils.say_if_heard(run.how_to_go_on())
             raise cause  # noqa: B904
         finally:
             if run.lock is not None:

@@ -3,10 +3,8 @@
 What depends on the training, its data and model, comes from an opener that each script brings.
 """
 
-import contextlib
 import dataclasses
 import errno
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +24,7 @@ from training.config import AUTO, TrainingConfig
 from training.distributed import World
 from training.micro_batches import MicroBatcher
 from training.run import Run
-from utils import UserError
+from utils import Stopped, UserError
 
 
 class Parts(NamedTuple):
@@ -87,13 +85,11 @@ def set_up(config: TrainingConfig, resumed_from: Path | None, world: World, open
         adamw.make_moments(may_offload)
         memory.choose(batcher, train_data if widest is None else widest, adamw, choices)
         return run
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, (Stopped, KeyboardInterrupt)) and world.is_main:
+            utils.say_if_heard("stopped before the first step: there is nothing to save; the same command starts again")
         if lock is not None:
-            # leave nothing behind; Windows keeps a folder with an open file, which does no harm
-            if not has_begun(folder) and not (folder / run_folder.RUN).exists():
-                shutil.rmtree(folder, ignore_errors=True)
-                with contextlib.suppress(OSError):  # it holds logs, or was never made
-                    log_folder.rmdir()
+            run_folder.remove_unused(folder, log_folder)
             lock.release()
         raise
 
@@ -252,7 +248,7 @@ def claim_run_folder(config: TrainingConfig, resumed_from: Path | None) -> tuple
     for name in names:
         folder = root / name
         make_folder(folder, "--output_dir with --run_name")
-        if has_begun(folder):
+        if run_folder.has_begun(folder):
             continue
         try:
             return folder, file_locks.RunLock(folder)
@@ -265,12 +261,6 @@ def claim_run_folder(config: TrainingConfig, resumed_from: Path | None) -> tuple
         safe="nothing in it was touched",
         next=f"another --run_name, or resume it: {resume_command(folder)}",
     )
-
-
-def has_begun(folder: Path) -> bool:
-    """Whether a run's folder holds anything but a lock, a record and what a killed first save left."""
-    bare = (file_locks.RunLock.FILE, run_folder.RUN)
-    return any(path.name not in bare and not path.name.startswith(".tmp-") for path in folder.iterdir())
 
 
 def make_folder(folder: Path, flag: str) -> None:

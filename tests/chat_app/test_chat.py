@@ -20,8 +20,11 @@ import chat
 import chat_app.server
 import models
 import train_rm
+import utils
 from chat_app import app
 from chat_app.engine import ChatEngine
+from checkpointing import manifest, run_folder
+from common import file_locks
 from tests.chat_server import Server, free_port
 from tests.conftest import ROOT
 
@@ -352,15 +355,29 @@ def test_the_demo_without_a_reward_model_trains_one(tmp_path, monkeypatch):
     def train(command):
         commands.append(command)
         (run / "step-1").mkdir(parents=True, exist_ok=True)
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(chat.subprocess, "run", train)
+    monkeypatch.setattr(utils, "run_child", train)
     monkeypatch.setattr(chat.resolve, "sound_checkpoint", Path)
     policy_name, reward_folder = chat.demo_models(Path("checkpoints/rm"))
     assert policy_name == os.path.join("demo", "model") and reward_folder == Path("checkpoints/rm") / chat.DEMO_RUN
     assert commands[0][1] == str(ROOT / "train_rm.py") and "--demo" in commands[0]
     chat.demo_models(Path("checkpoints/rm"))  # that one did not say that it finished
     assert commands[1][2:] == ["--resume_from", os.path.join("checkpoints/rm", chat.DEMO_RUN)]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signal to one process alone")
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_page_alone_ends_the_demos_training_too_which_saves(script_server, tmp_path, number, code):
+    script = script_server.start(["chat.py", "--demo", "--port", free_port()], tmp_path)
+    script.wait_for("step 17/350")
+    script.send_signal(number)
+    stopped = script.wait(60)
+    assert stopped.returncode == code, stopped.stderr
+    run = tmp_path / "checkpoints/rm" / chat.DEMO_RUN
+    assert "(the last completed step)" in stopped.stdout and stopped.stderr.endswith("stopped\n")
+    assert run_folder.read_record(run).state == "stopped" and manifest.find(str(run)).name >= "step-17"
+    assert not file_locks.is_locked(run / file_locks.RunLock.FILE), "nobody trains it any more"
 
 
 def test_autoload_loads_the_models_at_start_and_ctrl_c_stops_with_130_and_no_traceback(base, reward_checkpoint):

@@ -99,8 +99,9 @@ def test_a_run_without_sound_steps_is_refused(saved, tmp_path):
     with pytest.raises(utils.CheckpointError, match="every checkpoint"):
         manifest.find(str(saved[0]))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(utils.CheckpointError, match="no checkpoint there"):
+    with pytest.raises(utils.UserError, match=r"no checkpoint there(.|\n)*empty holds nothing") as caught:
         manifest.find(str(tmp_path / "empty"))
+    assert caught.value.exit_code == 2, "nothing is damaged"
 
 
 def test_a_typo_suggests_the_nearest_folder(saved):

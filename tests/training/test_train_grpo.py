@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 import models
 import train_grpo
 import train_sft
-from checkpointing import manifest
+from checkpointing import manifest, run_folder
+from common import file_locks
 from grpo import evaluation, opening
 from tests.training.test_train_rm import same_bytes, scalars
 from utils import UserError
@@ -54,6 +55,18 @@ def train(spoken, small_dataset, tmp_path, monkeypatch):
         return manifest.find(f"checkpoints/grpo/{name}")
 
     return run
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signal to one process alone")
+def test_a_signal_to_the_demo_alone_ends_the_training_that_it_began_too(script_server, tmp_path):
+    script = script_server.start(["train_grpo.py", "--demo", "--run_name", "better"], tmp_path)
+    script.wait_for("step 17/350")  # of the reward model
+    script.send_signal(signal.SIGINT)
+    stopped = script.wait(60)
+    assert stopped.returncode == 130 and "(the last completed step)" in stopped.stdout, stopped.stderr
+    run = tmp_path / "checkpoints/rm/demo"
+    assert run_folder.read_record(run).state == "stopped" and manifest.find(str(run))
+    assert not file_locks.is_locked(run / file_locks.RunLock.FILE), "nobody trains it any more"
 
 
 def rollouts_of(folder):

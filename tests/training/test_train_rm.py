@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -21,7 +22,7 @@ import eval_rm
 import models
 import train_rm
 import utils
-from checkpointing import checkpoint, manifest
+from checkpointing import checkpoint, manifest, run_folder
 from checkpointing.run_folder import best_step, step_folders
 from common import file_locks
 from data_pipeline import packing
@@ -283,10 +284,48 @@ def test_a_stopped_run_saves_its_last_completed_step_and_goes_on_exactly(
     assert "the last completed step" in stopped.stdout and "Traceback" not in stopped.stderr
     saved = manifest.find(str(tmp_path / "checkpoints/rm/stopped"))
     assert 2 <= checkpoint.read_training_state(saved).step < 8
-    assert run_script("train_rm.py", "--resume_from", saved).returncode == 0
+    command = f"python train_rm.py --resume_from {Path('checkpoints/rm/stopped')}"
+    assert f"\n{saved.name} of 8 is saved; to go on from there:\n  {command}\nstopped\n" in stopped.stderr
+    assert run_script(*shlex.split(command)[1:]).returncode == 0
     assert run_script("train_rm.py", *common, "--run_name", "straight").returncode == 0
     names = ["adapter_model.safetensors", "optimizer.safetensors", "random_state.safetensors"]
     assert same_bytes(tmp_path / "checkpoints/rm/straight/step-8", tmp_path / "checkpoints/rm/stopped/step-8", *names)
+
+
+def test_a_run_stopped_before_its_first_step_says_how_to_start_it_again_and_resuming_it_too(
+    run_script, base, small_dataset, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", base, "--dataset", small_dataset, "--max_steps", "1", "--lora", "--lr", "0.001", "--no_report"]
+
+    def stop(*arguments):
+        raise utils.Stopped(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_rm, "accumulate_gradients", stop)
+        with pytest.raises(utils.Stopped):
+            train_rm.main([*flags, "--run_name", "early", "--log_dir", "my logs"])
+    assert "no step is saved; the same command starts again" in capsys.readouterr().err
+    refused = run_script("train_rm.py", "--resume_from", Path("checkpoints/rm/early"))
+    assert refused.returncode == 2, "nothing is damaged"
+    assert "has not saved any step" in refused.stderr and "it was stopped before its first checkpoint" in refused.stderr
+    command = re.search(r"next: +(.*)", refused.stderr).group(1)
+    assert "--lora" in command and "--lr 0.001" in command and "'my logs'" in command and "--epochs" not in command
+    again = run_script(*shlex.split(command)[1:])
+    assert again.returncode == 0 and "done: 1 step," in again.stdout, again.stderr
+    assert run_folder.read_record(tmp_path / "checkpoints/rm/early").config["lr"] == 0.001
+    assert list((tmp_path / "my logs/early").iterdir())
+
+
+def test_resuming_a_finished_run_under_another_name_leaves_nothing_of_it(run_script, base, small_dataset, tmp_path):
+    flags = ["--model", base, "--dataset", small_dataset, "--max_steps", "1", "--lora", "--no_report"]
+    assert run_script("train_rm.py", *flags, "--run_name", "whole").returncode == 0
+    before = sorted(path for path in tmp_path.rglob("*"))
+    result = run_script("train_rm.py", "--resume_from", "checkpoints/rm/whole", "--run_name", "other")
+    assert result.returncode == 0 and "nothing to do" in result.stdout, result.stderr
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    for root in ("checkpoints/rm", "logs/rm"):
+        assert [path.name for path in (tmp_path / root).iterdir()] == ["whole"]
 
 
 def test_a_crash_saves_the_last_completed_step_and_names_the_cause(base, small_dataset, tmp_path, monkeypatch):
