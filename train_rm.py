@@ -2,7 +2,7 @@
 
     python train_rm.py                 Qwen3-0.6B on Anthropic/hh-rlhf, every parameter
     python train_rm.py --lora          the same, low-rank adapters only
-    python train_rm.py --demo          a tiny model and made-up pairs: offline, a minute on a laptop
+    python train_rm.py --demo          a tiny model and made-up pairs: offline, one to three minutes on a laptop
     python train_rm.py --resume_from ./checkpoints/rm/RUN/step-500
     torchrun --nproc_per_node 4 train_rm.py
 

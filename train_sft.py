@@ -2,7 +2,7 @@
 
     python train_sft.py                Qwen3-0.6B on the chosen replies of Anthropic/hh-rlhf, every parameter
     python train_sft.py --lora         the same, low-rank adapters only
-    python train_sft.py --demo         a tiny model learns to speak: offline, a minute or two on a laptop
+    python train_sft.py --demo         a tiny model learns to speak: offline, one to three minutes on a laptop
     python train_sft.py --resume_from ./checkpoints/sft/RUN/step-500
 
 The loss is that of the replies' tokens only, up to and with the one that ends them. Everything around the loop is

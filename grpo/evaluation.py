@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import utils
-from checkpointing.run_folder import FINISHED, read_record, step_folders
+from checkpointing.run_folder import FINISHED, record_or_none, step_folders
 from common import atomic_files, json_records
 from data_pipeline import demo, sampler
 from grpo import rollouts
@@ -257,9 +257,9 @@ def demo_models(config: Any) -> dict[str, str]:
 
 def _trained(script: str, folder: Path, *more: str) -> str:
     """A run of the demo, begun or resumed if it is not finished."""
-    with contextlib.suppress(OSError, ValueError):
-        if read_record(folder).state == FINISHED and step_folders(folder):
-            return str(folder)
+    record = record_or_none(folder)
+    if record and record.state == FINISHED and step_folders(folder):
+        return str(folder)
     words = ["--resume_from", str(folder)] if step_folders(folder) else ["--demo", "--run_name", folder.name, *more]
     print(f"python {script} {' '.join(words)}", flush=True)
     code = utils.run_child([sys.executable, str(Path(__file__).resolve().parent.parent / script), *words])

@@ -309,7 +309,8 @@ def curve_lines(log_folder: Path) -> list[str]:
     if markers["train/loss"] == ".":
         plot = plot.translate(str.maketrans("─│┌┐└┘├┤┬┴", "-|++++++++"))
     legend = ", ".join(f"{tag} {'line' if tag == 'train/loss' else markers[tag]}" for tag in curves)
-    return [f"loss by step ({legend}):", *(line.rstrip() for line in plot.splitlines())]
+    title = layout.wrapped(f"loss by step ({legend}):", layout.width())
+    return [*title, *(line.rstrip() for line in plot.splitlines())]
 
 
 def command_lines(run: RunInfo) -> list[str]:
