@@ -280,3 +280,25 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_named(train, monkeypatch
     out = capsys.readouterr().out
     assert re.search(r"step \d skipped: its loss or gradient is not finite", out) and "1 of these steps were" in out
     assert all(bool(tensor.isfinite().all()) for tensor in load_file(folder / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("record", [None, "{", '{"state": "finished"}'])
+def test_the_demo_trains_what_is_not_there_whatever_a_broken_run_left(record, tmp_path, monkeypatch):
+    started = []
+
+    class Child:
+        def __init__(self, command):
+            started.append(command[1:])
+
+        def wait(self):
+            return 0
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation.subprocess, "Popen", Child)
+    if record is not None:
+        (tmp_path / "checkpoints/rm/demo").mkdir(parents=True)
+        (tmp_path / "checkpoints/rm/demo/run.json").write_text(record)
+    config = train_grpo.PolicyTrainingConfig(demo=True, model="demo/model")
+    assert evaluation.demo_models(config) == {"reward_model": "checkpoints/rm/demo", "model": "checkpoints/sft/demo"}
+    assert [Path(words[0]).name for words in started] == ["train_rm.py", "train_sft.py"]
+    assert all("--demo" in words for words in started)
