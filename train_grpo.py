@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import utils
+from checkpointing.rollout_file import ROLLOUTS, TRAINING, RolloutFile
 from checkpointing.run_folder import step_folder
 from common.flags import flag
 from common.progress import ProgressBar
@@ -278,13 +279,11 @@ def train(run: runs.Run, judges: dict[str, Any], stop: StopRequest) -> str:
     )  # fmt: skip
     log = logger.TensorBoardLogger(run.log_folder, run.step, run.examples_seen(run.step))
     log.table("config", dataclasses.asdict(config), run.step)
-    kept = rollouts.RolloutFile(
-        run.folder / "rollouts.sqlite" if config.save_rollouts and world.is_main else None, run.step
-    )
+    kept = RolloutFile(run.folder / ROLLOUTS if config.save_rollouts and world.is_main else None, run.step)
     shown = ProgressBar("step", total_steps, done=run.step, is_shown=world.is_main)
     parameters = list(run.model.trained_parameters().values())
     checkpoint.set_random_state(run.random_state)
-    judge = evaluation.Judge(run, policy, judges, lambda: world.check(stop))
+    judge = evaluation.Judge(run, policy, judges, kept, lambda: world.check(stop))
     try:
         with contextlib.closing(kept):
             if run.step == 0 or run.is_evaluation_missing:
@@ -308,7 +307,7 @@ def train(run: runs.Run, judges: dict[str, Any], stop: StopRequest) -> str:
                 is_finite = math.isfinite(metrics["train/loss"]) and math.isfinite(grad_norm)
 
                 # update, once the replies that it comes from are kept
-                kept.add(step, found, advantages, results[..., 1])
+                kept.add(TRAINING, rollouts.kept_rows(step, found, advantages, results[..., 1]))
                 run.complete_step(step, is_finite)
                 if not is_finite:
                     is_fine = results[..., 0].isfinite().all(dim=1).numpy()

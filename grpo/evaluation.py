@@ -21,14 +21,16 @@ import torch
 from torch import Tensor
 
 import utils
+from checkpointing.rollout_file import HELD_OUT, RolloutFile
 from checkpointing.run_folder import FINISHED, record_or_none, step_folders
 from common import atomic_files, json_records
 from data_pipeline import demo, sampler
 from grpo import rollouts
 from utils import StopRequest, UserError
 
-HELD_OUT = 2**40  # in place of a step's number: the same draws in every evaluation
+SAME_DRAWS = 2**40  # in place of a step's number: the same draws in every evaluation
 HISTORY, PLOT = "evaluations.json", "overoptimization.svg"
+MOST_KEPT = 256  # held-out replies of each evaluation that are kept
 CLEAR_FALL = 0.02  # of the judge's win rate from its peak, from which the sentence speaks of overoptimization
 
 
@@ -66,9 +68,11 @@ class Evaluation:
 class Judge:
     """Evaluates one run, always on the same prompts with the same draws."""
 
-    def __init__(self, run: Any, policy: Any, judges: dict[str, Any], check_stop: Callable[[], None]):
+    def __init__(
+        self, run: Any, policy: Any, judges: dict[str, Any], kept: RolloutFile, check_stop: Callable[[], None]
+    ):  # fmt: skip
         """`policy` is train_grpo.py's: a writer, and the reference, None for the run's own without adapters."""
-        self.run, self.policy, self.check_stop = run, policy, check_stop
+        self.run, self.policy, self.kept, self.check_stop = run, policy, kept, check_stop
         self.scorer, self.gold = judges["reward_model"], judges.get("gold_reward_model")
         self.knows_rules = self.gold is None and demo.is_demo(run.config.dataset)
         self.history: list[Evaluation] = []
@@ -113,11 +117,11 @@ class Judge:
             run.model, self.scorer, run.eval_data, run.world, seed=config.seed, max_new_tokens=config.max_new_tokens,
             ends=self.policy.writer.ends, keys_at_once=self.policy.writer.keys_at_once,
         )  # fmt: skip
-        found = writer.write(indices, 1, HELD_OUT, self.check_stop)
+        found = writer.write(indices, 1, SAME_DRAWS, self.check_stop)
         judged = self.judged(found)
         if self._start is None:
             with self.as_reference(writer):
-                start = writer.write(indices, 1, HELD_OUT, self.check_stop)
+                start = writer.write(indices, 1, SAME_DRAWS, self.check_stop)
             self._start = start.texts, start.rewards[:, 0], self.judged(start)
         start_texts, start_rewards, start_judged = self._start
         is_same = torch.tensor([one == other for one, other in zip(found.texts, start_texts, strict=True)])
@@ -130,8 +134,11 @@ class Judge:
             values = win_rate(judged, start_judged, is_same)
             names = ("judge_win_rate", "judge_win_low", "judge_win_high")
             of_judge = {"judge": float(judged.double().mean()), **dict(zip(names, values, strict=True))}
+        kl = self.kl(found, stop)
+        rows = rollouts.kept_rows(run.step, found, None, kl[:, None], None if judged is None else judged[:, None])
+        self.kept.add(HELD_OUT, rows[:MOST_KEPT])
         return Evaluation(
-            run.step, len(rewards), mean, mean - error, mean + error, *wins, self.kl(found, stop),
+            run.step, len(rewards), mean, mean - error, mean + error, *wins, float(kl.double().mean()),
             float(found.lengths.double().mean()), float((~found.is_finished).double().mean()), **of_judge,
         )  # fmt: skip
 
@@ -158,22 +165,25 @@ class Judge:
             with self.run.model.peft_model.disable_adapter():
                 yield
 
-    def kl(self, found: rollouts.Rollouts, stop: StopRequest) -> float:
-        """The mean over replies of log p - log p_ref, summed over a reply's tokens."""
+    def kl(self, found: rollouts.Rollouts, stop: StopRequest) -> Tensor:
+        """(N,) log p - log p_ref of each reply, summed over its tokens."""
         run, groups = self.run, found.groups()
 
         def compute(plans: list[Any], micro_batches: Iterable[Any]) -> Tensor:
-            results = torch.zeros(1, device=run.model.device)
+            order = np.concatenate([plan.indices for plan in plans])
+            results = torch.zeros(len(order), device=run.model.device)
             for rank_batch, batch in micro_batches:
                 run.world.check(stop)
                 inputs = batch.inputs()
                 with torch.no_grad():
                     difference = run.model(*inputs)[0] - self.policy.reference_logprobs(run.model, inputs)
-                results += difference.sum() * bool(rank_batch.weight)
-            return run.world.all_reduce(results, stop)
+                if rank_batch.weight:
+                    lengths = groups.lengths[order[rank_batch.positions], 1].tolist()
+                    results[rank_batch.positions] = torch.stack([part.sum() for part in difference.split(lengths)])
+            return run.world.all_reduce(results, stop)[torch.from_numpy(np.argsort(order))]
 
-        _, total = run.batcher.run(groups, np.arange(len(groups)), compute, is_training=False)
-        return float(total) / len(groups)
+        _, results = run.batcher.run(groups, np.arange(len(groups)), compute, is_training=False)
+        return results.cpu()
 
     # -- at the end -------------------------------------------------------------------------------------------------
 

@@ -1,12 +1,10 @@
-"""The replies of one step: sampled, scored as text by the reward model, and kept in a file.
+"""The replies of one step: sampled, scored as text by the reward model, and as rows of the file that keeps them.
 
 Letters: N prompts, G completions of each.
 """
 
-import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 import utils
-from common.atomic_files import database_errors
+from checkpointing.rollout_file import AT_LIMIT, BY_ITSELF
 from data_pipeline import packing
 from data_pipeline.messages import Messages
 from data_pipeline.parsing import reason_in_words
@@ -26,12 +24,6 @@ from utils import UserError
 
 TRUNCATED = ("lowest", "keep", "mask")
 NGRAM = 3  # of `repetition`
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS rollouts (
-    step INTEGER, prompt INTEGER, completion INTEGER, question TEXT, reply TEXT, reward REAL, advantage REAL, kl REAL,
-    tokens INTEGER, ended TEXT, PRIMARY KEY (step, prompt, completion)
-);
-"""
 
 
 class Groups:
@@ -245,43 +237,20 @@ def distinct_ngrams(replies: list[list[Reply]]) -> float:
 # -- Kept --------------------------------------------------------------------------------------------------------------
 
 
-class RolloutFile:
-    """Every reply of a run in an SQLite file, written step by step: a killed process loses at most its last step."""
+def kept_rows(
+    step: int, rollouts: Rollouts, advantages: Tensor | None, kl: Tensor, judged: Tensor | None = None
+) -> list[tuple[Any, ...]]:
+    """The rows of a `RolloutFile` for the replies that were sampled at a step.
 
-    def __init__(self, path: Path | None, resumed_step: int):
-        """None keeps nothing. What a resumed run is about to write again is removed."""
-        self.path = path
-        if path is None:
-            return
-        if resumed_step and not path.exists():
-            print(f"{path} is gone: replies are kept from step {resumed_step + 1} on", flush=True)
-        try:
-            self._database = sqlite3.connect(path)
-            self._database.executescript(SCHEMA)
-            with self._database:
-                self._database.execute("DELETE FROM rollouts WHERE step > ?", (resumed_step,))
-        except sqlite3.DatabaseError as error:
-            raise UserError(
-                "the file of replies is damaged", where=path, found=error, safe="the checkpoints are untouched",
-                next="rename or remove it, then give the same command",
-            ) from error  # fmt: skip
-
-    def add(self, step: int, rollouts: Rollouts, advantages: Tensor, kl: Tensor) -> None:
-        """Keep a step's replies, with their advantages and KL divergences, (N, G) each."""
-        if self.path is None:
-            return
-        rows = [
-            (
-                step, int(prompt), number, rollouts.messages[at][-1]["content"], rollouts.texts[at][number],
-                float(rollouts.rewards[at, number]), float(advantages[at, number]), float(kl[at, number]),
-                len(reply.tokens), "by itself" if reply.is_finished else "at the limit",
-            )
-            for at, prompt in enumerate(rollouts.prompts.tolist())
-            for number, reply in enumerate(rollouts.replies[at])
-        ]  # fmt: skip
-        with database_errors(self.path), self._database:
-            self._database.executemany("INSERT OR REPLACE INTO rollouts VALUES (?,?,?,?,?,?,?,?,?,?)", rows)
-
-    def close(self) -> None:
-        if self.path is not None:
-            self._database.close()
+    Advantages and KL divergences are (N, G) each, `judged` what a judge that was not trained on says, (N, G).
+    """
+    return [
+        (
+            step, int(prompt), number, rollouts.messages[at][-1]["content"], rollouts.texts[at][number],
+            float(rollouts.rewards[at, number]), None if advantages is None else float(advantages[at, number]),
+            float(kl[at, number]), len(reply.tokens), BY_ITSELF if reply.is_finished else AT_LIMIT,
+            None if judged is None else float(judged[at, number]),
+        )
+        for at, prompt in enumerate(rollouts.prompts.tolist())
+        for number, reply in enumerate(rollouts.replies[at])
+    ]  # fmt: skip

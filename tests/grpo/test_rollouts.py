@@ -1,6 +1,4 @@
-"""grpo/rollouts.py: rewards are those of the replies' text, shared work changes nothing, every reply is kept."""
-
-import sqlite3
+"""grpo/rollouts.py: rewards are those of the replies' text, shared work changes nothing, all of it is kept."""
 
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ import models
 from data_pipeline import demo, dialogues
 from data_pipeline.sources import DataSpec
 from grpo import rollouts
-from grpo.rollouts import Reply, RolloutFile, Rollouts, Writer
+from grpo.rollouts import Reply, Rollouts, Writer
 from modeling.scorer import Scorer, ScoringConfig
 from training.distributed import World
 from utils import UserError
@@ -78,30 +76,18 @@ def test_waves_and_ranks_write_the_same(policy, scorer, prompts):
     assert policy.training, "as it was before"
 
 
-def test_every_reply_is_kept_and_a_resumed_run_writes_its_steps_again(tmp_path, capsys):
-    def step(number):
-        replies = [[Reply([1, 2], [0.0, 0.0], True), Reply([3], [0.0], False)]]
-        messages = [[{"role": "user", "content": f"question {number}"}]]
-        found = Rollouts(np.array([7]), [], messages, replies, [["yes", "no"]], torch.tensor([[1.0, number]]))
-        return number, found, torch.tensor([[0.5, -0.5]]), torch.tensor([[0.1, 0.2]])
-
-    path = tmp_path / "rollouts.sqlite"
-    file = RolloutFile(path, 0)
-    for number in (1, 2, 3):
-        file.add(*step(number))
-    file.close()
-    file = RolloutFile(path, 1)
-    file.add(*step(2))
-    file.close()
-    rows = sqlite3.connect(path).execute("SELECT * FROM rollouts ORDER BY step, completion").fetchall()
-    assert [row[0] for row in rows] == [1, 1, 2, 2]
-    assert rows[3] == (2, 7, 1, "question 2", "no", 2.0, -0.5, pytest.approx(0.2), 1, "at the limit")
-    path.write_bytes(b"not a database" * 100)
-    with pytest.raises(UserError, match="rename or remove it"):
-        RolloutFile(path, 0)
-    path.unlink()
-    RolloutFile(path, 3).close()
-    assert "replies are kept from step 4 on" in capsys.readouterr().out
+def test_the_rows_that_are_kept_say_everything_of_each_reply():
+    replies = [[Reply([1, 2], [0.0, 0.0], True), Reply([3], [0.0], False)]]
+    messages = [[{"role": "user", "content": "question"}]]
+    found = Rollouts(np.array([7]), [], messages, replies, [["yes", "no"]], torch.tensor([[1.0, 2.0]]))
+    rows = rollouts.kept_rows(3, found, torch.tensor([[0.5, -0.5]]), torch.tensor([[0.25, 0.75]]))
+    assert rows == [
+        (3, 7, 0, "question", "yes", 1.0, 0.5, 0.25, 2, "by itself", None),
+        (3, 7, 1, "question", "no", 2.0, -0.5, 0.75, 1, "at the limit", None),
+    ]
+    assert rollouts.kept_rows(3, found, None, torch.zeros(1, 2), torch.tensor([[0, 1]]))[1][-5:] == (
+        None, 0.0, 1, "at the limit", 1.0,
+    )  # fmt: skip
 
 
 def test_the_demos_rules_are_those_of_its_pairs(demo_folder):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import models
 import train_grpo
 from checkpointing import checkpoint, manifest
+from checkpointing.rollout_file import RolloutFile
 from checkpointing.run_folder import step_folders
 from grpo import rollouts
 from tests.training.test_faults import DAMAGES, in_child
@@ -102,7 +103,7 @@ def test_a_disk_full_at_the_file_of_replies_exits_4_and_loses_none(begun, straig
             finally:
                 limit_files_to(resource.RLIM_INFINITY)
 
-        original, rollouts.RolloutFile.add = rollouts.RolloutFile.add, full
+        original, RolloutFile.add = RolloutFile.add, full
         resume(begun)()
 
     assert in_child(victim, log) == 4, log.read_text()

@@ -1,5 +1,6 @@
 """train_grpo.py: steps that do not depend on how they are cut, exact resuming with the same replies, what stops it."""
 
+import contextlib
 import json
 import os
 import re
@@ -69,9 +70,9 @@ def test_a_signal_to_the_demo_alone_ends_the_training_that_it_began_too(script_s
     assert not file_locks.is_locked(run / file_locks.RunLock.FILE), "nobody trains it any more"
 
 
-def rollouts_of(folder):
-    path = folder.parent / "rollouts.sqlite"
-    return sqlite3.connect(path).execute("SELECT * FROM rollouts ORDER BY step, prompt, completion").fetchall()
+def rollouts_of(folder, table="rollouts"):
+    with contextlib.closing(sqlite3.connect(folder.parent / "rollouts.sqlite")) as database:
+        return database.execute(f"SELECT * FROM {table} ORDER BY step, prompt, completion").fetchall()
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -88,6 +89,14 @@ def test_a_stopped_run_goes_on_bitwise_replies_included(train, tmp_path, capsys,
     assert straight.name == stopped.name == "step-4" and same_bytes(straight, stopped, *names)
     rows = rollouts_of(straight)
     assert rows == rollouts_of(stopped) and len(rows) == 4 * 4 * 3
+    rows = rollouts_of(straight, "held_out")
+    assert [row for row in rows if row[0] != 3] == [row for row in rollouts_of(stopped, "held_out") if row[0] != 3]
+    history = json.loads((straight.parent / evaluation.HISTORY).read_text())
+    assert [one["step"] for one in history] == [0, 2, 4] and len(rows) == 3 * 8
+    for one in history:
+        kept = [row for row in rows if row[0] == one["step"]]
+        assert np.mean([row[5] for row in kept]) == pytest.approx(one["reward"])
+        assert np.mean([row[7] for row in kept]) == pytest.approx(one["kl"], abs=1e-6)
     assert (straight.parent / "reports" / evaluation.PLOT).read_text().count("<svg") == 1
     values, _ = scalars(tmp_path / "logs/grpo/straight")
     assert abs(values["train/kl"][0][1]) < 1e-4 and values["train/logprob_gap"][0][1] < 1e-4
@@ -127,6 +136,9 @@ def test_several_processes_write_and_learn_what_one_does(train, spoken, small_da
         assert result.returncode == 0, result.stderr
     two = manifest.find("checkpoints/grpo/two")
     assert [row[4] for row in rollouts_of(two)] == [row[4] for row in rollouts_of(alone)]
+    held_out, wanted = (rollouts_of(folder, "held_out") for folder in (two, alone))
+    assert [row[4] for row in held_out] == [row[4] for row in wanted] and len(wanted) == 2 * 8
+    assert np.allclose([row[7] for row in held_out], [row[7] for row in wanted], atol=1e-4)
     weights, wanted = (load_file(folder / "model.safetensors") for folder in (two, alone))
     for path, tensor in wanted.items():
         assert torch.allclose(weights[path], tensor, atol=3e-5), path
@@ -160,6 +172,8 @@ def test_a_gold_reward_model_judges_and_is_not_trained_on(train, spoken, base, t
     history = json.loads((folder.parent / evaluation.HISTORY).read_text())
     assert [one["step"] for one in history] == [0, 2, 4]
     assert all(0 <= one["judge_win_rate"] <= 1 and one["judge"] != one["reward"] for one in history)
+    judged = [row[-1] for row in rollouts_of(folder, "held_out") if row[0] == 4]
+    assert np.mean(judged) == pytest.approx(history[-1]["judge"], abs=1e-5)
     assert "the judge" in capsys.readouterr().out
 
 
@@ -263,6 +277,8 @@ def test_a_killed_or_stopped_run_loses_at_most_its_last_steps_and_no_reply(
     hit = manifest.find("checkpoints/grpo/hit")
     assert hit.name == straight.name == "step-6" and same_bytes(straight, hit, *FILES)
     assert rollouts_of(hit) == rollouts_of(straight)
+    evaluated = [row for row in rollouts_of(hit, "held_out") if row[0] in (0, 2, 4, 6)]
+    assert evaluated == rollouts_of(straight, "held_out") and len(evaluated) == 4 * 8
 
 
 def test_a_step_whose_loss_is_not_finite_is_skipped_and_named(train, monkeypatch, capsys):
