@@ -33,6 +33,7 @@ class ChatConfig:
     reward_model: str | None = flag(None, "folder of a reward checkpoint, or of a run, whose newest checkpoint is used")
     autoload: bool = flag(False, "load the models at the start, without waiting for the button")
     output_dir: str = flag("./checkpoints/rm", "folder of the runs whose checkpoints the page offers")
+    policy_dir: str = flag("./checkpoints/grpo", "folder of train_grpo.py's runs, whose replies the page shows")
     votes_file: str = flag("./preferences.jsonl", "JSONL file for votes, which train_rm.py --dataset reads")
     host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 lets the whole network in and needs --auth")
     port: int = flag(7860, "port; if the default is taken, the next free one is used", minimum=1, below=65536)
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> None:
     if config.autoload or config.demo or "model" in given or "reward_model" in given:
         print(f"loading {chat_engine.policy_name}", flush=True)
         chat_engine.load()
-    page = app.build_page(chat_engine, votes_file)
+    page = app.build_page(chat_engine, votes_file, Path(config.policy_dir))
     try:
         server.launch(page, config.host, port, config.share, config.auth)
         server.wait_for_ctrl_c()

@@ -12,12 +12,13 @@ from chat_app.chat_tab import ChatTab
 from chat_app.compare_tab import CompareTab
 from chat_app.engine import ChatEngine, Settings
 from chat_app.events import AT_ONCE, errors_shown
+from chat_app.rollouts_tab import RolloutsTab
 from data_pipeline.messages import Messages
 
 SECONDS_BETWEEN_STATUS_UPDATES = 10
 
 
-def build_page(engine: ChatEngine, votes_file: Path) -> gr.Blocks:
+def build_page(engine: ChatEngine, votes_file: Path, policy_dir: Path) -> gr.Blocks:
     with gr.Blocks(title="rl-with-rm", fill_height=True, analytics_enabled=False) as page:
         status = gr.HTML(elem_id="status")
         with gr.Tabs():
@@ -25,6 +26,8 @@ def build_page(engine: ChatEngine, votes_file: Path) -> gr.Blocks:
                 chat = ChatTab(engine, page)
             with gr.Tab("Compare"):
                 CompareTab(engine, votes_file, chat.conversation, chat.settings)
+            with gr.Tab("Rollouts") as rollouts_tab:
+                RolloutsTab(engine, rollouts_tab, policy_dir)
             with gr.Tab("Models") as models_tab:
                 build_models_tab(engine, page, models_tab, status)
         timer = gr.Timer(SECONDS_BETWEEN_STATUS_UPDATES)  # another visitor may load other models

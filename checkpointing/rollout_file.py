@@ -25,7 +25,9 @@ COLUMNS = """
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS {TRAINING} ({COLUMNS}, PRIMARY KEY (step, prompt, completion));
 CREATE TABLE IF NOT EXISTS {HELD_OUT} ({COLUMNS}, judge REAL, PRIMARY KEY (step, prompt, completion));
-"""
+CREATE INDEX IF NOT EXISTS {TRAINING}_numbers ON {TRAINING} (step, reward, kl, tokens, ended);
+CREATE INDEX IF NOT EXISTS {HELD_OUT}_numbers ON {HELD_OUT} (step, reward, kl, tokens, ended);
+"""  # the indexes are for curves: whoever sums rewards need not read texts
 WRITER_PATIENCE, READER_PATIENCE = 60, 2  # seconds that each waits for the other
 LONGEST_READING = 5  # seconds, far below the writer's patience
 MOST_POINTS = 200  # of a curve: a file of a million replies is not read whole for it
@@ -196,6 +198,8 @@ class RolloutReader:
 
     def curve(self, steps: list[int]) -> list[CurvePoint]:
         """The means of up to `MOST_POINTS` of the steps, evenly spread, first and last included."""
+        if not steps:
+            return []
         if len(steps) > MOST_POINTS:
             last = len(steps) - 1
             steps = [steps[round(point * last / (MOST_POINTS - 1))] for point in range(MOST_POINTS)]

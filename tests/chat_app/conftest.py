@@ -10,11 +10,12 @@ from tests.chat_server import Server, free_port
 
 @pytest.fixture(scope="session")
 def server(reward_checkpoint, tmp_path_factory):
-    """chat.py with the small reward model and its base; `votes_file` is where its votes go."""
+    """chat.py with the small reward model and its base; `votes_file` is where its votes go, `policy_dir` is empty."""
     votes_file = tmp_path_factory.mktemp("votes") / "preferences.jsonl"
+    policy_dir = tmp_path_factory.mktemp("grpo")
     model = os.environ.get("SCREENSHOT_MODEL", reward_checkpoint)
     output_dir = Path(model).parent if "SCREENSHOT_MODEL" in os.environ else reward_checkpoint.parent.parent
-    arguments = ["--model", model, "--output_dir", output_dir]
+    arguments = ["--model", model, "--output_dir", output_dir, "--policy_dir", policy_dir]
     with Server(*arguments, "--port", free_port(), "--votes_file", votes_file) as running:
-        running.votes_file = votes_file
+        running.votes_file, running.policy_dir = votes_file, policy_dir
         yield running

@@ -156,7 +156,8 @@ def in_process(base, reward_checkpoint, tmp_path_factory):
     """The page served from this process, so that faults can be injected into its models: (engine, client)."""
     engine = ChatEngine(base, reward_checkpoint)
     engine.load()
-    page = app.build_page(engine, tmp_path_factory.mktemp("votes") / "preferences.jsonl")
+    folder = tmp_path_factory.mktemp("votes")
+    page = app.build_page(engine, folder / "preferences.jsonl", folder / "grpo")
     page.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, ssr_mode=False)
     yield engine, Client(page.local_url, verbose=False)
     page.close(verbose=False)

@@ -101,6 +101,11 @@ def test_steps_prompts_and_curves_are_those_of_the_rows(file, path):
         assert len(curve) == rollout_file.MOST_POINTS and (curve[0].step, curve[-1].step) == (1, 1499)
         assert (curve[-1].reward, curve[-1].truncated, curve[-1].tokens) == (749.5, 0.5, 4.0)
         assert len(reader.curve(steps[:3])) == 3 and reader.curve([]) == []
+        queries = []
+        reader._database.set_trace_callback(queries.append)
+        reader.curve(steps)
+        plan = str(reader._database.execute(f"EXPLAIN QUERY PLAN {queries[0]}").fetchall())
+        assert "COVERING INDEX rollouts_numbers" in plan, "no reply's text is read for a curve"
 
     read(path, check)
 
