@@ -231,7 +231,9 @@ def main(argv: list[str]) -> None:
 
         def open_parts(*arguments: Any) -> setup.Parts:
             judges.update(opening.open_judges(config))
-            return open_policy(*arguments)
+            parts = open_policy(*arguments)
+            opening.check_positions(judges, config, parts)
+            return parts
 
         run = setup.set_up(config, resumed_from, world, open_parts, Path(__file__).name)
         if not run.has_nothing_to_do():
