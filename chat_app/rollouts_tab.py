@@ -32,7 +32,7 @@ from utils import UserError, counted
 ALL_PROMPTS = NOTHING = -1  # beside the prompts and steps to choose from
 PAGE = 50  # replies shown at first, and with each "Show more"
 SORTS = {
-    "reward": "reward", "advantage": "advantage", "KL": "kl", "length": "tokens", "change of the reward": "change",
+    "reward": "reward", "advantage": "advantage", "KL": "kl", "length": "tokens", "reward change": "change",
     "as sampled": "completion",
 }  # fmt: skip
 CURVES = {"reward": "Mean reward", "kl": "KL from the start (nats)", "tokens": "Tokens a reply",
