@@ -14,7 +14,7 @@ import gradio as gr
 
 import utils
 from chat_app.engine import ChatEngine
-from chat_app.events import AT_ONCE, errors_shown
+from chat_app.events import QUIET, errors_shown
 from checkpointing import rollout_file, run_folder
 from checkpointing.rollout_file import (
     AT_LIMIT,
@@ -104,14 +104,16 @@ class RolloutsTab:
 
         choices = [run, table, step, prompt, old, sort, is_descending, text, ended, low, high]
         shown = [newest, limit, step, prompt, old, replies, more, curves]
-        quick = {**AT_ONCE, "trigger_mode": "always_last"}  # typing on never waits, and the last choice counts
-        gr.on([tab.select, refresh.click], self.refresh, [newest, limit, *choices], [run, *shown], **AT_ONCE)
-        gr.on([run.input, table.input], self.show_other, choices, shown, **quick)
-        changes = [each.input for each in (step, prompt, old, sort, is_descending, text, ended, low, high)]
-        gr.on(changes, lambda *values: self.show(PAGE, View(*values)), choices, shown, **quick)
+        # all of them in one queue, so that the last choice counts
+        in_turn = {**QUIET, "trigger_mode": "multiple", "concurrency_id": "rollouts", "concurrency_limit": 1}
+        gr.on([tab.select, refresh.click], self.refresh, [newest, limit, *choices], [run, *shown], **in_turn)
+        gr.on([run.input, table.input], self.show_other, choices, shown, **in_turn)
+        changes = [each.input for each in (step, prompt, old, sort, is_descending, ended)]
+        changes += [each.change for each in (text, low, high)]  # their `input` misses what is deleted or pasted
+        gr.on(changes, lambda *values: self.show(PAGE, View(*values)), choices, shown, **in_turn)
         for button, distance in ((earlier, -1), (later, 1)):
-            button.click(functools.partial(self.move, distance), choices, shown, **AT_ONCE)
-        more.click(lambda limit, *values: self.show(limit + PAGE, View(*values)), [limit, *choices], shown, **AT_ONCE)
+            button.click(functools.partial(self.move, distance), choices, shown, **in_turn)
+        more.click(lambda limit, *values: self.show(limit + PAGE, View(*values)), [limit, *choices], shown, **in_turn)
 
     # -- What a click does ---------------------------------------------------------------------------------------------
 
