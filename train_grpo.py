@@ -39,7 +39,7 @@ with utils.lazy_imports():  # --help must not wait for torch
     import models
     from checkpointing import checkpoint
     from data_pipeline import dialogues, packing, sources
-    from grpo import evaluation, loss, opening, rollouts
+    from grpo import evaluation, loss, opening, report, rollouts
     from modeling import devices, log_probs, speedups, tokenizers
     from training import distributed, logger, setup
     from training import run as runs
@@ -382,7 +382,7 @@ def summary(run: runs.Run, judge: evaluation.Judge) -> str:
     lines = [f"done: {utils.counted(run.step, 'step')}, {prompts} with {run.config.group_size} completions each"]
     if run.skipped_steps:
         lines.append(f"{run.skipped_steps:,} of these steps were skipped: their loss or gradient was not finite")
-    lines += judge.conclusion()
+    lines += report.conclusion(run, judge.history)
     saved = step_folder(run.folder, run.step)
     logs, policy, judge_folder = (
         shlex.quote(str(each)) for each in (run.config.log_dir, saved, run.config.reward_model)

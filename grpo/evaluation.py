@@ -29,9 +29,8 @@ from grpo import rollouts
 from utils import StopRequest, UserError
 
 SAME_DRAWS = 2**40  # in place of a step's number: the same draws in every evaluation
-HISTORY, PLOT = "evaluations.json", "overoptimization.svg"
+HISTORY = "evaluations.json"
 MOST_KEPT = 256  # held-out replies of each evaluation that are kept
-CLEAR_FALL = 0.02  # of the judge's win rate from its peak, from which the sentence speaks of overoptimization
 
 
 @dataclass(frozen=True)
@@ -185,41 +184,6 @@ class Judge:
         _, results = run.batcher.run(groups, np.arange(len(groups)), compute, is_training=False)
         return results.cpu()
 
-    # -- at the end -------------------------------------------------------------------------------------------------
-
-    def conclusion(self) -> list[str]:
-        """How good the policy became, and where its judge liked it best; draws the plot."""
-        if not self.history:
-            return ["nothing is held out: this run cannot say how good the policy is"]
-        lines = [self.last.line()]
-        if len(self.history) > 1 and self.run.world.is_main:
-            path = self.run.folder / "reports" / PLOT
-            draw(self.history, path)
-            lines.append(f"overoptimization plot: {utils.seen_from_here(str(path))}")
-        if sentence := self.peak():
-            lines.append(sentence)
-        return lines
-
-    def peak(self) -> str:
-        """A sentence about the evaluation that the judge liked best."""
-        known = [one for one in self.history if one.judge_win_rate is not None and one.step]
-        if not known:
-            return ""
-        best, last = max(known, key=lambda one: one.judge_win_rate), known[-1]
-        if best.judge_win_rate < 0.5:
-            rate = f"{last.judge_win_rate:.1%}"
-            return f"the judge that was not trained on likes the start better: win rate {rate} after step {last.step}"
-        name = f"step-{best.step}"
-        is_saved = name in {path.name for path in step_folders(self.run.folder)}
-        if best.judge_win_rate - last.judge_win_rate < CLEAR_FALL:
-            unless = "" if is_saved else ", which was not saved"
-            return f"the judge that was not trained on likes {name} best: win rate {best.judge_win_rate:.1%}{unless}"
-        advice = f"Use {name}, or try a larger --kl_coef" if is_saved else "Try a larger --kl_coef, or --save_steps"
-        return (
-            f"overoptimized: the judge's win rate fell from {best.judge_win_rate:.1%} at {name} to "
-            f"{last.judge_win_rate:.1%}, while the reward went from {best.reward:.3f} to {last.reward:.3f}.\n  {advice}"
-        )
-
 
 def win_rate(rewards: Tensor, start: Tensor, is_same: Tensor) -> tuple[float, float, float]:
     """The share of replies that beat the start's, ties as half, with its 95 % interval.
@@ -230,26 +194,6 @@ def win_rate(rewards: Tensor, start: Tensor, is_same: Tensor) -> tuple[float, fl
     wins = float((rewards > start).double().sum() + 0.5 * (rewards == start).double().sum())
     low, high = utils.wilson_interval(wins, len(rewards))
     return wins / len(rewards), low, high
-
-
-def draw(history: list[Evaluation], path: Path) -> None:
-    """Proxy and judge against the square root of the KL divergence, as an SVG file."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib.figure import Figure
-
-    distances = [math.sqrt(max(0.0, one.kl)) for one in history]
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(distances, [one.win_rate for one in history], "o-", label="under the reward model, which was trained on")
-    if all(one.judge_win_rate is not None for one in history):
-        axes.plot(distances, [one.judge_win_rate for one in history], "s--", label="under a judge that was not")
-    axes.axhline(0.5, color="grey", lw=1, ls=":")
-    axes.set(xlabel="√KL from the start (nats a reply)", ylabel="win rate against the start", ylim=(0, 1))
-    axes.legend()
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
 
 
 # -- The demo ----------------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ WITHOUT_DOCSTRING = {
     "page_head.html": "The page's JavaScript: keeps conversations in the browser, and streams in order.",
     "page.html.jinja": "What every page begins with: its colours, style and rules for printing.",
     "page_macros.html.jinja": "Parts of a page that several kinds of page have.",
+    "policy_report.html.jinja": "The template of a policy run's report.html.",
     "report.html.jinja": "The template of report.html.",
     "reward_bench.json": "RewardBench's sections: subsets and their weights.",
 }

@@ -19,7 +19,7 @@ import train_grpo
 import train_sft
 from checkpointing import manifest, run_folder
 from common import file_locks
-from grpo import evaluation, opening
+from grpo import evaluation, opening, report
 from tests.training.test_train_rm import same_bytes, scalars
 from utils import UserError
 
@@ -81,7 +81,7 @@ def test_a_stopped_run_goes_on_bitwise_replies_included(train, tmp_path, capsys,
     straight = train("straight", *more)
     out = capsys.readouterr().out
     assert re.search(r"step 4: held-out reward .* win rate .* KL .*, 8 prompts", out)
-    assert "python chat.py --model" in out and "overoptimization plot" in out
+    assert "python chat.py --model" in out and "report: " in out
     train("stopped", *more, "--max_steps", 3)
     train_grpo.main(["--resume_from", "checkpoints/grpo/stopped", "--max_steps", "4"])
     stopped = manifest.find("checkpoints/grpo/stopped")
@@ -97,7 +97,7 @@ def test_a_stopped_run_goes_on_bitwise_replies_included(train, tmp_path, capsys,
         kept = [row for row in rows if row[0] == one["step"]]
         assert np.mean([row[5] for row in kept]) == pytest.approx(one["reward"])
         assert np.mean([row[7] for row in kept]) == pytest.approx(one["kl"], abs=1e-6)
-    assert (straight.parent / "reports" / evaluation.PLOT).read_text().count("<svg") == 1
+    assert (straight.parent / "reports" / report.PLOT).read_text().count("<svg") == 1
     values, _ = scalars(tmp_path / "logs/grpo/straight")
     assert abs(values["train/kl"][0][1]) < 1e-4 and values["train/logprob_gap"][0][1] < 1e-4
     for name in ("reward", "reward_std_in_group", "kl_k3", "entropy", "clip_fraction", "reply_tokens", "truncated",
@@ -223,14 +223,13 @@ def test_what_overoptimizes_is_said_with_the_step_to_use():
     def one(step, wins, judge):
         return evaluation.Evaluation(step, 9, float(step), 0, 0, wins, 0, 1, step / 10, 5, 0, judge, judge, 0, 1)
 
-    judge = evaluation.Judge.__new__(evaluation.Judge)
-    judge.run = type("Run", (), {"folder": Path("nowhere")})
-    judge.history = [one(0, 0.5, 0.5), one(10, 0.7, 0.66), one(20, 0.9, 0.4)]
-    text = judge.peak()
+    history = [one(0, 0.5, 0.5), one(10, 0.7, 0.66), one(20, 0.9, 0.4)]
+    text = report.peak(history, saved=set())
     assert "overoptimized" in text and "from 66.0% at step-10" in text and "40.0%" in text
     assert "--save_steps" in text, "that step was not saved"
-    judge.history = judge.history[:2]
-    assert "likes step-10 best" in judge.peak() and "overoptimized" not in judge.peak()
+    assert "Use step-10" in report.peak(history, saved={"step-10"})
+    text = report.peak(history[:2], saved=set())
+    assert "likes step-10 best" in text and "overoptimized" not in text
 
 
 @pytest.mark.parametrize(
@@ -318,3 +317,41 @@ def test_the_demo_trains_what_is_not_there_whatever_a_broken_run_left(record, tm
     assert evaluation.demo_models(config) == {"reward_model": "checkpoints/rm/demo", "model": "checkpoints/sft/demo"}
     assert [Path(words[0]).name for words in started] == ["train_rm.py", "train_sft.py"]
     assert all("--demo" in words for words in started)
+
+
+def test_the_report_shows_replies_before_and_after_and_escapes_them(train, monkeypatch, capsys):
+    from grpo import rollouts
+
+    original = rollouts.kept_rows
+
+    def hostile(*arguments):
+        return [(*row[:3], "<script>x</script>", "</div><img src=x>", *row[5:]) for row in original(*arguments)]
+
+    monkeypatch.setattr(rollouts, "kept_rows", hostile)
+    folder = train("seen").parent / "reports"
+    assert f"report: {folder / 'report.html'}" in capsys.readouterr().out
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == page.count("<figcaption") == 3 and "default-src 'none'" in page
+    assert "<script" not in page and "<img" not in page and "&lt;img src=x&gt;" in page
+    for heading in ("Whose reward rose most", "Whose reward fell most"):
+        assert heading in page
+    assert page.count('class="reply rejected"') == page.count('class="reply chosen"') == 8
+    (folder.parent / "rollouts.sqlite").unlink()
+    history = [evaluation.Evaluation(**one) for one in json.loads((folder.parent / evaluation.HISTORY).read_text())]
+    report.write(folder, folder.parent, history, [])
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Replies cannot be shown: no replies are kept here" in page and "reply chosen" not in page
+
+
+def test_the_reports_findings_name_what_moved():
+    def one(step, reward, tokens, **more):
+        return evaluation.Evaluation(
+            step, 100, reward, reward - 0.1, reward + 0.1, 0.6, 0.5, 0.7, 0.5, tokens, 0, **more
+        )
+
+    rose = report.findings([one(0, 0, 50), one(9, 0.5, 20)], set())
+    assert "rose from 0.000 to 0.500" in rose[0] and "became shorter, from 50 to 20" in rose[1]
+    assert "--gold_reward_model" in rose[2]
+    assert "within the intervals" in report.findings([one(0, 0, 50), one(9, 0.1, 50)], set())[0]
+    assert "fell from" in report.findings([one(0, 0, 50), one(9, -0.5, 50)], set())[0]
+    assert report.findings([one(0, 0, 50)], set()) == ["It was evaluated once: there is nothing to compare."]
