@@ -5,6 +5,7 @@ A job takes `Inputs` and options, and returns figures that JSON can hold; what w
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -262,8 +263,78 @@ def chat(inputs: Inputs) -> dict[str, Any]:
     return found
 
 
+def sample(inputs: Inputs) -> dict[str, Any]:
+    """Tokens per second of a training step's sampling: ours, and transformers' own in its three ways."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    import models
+    from grpo import sampling
+    from modeling import devices
+
+    device, config = devices.pick_device(), AutoConfig.from_pretrained(inputs.qwen3)
+    count, length, group, new = (2, 8, 2, 4) if inputs.is_quick else (16, 256, 8, 128)
+    if inputs.is_quick:
+        config.num_hidden_layers, config.layer_types = 1, config.layer_types[:1]
+    torch.manual_seed(0)
+    with torch.device(device):
+        theirs, model = (AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32) for _ in range(2))
+    policy = models.PolicyModel(model, models.load_tokenizer(inputs.qwen3)).eval()
+    policy.temperature, policy.autocast_dtype = 1.0, torch.bfloat16 if device.type == "cuda" else None
+    policy.use_attention(backward=False)
+    prompts = [np.random.default_rng(prompt).integers(5, 1000, length) for prompt in range(count)]
+    repeated = torch.tensor(np.repeat(prompts, group, axis=0), device=device)  # (count · group, length)
+    settings = GenerationConfig(
+        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=new, min_new_tokens=new, eos_token_id=None,
+        pad_token_id=0,
+    )  # fmt: skip
+
+    def ours() -> None:
+        sampling.sample_groups(
+            policy, prompts, group, new, set(), lambda *which: sampling.uniforms(0, 0, *which)
+        )  # fmt: skip
+
+    def generate(cache: str | None) -> None:
+        with torch.no_grad(), policy.autocast(keeps_casts=True):
+            written = theirs.generate(repeated, generation_config=settings, cache_implementation=cache)
+        assert written.shape[1] == length + new
+
+    def continuous() -> None:
+        with torch.no_grad(), policy.autocast(keeps_casts=True):
+            written = theirs.generate_batch(inputs=repeated.tolist(), generation_config=settings)
+        assert len(written) == count * group
+
+    ways = {
+        "ours": ours,
+        "dynamic cache": lambda: generate(None),
+        "static cache": lambda: generate("static"),
+        "continuous batching": continuous,  # last, because it takes what memory is left, on a CPU gigabytes too
+    }
+    found: dict[str, Any] = {}
+    if device.type != "cuda":
+        ways.pop("continuous batching")
+        found["continuous batching: not run"] = "needs a CUDA device"
+    for name, work in ways.items():
+        times = []
+        try:
+            for _ in range(2 if inputs.is_quick else 4):  # the first one warms up
+                began = time.perf_counter()
+                work()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - began)
+        except Exception as error:  # a way of theirs that does not run here is a finding
+            if name == "ours":
+                raise
+            traceback.print_exc()
+            found[f"{name}: not run"] = f"{type(error).__name__}: {error}"[:300]
+            continue
+        found[f"{name}: tokens_per_s"] = count * group * new / statistics.median(times[1:])
+    return found | memory_of(device)
+
+
 JOBS = {"machine": measure_machine, "tests": run_tests, "train": train, "resume": resume, "trl": compare_with_trl,
-        "chat": chat}  # fmt: skip
+        "chat": chat, "sample": sample}  # fmt: skip
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ file is written again after each, so a part that fails, or a call that is killed
     caps      a card with 12 GB, emulated; and a step that runs out of memory and goes on in smaller micro-batches
     resume    killed after a save and resumed: are the files the same, bit by bit, as without the kill?
     chat      time to the first token, tokens per second
+    sample    a policy's 16 x 8 completions: train_grpo.py's sampling beside transformers' own
 
 --quick runs every part that a CPU can run, on a tiny model: its figures mean nothing.
 """
@@ -139,6 +140,7 @@ def all_parts(is_quick: bool) -> list[Part]:
         *map(resumed, RESUMED),
         *(trained(name) for name in SETTINGS if name not in FIRST),
         Part("chat", "chat", 60),
+        Part("sample", "sample", 120),
     ]
 
 
@@ -214,6 +216,11 @@ def goals_of(figures: dict[str, Any]) -> list[Goal]:
         name, pairs = "losses after running out of memory differ by", zip(default[:WARM_UP], drill, strict=False)
         difference = float(np.max([abs(float(a) - float(b)) for a, b in pairs]))  # nan, which is text here, if any is
         goals.append(Goal(name, "–", "–", difference, DRILL_TOLERANCE, at_least=False, form="{:.4f}"))
+    sampled = {name: rate for name, rate in figures.get("sample", {}).items() if name.endswith("tokens_per_s")}
+    if (ours := sampled.pop("ours: tokens_per_s", None)) and sampled:
+        name, best = max(sampled.items(), key=lambda item: item[1])
+        ours_in_words, theirs = f"{ours:,.0f} tokens/s", f"{best:,.0f} tokens/s, {name.partition(':')[0]}"
+        goals.append(Goal("sampling against transformers", ours_in_words, theirs, ours / best, 1.0))
     for part, found in figures.items():
         for what in ("weights", "moments"):
             if (difference := found.get(f"killed: {what} differ by")) is not None:
