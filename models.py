@@ -8,7 +8,7 @@ Letters: B rows, T tokens per row, N examples, D hidden size.
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -415,6 +415,6 @@ class PolicyModel(PretrainedModel):
 
     def stream_candidates(
         self, messages: list[dict[str, str]], candidates: int, **sampling: Any
-    ) -> Iterator[list[str]]:
+    ) -> Generator[list[str], None, list[bool]]:
         """Write several replies in one batch; see `generation.stream_candidates`."""
         return generation.stream_candidates(self.hf_model, self.tokenizer, messages, candidates, **sampling)

@@ -1,5 +1,7 @@
 """The Chat tab. Conversations are kept in the browser, by the JavaScript in page_head.html."""
 
+import html
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +10,22 @@ import gradio as gr
 from chat_app import conversation
 from chat_app.conversation import Conversation, with_reply, with_system_prompt
 from chat_app.engine import MAX_CANDIDATES, ChatEngine, Settings
-from chat_app.events import AT_ONCE, GENERATION, QUIET, errors_shown
+from chat_app.events import AT_ONCE, GENERATION, QUIET
+from data_pipeline.messages import Messages
+
+SECONDS_TO_END = 60  # more than a long prompt takes on a slow machine
+
+
+class Writing:
+    """A reply that a visitor waits for. It ends itself when it is told to stop.
+
+    Gradio's `cancels` would tear it off: then the page may show an error instead of what has been written.
+    """
+
+    def __init__(self) -> None:
+        self.stop, self.ended = threading.Event(), threading.Event()
+        self.has_started = False
+        self.is_left = False  # the visitor looks at something else
 
 
 class ChatTab:
@@ -16,14 +33,15 @@ class ChatTab:
 
     def __init__(self, engine: ChatEngine, page: gr.Blocks):
         self.engine = engine
-        # Sessions that wait for a reply. Gradio's `cancels` alone misses a reply that the page has not requested yet.
-        self.waiting: set[str | None] = set()
+        self.writing: dict[str | None, Writing] = {}  # by session: the latest reply that it has asked for
+        self.lock = threading.Lock()
         with gr.Sidebar(open=False, width=300):
             new_chat = gr.Button("New chat", elem_id="new-chat")
             saved = gr.Radio([], label="Saved in this browser", elem_id="saved-chats")
             delete = gr.Button("Delete this chat", variant="stop", size="sm")
+            restore = gr.Button(size="sm", visible=False, elem_id="restore-chat")
             storage_problem = gr.Markdown()
-        self.conversation = gr.State(conversation.new())
+        self.conversation = gr.State(conversation.EMPTY)
         chatbot = gr.Chatbot(
             elem_id="chat", height="60vh", show_label=False, scale=1, buttons=["copy"], editable="user",
             render_markdown=False, feedback_options=None, placeholder="Say something.",
@@ -49,51 +67,51 @@ class ChatTab:
         self.settings = [system_prompt, temperature, top_p, max_new_tokens, thinking, best_of]
 
         # hidden components that carry conversations to the browser's storage and back
-        to_save, titles, opened, saved_id = (gr.JSON(visible="hidden") for _ in range(4))
+        to_save, listed, opened, saved_id = (gr.JSON(visible="hidden") for _ in range(4))
         shown = [self.conversation, chatbot, textbox]
+        show_list = {"fn": self.list_saved, "inputs": [listed, saved_id], "outputs": [saved, restore], **AT_ONCE}
 
         prepare_saving = {"fn": lambda chat: [conversation.title(chat), chat], "inputs": self.conversation,
                           "outputs": to_save, **AT_ONCE}  # fmt: skip
-        save = {"fn": None, "inputs": to_save, "outputs": [titles, storage_problem, saved_id], **QUIET,
+        save = {"fn": None, "inputs": to_save, "outputs": [listed, storage_problem, saved_id], **QUIET,
                 "js": "conversation => window.conversations.save(conversation)"}  # fmt: skip
 
         def save_after(event: Any) -> None:
-            event.then(**prepare_saving).then(**save).then(self.list_saved, [titles, saved_id], saved, **AT_ONCE)
+            event.then(**prepare_saving).then(**save).then(**show_list)
 
         def save_first(event: Any) -> Any:
-            """Before another conversation is shown: stop the reply and save what has been generated of it."""
-            return event(**prepare_saving, cancels=replying).then(**save)
+            """Before another conversation is shown: end the reply and save what has been generated of it."""
+            return event(self.leave, None, None, **AT_ONCE).then(**prepare_saving).then(**save)
 
-        replying = []
         for event, change, inputs in (
             (textbox.submit, self.ask, [self.conversation, textbox, *self.settings]),
             (chatbot.retry, self.retry, [self.conversation, *self.settings]),
             (chatbot.edit, self.edit, [self.conversation, *self.settings]),
         ):
             accepted = event(change, inputs, shown, **AT_ONCE)
-            # the browser may already show a change that was rejected
-            accepted.failure(lambda chat: self.show_all(chat)[1], self.conversation, chatbot, **AT_ONCE)
-            running = accepted.success(
+            # "multiple": the request for a reply that was stopped in the queue must not block that for the next one
+            running = accepted.then(
                 self.reply, [self.conversation, *self.settings], shown, show_progress="minimal",
-                show_progress_on=chatbot, **GENERATION,
+                show_progress_on=chatbot, trigger_mode="multiple", **GENERATION,
             )  # fmt: skip
-            replying.append(running)
             save_after(accepted)  # the question is saved even if the page is closed in the middle of the reply
             save_after(running)
-        # cancel the reply before anything else is shown, or its last piece could arrive afterwards
-        stopped = textbox.stop(None, None, None, cancels=replying, **QUIET)
-        save_after(stopped.then(self.stop, self.conversation, shown, **AT_ONCE))
+        save_after(textbox.stop(self.stop, self.conversation, shown, **AT_ONCE))
         save_after(chatbot.undo(self.undo, [self.conversation, textbox], shown, **AT_ONCE))
         save_after(chatbot.option_select(self.pick, self.conversation, shown, **AT_ONCE))
-        for event in (new_chat.click, chatbot.clear):
-            save_after(save_first(event).then(self.new_chat, system_prompt, shown, **AT_ONCE))
+        save_after(save_first(new_chat.click).then(self.new_chat, system_prompt, shown, **AT_ONCE))
 
-        show_opened = {"fn": self.open, "inputs": [saved, opened], "outputs": [*shown, system_prompt, saved]}
-        page.load(**show_opened, js="(_, __) => [null, window.conversations.open(null)]", **AT_ONCE)
-        save_first(saved.input).then(**show_opened, js="(id, _) => [id, window.conversations.open(id)]", **AT_ONCE)
-        remove = {"fn": None, "inputs": saved, "outputs": titles, "js": "id => window.conversations.remove(id)"}
-        removed = delete.click(**remove, cancels=replying, **QUIET)
+        outputs = [*shown, system_prompt, saved, restore]
+        show_first = {"fn": self.open_first, "inputs": [opened, self.conversation], "outputs": outputs, **AT_ONCE}
+        page.load(**show_first, js="(_, __) => [window.conversations.open(null), null]")
+        show_opened = {"fn": self.open, "inputs": [saved, opened], "outputs": outputs, **AT_ONCE}
+        save_first(saved.input).then(**show_opened, js="(id, _) => [id, window.conversations.open(id)]")
+        restored = "() => [null, window.conversations.open(window.conversations.restore())]"
+        save_first(restore.click).then(**show_opened, js=restored)
+        remove = {"fn": None, "inputs": saved, "outputs": listed, "js": "id => window.conversations.remove(id)"}
+        removed = delete.click(self.leave, None, None, **AT_ONCE).then(**remove, **QUIET)
         save_after(removed.then(self.new_chat, system_prompt, shown, **AT_ONCE))
+        page.unload(self.forget)
 
     # -- What is shown -------------------------------------------------------------------------------------------------
 
@@ -103,61 +121,76 @@ class ChatTab:
         return [{**chat, "is_busy": is_busy}, messages, gr.Textbox(submit_btn=not is_busy, stop_btn=is_busy)]
 
     def footers(self, chat: Conversation) -> list[str]:
-        """A line for each reply: its reward, or why it has none; empty lines without a reward model."""
-        replies = conversation.dialogues_to_score(chat)
-        if self.engine.reward_model is None:
-            return [""] * len(replies)
-        try:
-            rewards = self.engine.rewards_of([with_system_prompt(chat["system_prompt"], reply) for reply in replies])
-            return conversation.reward_footers(rewards)
-        except Exception as error:  # the replies are shown without rewards
-            return [f"no reward: {self.engine.explain(error)}"] * len(replies)
+        """A line for each reply: its reward, or why it has none; the last one's also compares it with its versions."""
+        replies = [message for message in chat["messages"] if message["role"] == "assistant"]
+        dialogues = [
+            with_system_prompt(chat["system_prompt"], dialogue) for dialogue in conversation.dialogues_to_score(chat)
+        ]
+        rewards, problem = [None] * len(replies), ""
+        if self.engine.reward_model is not None:
+            try:
+                rewards = [[reward] for reward in self.engine.rewards_of(dialogues)]
+                if replies and replies[-1]["others"]:
+                    rewards[-1] = self.version_rewards(dialogues[-1][:-1], conversation.versions_of(replies[-1]))
+            except Exception as error:  # the replies are shown without rewards
+                problem = f"no reward: {self.engine.explain(error)}"
+        return [
+            " · ".join(filter(None, [problem, conversation.footer(values, reply["ending"])]))
+            for values, reply in zip(rewards, replies, strict=True)
+        ]
+
+    def version_rewards(self, prompt: Messages, versions: list[conversation.Message]) -> list[float]:
+        return self.engine.rewards_of([with_reply(prompt, version["content"]) for version in versions])
 
     def options(self, chat: Conversation) -> list[tuple[str, int]]:
-        """The other candidates of the last reply, if there are any."""
+        """All versions of the last reply, if there is more than one."""
         last = chat["messages"][-1] if chat["messages"] else {}
         if not last.get("others"):
             return []
-        contents = [last["content"], *(other["content"] for other in last["others"])]
-        question = conversation.dialogue(conversation.before_last_reply(chat))
-        prompt = with_system_prompt(chat["system_prompt"], question)
+        versions = conversation.versions_of(last)
+        prompt = conversation.dialogue(conversation.before_last_reply(chat))
         try:
-            rewards = self.engine.rewards_of([with_reply(prompt, content) for content in contents])
+            rewards = self.version_rewards(with_system_prompt(chat["system_prompt"], prompt), versions)
         except Exception:  # no reward model, or the footer below the reply says why
             rewards = None
-        return conversation.candidate_options(contents, rewards)
+        return conversation.version_options(versions, rewards)
 
     def show_all(self, chat: Conversation) -> list[Any]:
-        """A conversation in which no reply is being generated, with all rewards and candidates."""
-        footers, options = self.footers(chat), self.options(chat)
-        if options and footers[-1]:
-            footers[-1] += f" · one of {len(options) + 1} candidates"
-        return self.show(chat, footers, options)
+        """A conversation in which no reply is being generated, with all rewards and versions."""
+        return self.show(chat, self.footers(chat), self.options(chat))
 
     # -- What clicks do ------------------------------------------------------------------------------------------------
 
     def start_reply(self, chat: Conversation, changed: Conversation, request: gr.Request, settings: Any) -> list[Any]:
         """Show the changed conversation and mark its reply as wanted.
 
-        If it cannot be answered now, the visitor gets an error and keeps the conversation as it was.
+        If it cannot be answered now, the visitor gets a hint and keeps the conversation as it was.
         """
-        with errors_shown(self.engine):
-            if chat.get("is_busy"):
-                raise ValueError("a reply is being written: stop it first, or wait")
+        try:
+            if problem := busy(chat):
+                raise problem
             dialogue = conversation.dialogue(changed)
             if dialogue and not dialogue[-1]["content"].strip():
                 raise ValueError("the message is empty")
             self.engine.check(dialogue, Settings(*settings))
-        self.waiting.add(request.session_hash)
+        except Exception as error:
+            return self.refuse(chat, error)
+        self.writing[request.session_hash] = Writing()
         return self.show(changed, self.footers(changed), is_busy=True)
+
+    def refuse(self, chat: Conversation, error: Exception) -> list[Any]:
+        """Say why something is not done. An error that is raised would cover the conversation with Gradio's own."""
+        gr.Warning(html.escape(self.engine.explain(error)), title="Not now")
+        # the browser may already show the change
+        return [gr.skip(), gr.skip() if chat.get("is_busy") else self.show_all(chat)[1], gr.skip()]
 
     def ask(self, chat: Conversation, text: str, request: gr.Request, *settings: Any) -> list[Any]:
         """Move the message from the box into the chat; a rejected message stays in the box."""
-        shown = self.start_reply(chat, conversation.ask(chat, text), request, settings)
-        return [*shown[:2], gr.Textbox("", submit_btn=False, stop_btn=True)]
+        state, messages, box = self.start_reply(chat, conversation.ask(chat, text), request, settings)
+        return [state, messages, box if box == gr.skip() else gr.Textbox("", submit_btn=False, stop_btn=True)]
 
     def retry(self, chat: Conversation, request: gr.Request, *settings: Any) -> list[Any]:
-        return self.start_reply(chat, conversation.before_last_reply(chat), request, settings)
+        return self.start_reply(chat, conversation.retry(chat), request, settings)
 
     def edit(self, chat: Conversation, event: gr.EditData, request: gr.Request, *settings: Any) -> list[Any]:
         shown_index = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
@@ -166,44 +199,87 @@ class ChatTab:
         return self.start_reply(chat, edited, request, settings)
 
     def stop(self, chat: Conversation, request: gr.Request) -> list[Any]:
-        self.waiting.discard(request.session_hash)
-        is_unanswered = bool(chat["messages"]) and chat["messages"][-1]["role"] == "user"
-        return self.show_all(conversation.note(chat, "stopped before the first word") if is_unanswered else chat)
+        """Let the reply end itself, which shows what has been written; one that still waits ends here."""
+        writing = self.writing.get(request.session_hash)
+        if writing is None or self.end(writing):
+            return [gr.skip()] * 3
+        return self.show_all(stopped_before_the_first_word(chat))
+
+    def end(self, writing: Writing) -> bool:
+        """Tell a reply to end; returns whether it had started, so that it will show its end itself."""
+        with self.lock:
+            writing.stop.set()
+            return writing.has_started
+
+    def leave(self, request: gr.Request) -> None:
+        """Before something else is shown: end the reply and wait until its last piece is on its way."""
+        if writing := self.writing.get(request.session_hash):
+            writing.is_left = True
+            if self.end(writing):
+                writing.ended.wait(SECONDS_TO_END)
+
+    def forget(self, request: gr.Request) -> None:
+        """The page was closed."""
+        if writing := self.writing.pop(request.session_hash, None):
+            self.end(writing)
 
     def undo(self, chat: Conversation, draft: str) -> list[Any]:
         """Drop the last question and its reply; the question returns to the box, above what is typed there."""
+        if problem := busy(chat):
+            return self.refuse(chat, problem)
         earlier, question = conversation.undo(chat)
         text = f"{question}\n\n{draft}" if draft.strip() else question
         return [*self.show_all(earlier)[:2], gr.Textbox(text, submit_btn=True, stop_btn=False)]
 
     def pick(self, chat: Conversation, event: gr.SelectData) -> list[Any]:
+        if problem := busy(chat):
+            return self.refuse(chat, problem)
         return self.show_all(conversation.pick(chat, int(event.value)))
 
-    def new_chat(self, system_prompt: str, request: gr.Request) -> list[Any]:
-        self.waiting.discard(request.session_hash)
+    def new_chat(self, system_prompt: str) -> list[Any]:
         return self.show(conversation.new(system_prompt), [])
 
-    def open(self, _: Any, opened: list[Any] | None, request: gr.Request) -> list[Any]:
-        """Show a saved conversation: `opened` is (titles and ids of all conversations, the one to show or None)."""
-        self.waiting.discard(request.session_hash)
-        titles, found = opened or ([], None)
+    def open(self, _: Any, opened: list[Any] | None) -> list[Any]:
+        """Show a saved conversation: `opened` is (the saved conversations, the one to show or None)."""
+        listed, found = opened or (None, None)
         chat = conversation.checked(found)
         system_prompt = chat["system_prompt"] if chat["messages"] else gr.skip()  # without a chat, what was typed stays
-        return [*self.show_all(chat), system_prompt, self.list_saved(titles, chat["id"])]
+        return [*self.show_all(chat), system_prompt, *self.list_saved(listed, chat["id"])]
 
-    def list_saved(self, titles: list[tuple[str, str]] | None, saved_id: str) -> gr.Radio:
-        """The list of saved conversations; the one shown, whose id is `saved_id`, is selected if it is saved."""
-        is_listed = any(identity == saved_id for _, identity in titles or [])
-        return gr.Radio(choices=titles or [], value=saved_id if is_listed else None)
+    def open_first(self, opened: list[Any] | None, chat: Conversation, request: gr.Request) -> list[Any]:
+        """What a page shows first: the latest conversation, unless a question was asked before this could answer."""
+        shown = self.open(None, opened)
+        if request.session_hash in self.writing:
+            return [*[gr.skip()] * 4, *self.list_saved(opened[0] if opened else None, chat["id"])]
+        return shown
+
+    def list_saved(self, listed: dict[str, Any] | None, saved_id: str) -> list[Any]:
+        """The saved conversations, of which the one shown, `saved_id`, is selected if it is saved; and the undo."""
+        chats, deleted = (listed or {}).get("chats", []), (listed or {}).get("deleted", "")
+        is_listed = any(identity == saved_id for _, identity in chats)
+        undo = gr.Button(f"Undo: bring back “{conversation.shortened(deleted, 24)}”", visible=bool(deleted))
+        return [gr.Radio(choices=chats, value=saved_id if is_listed else None), undo]
 
     def reply(self, chat: Conversation, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         """Answer the user's last message: updates the page while the reply grows, then adds its reward.
 
-        Once the visitor has stopped the reply or left the conversation, it ends without another update.
+        When the visitor stops the reply, it ends with what has been written. If it was stopped while it waited for its
+        turn, the page already shows that.
         """
-        if request.session_hash not in self.waiting:
+        writing = self.writing.get(request.session_hash)
+        with self.lock:
+            is_wanted = writing is not None and not writing.has_started and not writing.stop.is_set()
+            if is_wanted:
+                writing.has_started = True
+        if not is_wanted:
+            yield [gr.skip()] * 3  # without any update, Gradio would empty the chat
             return
-        settings = Settings(*values)
+        try:
+            yield from self.write(chat, Settings(*values), writing)
+        finally:
+            writing.ended.set()
+
+    def write(self, chat: Conversation, settings: Settings, writing: Writing) -> Iterator[list[Any]]:
         chat = {**chat, "system_prompt": settings.system_prompt}
         dialogue = conversation.dialogue(chat)
         footers = self.footers(chat)
@@ -211,13 +287,33 @@ class ChatTab:
             footers.append(f"writing {settings.candidates} replies at once; the best one will be shown")
         answered = chat
         try:
-            for replies in self.engine.generate(dialogue, settings):
-                if request.session_hash not in self.waiting:
-                    return
-                answered = conversation.answer(chat, replies)
-                yield self.show(answered, footers, is_busy=True)
-            ranked = self.engine.rank(dialogue, replies, settings.system_prompt)
-            answered = conversation.answer(chat, [reply for reply, _ in ranked])
+            for replies in self.engine.generate(dialogue, settings, stop=writing.stop):
+                if any(reply.content or reply.thinking for reply in replies):
+                    answered = conversation.answer(chat, replies)
+                    if not writing.stop.is_set():
+                        yield self.show(answered, footers, is_busy=True)
+            if not conversation.is_answered(answered):
+                answered = stopped_before_the_first_word(chat)
+            elif not writing.is_left and (ranked := self.engine.rank(dialogue, replies, settings.system_prompt)):
+                answered = conversation.answer(chat, [reply for reply, _ in ranked])
         except Exception as error:  # without this last update the page would wait forever
-            answered = conversation.note(answered, self.engine.explain(error))
-        yield self.show_all(answered)
+            if chat.get("versions") and not conversation.is_answered(answered):
+                gr.Warning(
+                    html.escape(self.engine.explain(error)), title="No reply"
+                )  # the replies that were to be replaced stay
+            else:
+                answered = conversation.note(answered, self.engine.explain(error))
+        answered = conversation.settled(answered)
+        # who has left waits for this, and sees the rewards when the conversation is opened again
+        yield self.show(answered, []) if writing.is_left else self.show_all(answered)
+
+
+def busy(chat: Conversation) -> ValueError | None:
+    """Why nothing else can change the conversation while a reply is being written."""
+    return ValueError("a reply is being written: stop it first, or wait") if chat.get("is_busy") else None
+
+
+def stopped_before_the_first_word(chat: Conversation) -> Conversation:
+    """Without a reply to keep, a note says why there is none."""
+    chat = conversation.settled(chat)
+    return chat if conversation.is_answered(chat) else conversation.note(chat, "stopped before the first word")

@@ -4,15 +4,19 @@ A conversation is {"id": …, "system_prompt": …, "messages": [message, …]},
 generated. A message is one of
 
     {"role": "user", "content": …}
-    {"role": "assistant", "content": …, "thinking": …, "others": [{"content": …, "thinking": …}, …]}
+    {"role": "assistant", "content": …, "thinking": …, "ending": …, "number": …, "others": [version, …]}
     {"role": "note", "content": …}                                      from the page: why there is no reply
 
-where "others" are the candidates that best-of-N did not pick. Every function returns a new conversation and leaves the
-old one unchanged.
+where "others" are the other replies to the same prompt: the candidates that best-of-N did not pick and what a retry
+replaced, each {"content", "thinking", "ending", "number"}, numbered in the order of writing. "ending" is "" for a reply
+that the model ended itself, STOPPED or CUT. While a retry writes, "versions" holds what it may replace. Every function
+returns a new conversation and leaves the old one unchanged.
 """
 
 import html
+import math
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from data_pipeline import parsing
@@ -20,6 +24,8 @@ from data_pipeline.messages import Messages
 
 Conversation = dict[str, Any]
 Message = dict[str, Any]
+STOPPED, CUT = "stopped", "cut"
+ENDINGS = {STOPPED: "stopped early", CUT: "cut off at the limit of max new tokens"}
 ORDINAL_SUFFIXES = {1: "st", 2: "nd", 3: "rd"}
 
 
@@ -27,12 +33,18 @@ def new(system_prompt: str = "") -> Conversation:
     return {"id": uuid.uuid4().hex, "system_prompt": system_prompt, "messages": []}
 
 
+# what a page starts with; the first question gives it an id, because Gradio makes one initial value for all visitors
+EMPTY: Conversation = {"id": "", "system_prompt": "", "messages": []}
+
+
 def checked(value: Any) -> Conversation:
     """The conversation that a browser stored; a new one if the value is not a conversation."""
     try:
         messages = [_checked_message(message) for message in value["messages"]]
-        return {"id": str(value["id"]), "system_prompt": str(value["system_prompt"]), "messages": messages}
-    except (KeyError, TypeError, ValueError):
+        chat = {"id": str(value["id"]), "system_prompt": str(value["system_prompt"]), "messages": messages}
+        kept = [_checked_version(version, number) for number, version in enumerate(value.get("versions", []), 1)]
+        return settled({**chat, "versions": kept})
+    except (AttributeError, KeyError, TypeError, ValueError):
         return new()
 
 
@@ -42,8 +54,17 @@ def _checked_message(message: Message) -> Message:
         raise ValueError("not a message of a conversation")
     if role != "assistant":
         return {"role": role, "content": content}
-    others = [{key: str(other[key]) for key in ("content", "thinking")} for other in message.get("others", [])]
-    return {"role": role, "content": content, "thinking": str(message.get("thinking", "")), "others": others}
+    others = [_checked_version(other, number) for number, other in enumerate(message.get("others", []), 2)]
+    return {"role": role, **_checked_version(message, 1), "others": others}
+
+
+def _checked_version(version: Message, number: int) -> Message:
+    """A reply as kept; earlier versions of the page kept neither its ending nor its number."""
+    ending = version.get("ending", "")
+    if ending not in ("", *ENDINGS):
+        raise ValueError("not the ending of a reply")
+    texts = {"content": str(version["content"]), "thinking": str(version.get("thinking", ""))}
+    return {**texts, "ending": ending, "number": int(version.get("number", number))}
 
 
 def title(conversation: Conversation) -> str:
@@ -120,16 +141,36 @@ def _with(conversation: Conversation, messages: list[Message]) -> Conversation:
 
 
 def ask(conversation: Conversation, text: str) -> Conversation:
-    """Add a message from the user."""
-    return _with(conversation, [*conversation["messages"], {"role": "user", "content": text}])
+    """Add a message from the user; the first one gives an empty conversation its id."""
+    identified = {**conversation, "id": conversation["id"] or uuid.uuid4().hex}
+    return _with(identified, [*conversation["messages"], {"role": "user", "content": text}])
 
 
-def answer(conversation: Conversation, replies: list[tuple[str, str]]) -> Conversation:
-    """Add a reply. `replies` are (content, thinking) of all candidates; the first becomes the reply."""
-    (content, thinking), *rest = replies
-    others = [{"content": other, "thinking": thought} for other, thought in rest]
-    reply = {"role": "assistant", "content": content, "thinking": thinking, "others": others}
-    return _with(conversation, [*conversation["messages"], reply])
+def answer(conversation: Conversation, replies: Sequence[Sequence[str]]) -> Conversation:
+    """Add a reply. `replies` are (content, thinking, ending) of all candidates; the first becomes the reply.
+
+    The versions that a retry has set aside stay among the others.
+    """
+    earlier = conversation.get("versions", [])
+    first_number = 1 + max((version["number"] for version in earlier), default=0)
+    written = [
+        {"thinking": "", "ending": "", **dict(zip(("content", "thinking", "ending"), reply, strict=False)), "number": n}
+        for n, reply in enumerate(replies, first_number)
+    ]
+    return _with_versions(conversation, [*written, *earlier])
+
+
+def _with_versions(conversation: Conversation, versions: list[Message]) -> Conversation:
+    """Add a reply with all its versions, of which the first is shown."""
+    reply = {"role": "assistant", **versions[0], "others": versions[1:]}
+    rest = {key: value for key, value in conversation.items() if key != "versions"}
+    return _with(rest, [*conversation["messages"], reply])
+
+
+def versions_of(reply: Message) -> list[Message]:
+    """All replies to one prompt, the one shown first."""
+    keys = ("content", "thinking", "ending", "number")
+    return [{key: reply[key] for key in keys}, *reply["others"]]
 
 
 def note(conversation: Conversation, text: str) -> Conversation:
@@ -145,6 +186,25 @@ def before_last_reply(conversation: Conversation) -> Conversation:
     return _with(conversation, messages)
 
 
+def retry(conversation: Conversation) -> Conversation:
+    """Set the last reply aside with its other versions, so that another one can be written beside them."""
+    earlier = before_last_reply(conversation)
+    replaced = conversation["messages"][len(earlier["messages"]) :]
+    versions = [version for reply in replaced if reply["role"] == "assistant" for version in versions_of(reply)]
+    return {**earlier, "versions": versions}
+
+
+def settled(conversation: Conversation) -> Conversation:
+    """A conversation in which nothing is being written: versions that a retry did not add to are shown again."""
+    rest = {key: value for key, value in conversation.items() if key not in ("is_busy", "versions")}
+    versions = conversation.get("versions")
+    return _with_versions(rest, versions) if versions and not is_answered(conversation) else rest
+
+
+def is_answered(conversation: Conversation) -> bool:
+    return bool(conversation["messages"]) and conversation["messages"][-1]["role"] != "user"
+
+
 def undo(conversation: Conversation) -> tuple[Conversation, str]:
     """Drop the user's last message and what follows it; returns the rest and the message's text."""
     messages = before_last_reply(conversation)["messages"]
@@ -157,13 +217,12 @@ def edit(conversation: Conversation, index: int, text: str) -> Conversation:
     return ask(_with(conversation, conversation["messages"][:index]), text)
 
 
-def pick(conversation: Conversation, which: int) -> Conversation:
-    """Swap the last reply with another of its candidates: `which` is an index into "others"."""
+def pick(conversation: Conversation, number: int) -> Conversation:
+    """Show another version of the last reply instead."""
     *earlier, last = conversation["messages"]
-    others = list(last["others"])
-    picked = others[which]
-    others[which] = {"content": last["content"], "thinking": last["thinking"]}
-    return _with(conversation, [*earlier, {**last, **picked, "others": others}])
+    picked = next(version for version in versions_of(last) if version["number"] == number)
+    others = sorted((v for v in versions_of(last) if v["number"] != number), key=lambda version: version["number"])
+    return _with_versions(_with(conversation, earlier), [picked, *others])
 
 
 # -- As shown on the page ----------------------------------------------------------------------------------------------
@@ -176,7 +235,7 @@ def to_chatbot(
 
     Texts from users and models are escaped, so that the page shows every character and runs nothing. They are content
     blocks because Gradio removes the indentation of plain strings. `footers` are the lines below the replies, in order;
-    `options`, (label, index into "others"), go below the last reply.
+    `options`, (label, number of a version), go below the last reply.
     """
     messages, indices = [], []
     footers_left = iter(footers)
@@ -217,19 +276,36 @@ def ordinal(number: int) -> str:
     return f"{number}{'th' if number % 100 in (11, 12, 13) else ORDINAL_SUFFIXES.get(number % 10, 'th')}"
 
 
-def reward_footers(rewards: list[float]) -> list[str]:
-    """For each reply its reward and its rank in the conversation."""
-    count, footers = len(rewards), []
-    for index, reward in enumerate(rewards):
-        rank = f" · {ordinal(rank_of(index, rewards))} of this chat's {count} replies" if count > 1 else ""
-        footers.append(f"reward {reward:+.3f}{rank}")
-    return footers
+def percent(probability: float) -> str:
+    """A probability that is below 1 is never shown as 100 %."""
+    if 0.005 <= probability < 0.995:
+        return f"{probability:.0%}"
+    return "over 99%" if probability > 0.5 else "under 1%"
 
 
-def candidate_options(contents: list[str], rewards: list[float] | None) -> list[tuple[str, int]]:
-    """Labels for all candidates except the first, which is the one shown, each with its index into "others"."""
-    labels = []
-    for index, content in enumerate(contents[1:], 1):
-        rank = f"{ordinal(rank_of(index, rewards))} of {len(rewards)}, {rewards[index]:+.3f}: " if rewards else ""
-        labels.append((rank + shortened(content, 60), index - 1))
-    return labels
+def footer(rewards: list[float] | None, ending: str = "") -> str:
+    """The line below a reply: its reward, how it stands among all replies to its prompt, and whether it is whole.
+
+    `rewards` are those of its versions, its own first; None without a reward model.
+    """
+    parts = [f"reward {rewards[0]:+.3f}"] if rewards else []
+    if rewards and len(rewards) > 1:
+        rank = rank_of(0, rewards)
+        # Bradley & Terry (1952): P(1 is preferred to 2) = sigmoid(r_1 - r_2)
+        p = 1 / (1 + math.exp(min(max(rewards[1:]) - rewards[0], 700)))
+        rival = "the runner-up" if rank == 1 else "the best"
+        parts += [f"{ordinal(rank)} of {len(rewards)} replies to this prompt", f"P(better than {rival}) = {percent(p)}"]
+    return " · ".join([*parts, *filter(None, [ENDINGS.get(ending)])])
+
+
+def version_options(versions: list[Message], rewards: list[float] | None) -> list[tuple[str, int]]:
+    """Labels for all versions with their numbers, the best first; the first of `versions` is the one shown."""
+    order = sorted(range(len(versions)), key=lambda at: (-rewards[at] if rewards else 0, versions[at]["number"]))
+    options = []
+    for at in order:
+        rank = f"{ordinal(rank_of(at, rewards))} of {len(rewards)}, {rewards[at]:+.3f}" if rewards else ""
+        notes = [rank, "shown" if at == 0 else "", versions[at]["ending"] and ENDINGS[versions[at]["ending"]]]
+        label = ", ".join(filter(None, notes))
+        text = shortened(versions[at]["content"], 60)
+        options.append((f"{label}: {text}" if label else text, versions[at]["number"]))
+    return options

@@ -19,7 +19,7 @@ import torch
 import models
 import utils
 from chat_app import model_list
-from chat_app.conversation import with_reply, with_system_prompt
+from chat_app.conversation import CUT, STOPPED, with_reply, with_system_prompt
 from checkpointing import resolve
 from common import hub
 from data_pipeline.messages import Messages
@@ -62,18 +62,19 @@ class Settings:
 
 
 class Reply(NamedTuple):
-    """A generated reply, and the thinking before it."""
+    """A generated reply, the thinking before it, and why it is not whole: STOPPED, CUT or ""."""
 
     content: str
     thinking: str = ""
+    ending: str = ""
 
     @classmethod
-    def of(cls, text: str, may_think: bool) -> Self:
+    def of(cls, text: str, may_think: bool, ending: str = "") -> Self:
         """Split a generated text, finished or still growing. Some chat templates already end in `THINK`."""
         if text.startswith(THINK) or (may_think and END_OF_THINKING in text):
             thinking, _, content = text.removeprefix(THINK).partition(END_OF_THINKING)
-            return cls(content.lstrip("\n"), thinking.strip())
-        return cls("" if may_think and THINK.startswith(text) else text)
+            return cls(content.lstrip("\n"), thinking.strip(), ending)
+        return cls("" if may_think and THINK.startswith(text) else text, ending=ending)
 
 
 class ChatEngine:
@@ -136,7 +137,11 @@ class ChatEngine:
         if hub.looks_like_a_path(name):
             policy = models.PolicyModel.restore(resolve.sound_checkpoint(name))
         else:
-            policy = models.PolicyModel.create(name)
+            try:
+                policy = models.PolicyModel.create(name)
+            except utils.DiskOrNetworkError as error:
+                advice = "choose a model of this machine under Models, or restart with --model FOLDER or --demo"
+                raise utils.DiskOrNetworkError(error.what, where=name, found=error.found, next=advice) from error
         # generation does not need fp32 weights; on a CPU, bf16 is slower than fp32 for a single row
         return policy.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
 
@@ -175,28 +180,45 @@ class ChatEngine:
         check_length(messages, policy, settings.max_new_tokens)
 
     def generate(
-        self, dialogue: Messages, settings: Settings, policy: models.PolicyModel | None = None
+        self,
+        dialogue: Messages,
+        settings: Settings,
+        policy: models.PolicyModel | None = None,
+        stop: threading.Event | None = None,
     ) -> Iterator[list[Reply]]:
         """Generate `settings.candidates` replies in one batch; yields their texts so far, several times a second.
 
-        Raises ValueError if the dialogue cannot be answered; errors of the generation are raised too.
+        All but the last are marked as stopped, which they are if nobody goes on. Setting `stop` ends the generation at
+        the next token; then the replies may be empty. Raises ValueError if the dialogue cannot be answered; errors of
+        the generation are raised too.
         """
         policy = policy or self.policy  # loading another one in the meantime must not affect this reply
         self.check(dialogue, settings, policy)
         assert policy is not None
         texts = [""] * int(settings.candidates)
+        are_whole: list[bool] = []
+        stop = stop or threading.Event()
+
+        def stream() -> Iterator[list[str]]:
+            are_whole[:] = yield from policy.stream_candidates(
+                with_system_prompt(settings.system_prompt, dialogue), int(settings.candidates),
+                max_new_tokens=int(settings.max_new_tokens), enable_thinking=settings.thinking,
+                temperature=settings.temperature, top_p=settings.top_p, stop=stop,
+            )  # fmt: skip
+
         last_update = 0.0
-        for pieces in policy.stream_candidates(
-            with_system_prompt(settings.system_prompt, dialogue), int(settings.candidates),
-            max_new_tokens=int(settings.max_new_tokens), enable_thinking=settings.thinking,
-            temperature=settings.temperature, top_p=settings.top_p,
-        ):  # fmt: skip
+        for pieces in stream():
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
             if any(pieces) and time.monotonic() - last_update > SECONDS_BETWEEN_UPDATES:
                 last_update = time.monotonic()
-                yield [Reply.of(text, settings.thinking) for text in texts]
-        replies = [Reply.of(text, settings.thinking) for text in texts]
-        if not any(reply.content.strip() for reply in replies):
+                yield [Reply.of(text, settings.thinking, STOPPED) for text in texts]
+        was_stopped = stop.is_set() and not all(are_whole)
+        ending = STOPPED if was_stopped else CUT
+        replies = [
+            Reply.of(text, settings.thinking, "" if is_whole else ending)
+            for text, is_whole in zip(texts, are_whole, strict=True)
+        ]
+        if not was_stopped and not any(reply.content.strip() for reply in replies):
             if any(reply.thinking for reply in replies):
                 raise ValueError("the model was still thinking when it reached max new tokens: raise max new tokens")
             raise ValueError("the model ended its reply without a word")

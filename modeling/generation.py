@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -22,22 +22,24 @@ def stream_candidates(
     top_p: float = 0.9,
     enable_thinking: bool = False,
     stop: threading.Event | None = None,
-) -> Iterator[list[str]]:
+) -> Generator[list[str], None, list[bool]]:
     """Sample several replies to `messages` in one batch; yield after each token the text that it adds to each reply.
 
     The text is "" for a reply that has ended and for a token that completes no character. `temperature` 0 is greedy
     decoding, which allows one candidate only. Setting `stop`, or closing the iterator, ends the generation at the next
-    token. Errors of the generation are raised here.
+    token. Errors of the generation are raised here. Returns for each reply whether it is whole: whether the model ended
+    it itself.
     """
     if candidates > 1 and temperature == 0:
         raise ValueError("several replies at temperature 0 would all be the same one: raise the temperature")
-    stop = stop or threading.Event()
+    is_closed = threading.Event()
     # from the thread that generates: each reply's next token; at the end None, or the error that ended it
     steps: queue.SimpleQueue[list[int] | BaseException | None] = queue.SimpleQueue()
 
     class StopWhenAsked(StoppingCriteria):
         def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-            return torch.full((input_ids.shape[0],), stop.is_set(), device=input_ids.device)
+            should_stop = is_closed.is_set() or (stop is not None and stop.is_set())
+            return torch.full((input_ids.shape[0],), should_stop, device=input_ids.device)
 
     class QueueStreamer(BaseStreamer):
         def put(self, value: Tensor) -> None:
@@ -78,8 +80,9 @@ def stream_candidates(
                 raise tokens
             yield [decoder.add(token) for decoder, token in zip(decoders, tokens, strict=True)]
         yield [decoder.finish() for decoder in decoders]
+        return [decoder.has_ended for decoder in decoders]
     finally:
-        stop.set()
+        is_closed.set()
         thread.join()
 
 
@@ -93,9 +96,13 @@ class IncrementalDecoder:
         self._tokens: list[int] = []
         self._text = ""
 
+    @property
+    def has_ended(self) -> bool:
+        return bool(self._tokens) and self._tokens[-1] in self._eos_ids
+
     def add(self, token: int) -> str:
         """The text that the reply's next token adds: "" for the padding after its end."""
-        if self._tokens and self._tokens[-1] in self._eos_ids:
+        if self.has_ended:
             return ""
         self._tokens.append(token)
         piece = self._decoder.step(self._tokenizer, token) or ""

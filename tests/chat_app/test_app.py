@@ -7,6 +7,7 @@ also writes the README's picture, with the rewards of that run.
 
 import json
 import os
+import random
 import re
 import shutil
 import time
@@ -190,7 +191,7 @@ def test_a_reply_streams_in_and_gets_its_reward(open_page):
         lengths.append(len(written.inner_text()))
     assert len(set(lengths)) == 4 and lengths == sorted(lengths)
     page.locator("#message button.stop-button").click()
-    expect(rewards(page)).to_have_text(re.compile(r"^reward [+-]\d+\.\d{3}$"), timeout=5_000)
+    expect(rewards(page)).to_have_text(re.compile(r"^reward [+-]\d+\.\d{3} · stopped early$"), timeout=5_000)
 
 
 def test_stop_ends_the_reply_within_a_second_and_the_next_message_is_answered(open_page):
@@ -203,7 +204,51 @@ def test_stop_ends_the_reply_within_a_second_and_the_next_message_is_answered(op
     page.wait_for_timeout(700)
     assert replies(page).first.inner_text() == stopped_at
     ask(page, "And now?", count=2)
-    expect(rewards(page).first).to_contain_text("of this chat's 2 replies")
+    expect(rewards(page).first).to_have_text(re.compile(r"^reward [+-]\d+\.\d{3} · stopped early$"))  # and no rank
+
+
+@pytest.mark.parametrize("end", ["Stop", "Retry, Stop", "Switch", "Reload", "Edit, Stop"])
+def test_a_reply_ended_at_any_moment_leaves_no_error(open_page, end):
+    page = open_page()
+    page.get_by_label("Toggle Sidebar").click()
+    ask(page, "Another talk", length=8)
+    page.locator("#new-chat").click()
+    expect(replies(page)).to_have_count(0)
+    ask(page, QUESTION, length=12)
+    set_slider(page, "Max new tokens", 1900)
+    set_slider(page, "Temperature", 0)
+    moments = random.Random(end)
+    for number in range(4):
+        start_writing(page, end if number else "Stop")
+        page.wait_for_timeout(moments.uniform(0, 1500))
+        if end == "Switch":
+            page.get_by_role("radio", name="Another talk").click()
+            expect(page.locator("#chat .user.message")).to_have_text(re.compile("Another talk"))
+            page.get_by_role("radio", name=QUESTION).click()
+            expect(page.locator("#chat .user.message").first).to_contain_text(QUESTION)
+        elif end == "Reload":
+            page.reload()
+            expect(page.locator("#chat .user.message").first).to_contain_text(QUESTION)
+            set_slider(page, "Max new tokens", 1900)
+        else:
+            page.locator("#message button.stop-button").click()
+        expect(page.locator("#message button.submit-button")).to_be_visible()
+        expect(page.get_by_text("Error", exact=True)).to_have_count(0)
+        if end != "Reload":  # where the last words were not yet saved
+            expect(page.locator("#chat .bot.message").last).to_contain_text("stopped")
+
+
+def start_writing(page, how):
+    if how.startswith("Retry"):
+        page.get_by_label("Retry").last.click()
+    elif how.startswith("Edit"):
+        page.get_by_label("Edit").last.click()
+        page.locator("textarea.edit-textarea").fill(QUESTION)
+        page.get_by_label("Submit", exact=True).last.click()
+    else:
+        message_box(page).fill(QUESTION)
+        message_box(page).press("Enter")
+    expect(page.locator("#message button.stop-button")).to_be_visible()
 
 
 @pytest.mark.parametrize("click", ["Stop", "New chat"])
@@ -261,9 +306,13 @@ def test_a_message_can_be_edited_as_it_was_written(open_page):
 def test_retry_writes_another_reply_and_undo_gives_the_message_back(open_page):
     page = open_page()
     ask(page, QUESTION)
-    first = replies(page).first.inner_text()
+    first = replies(page).locator(".md").first.inner_text()
     page.get_by_label("Retry").last.click()
-    expect(replies(page).first).not_to_have_text(first)
+    options = page.locator("#chat .option, #chat button.option")
+    expect(options).to_have_count(2)
+    assert replies(page).locator(".md").first.inner_text() != first
+    options.filter(has_not_text=", shown").click()  # the reply that was replaced
+    expect(replies(page).locator(".md").first).to_have_text(first)
     expect(rewards(page)).to_have_count(1)
     page.get_by_label("Undo").last.click()
     expect(replies(page)).to_have_count(0)
@@ -275,14 +324,22 @@ def test_the_best_of_four_is_shown_and_the_others_are_one_click_away(open_page):
     set_slider(page, "Best of N", 4)
     ask(page, QUESTION)
     options = page.locator("#chat .option, #chat button.option")
-    expect(options).to_have_count(3)
-    best = float(re.search(r"[+-]\d+\.\d+", rewards(page).inner_text()).group())
-    others = [float(re.search(r"of 4, ([+-]\d+\.\d+):", text).group(1)) for text in options.all_inner_texts()]
-    assert best >= others[0] >= others[1] >= others[2]
+    expect(options).to_have_count(4)
+    values = [float(re.search(r"of 4, ([+-]\d+\.\d+),", text).group(1)) for text in options.all_inner_texts()]
+    assert values == sorted(values, reverse=True)
+    expect(rewards(page)).to_have_text(
+        re.compile(
+            rf"^reward {re.escape(f'{values[0]:+.3f}')} · 1st of 4 replies to this prompt · P\(better than the runner"
+        )
+    )
+    expect(options.first).to_contain_text(", shown")
     picture(page, "best-of-4")
     options.last.click()
-    expect(rewards(page)).to_contain_text(f"{others[2]:+.3f}")
-    expect(options.last).to_contain_text(f"1st of 4, {best:+.3f}")
+    expect(rewards(page)).to_contain_text(
+        f"{values[3]:+.3f} · 4th of 4 replies to this prompt · P(better than the best)"
+    )
+    expect(options.last).to_contain_text(", shown")
+    expect(options.first).to_contain_text(f"1st of 4, {values[0]:+.3f}")
 
 
 def test_conversations_are_saved_in_the_browser_and_found_again(open_page):
@@ -302,8 +359,32 @@ def test_conversations_are_saved_in_the_browser_and_found_again(open_page):
     ask(page, "Still the first", count=2)
     page.get_by_role("button", name="Delete this chat").click()
     expect(page.get_by_role("radio")).to_have_count(1)
+    expect(replies(page)).to_have_count(0)
     page.reload()
     expect(page.locator("#chat .user.message")).to_have_text(re.compile("The second talk"))
+    page.get_by_label("Toggle Sidebar").click()
+    page.get_by_role("button", name="Undo: bring back “The first talk”").click()
+    expect(page.locator("#chat .user.message").last).to_have_text(re.compile("Still the first"))
+    expect(page.get_by_role("radio")).to_have_count(2)
+    expect(page.locator("#restore-chat")).to_be_hidden()
+    page.reload()
+    expect(page.locator("#chat .user.message").last).to_contain_text(re.compile("Still the first|The second talk"))
+
+
+def test_a_chat_deleted_in_the_middle_of_a_reply_stays_deleted(open_page):
+    page = open_page()
+    page.get_by_label("Toggle Sidebar").click()
+    send(page, QUESTION, length=1900)
+    wait_for_words(page)
+    expect(page.get_by_role("radio")).to_have_count(1)
+    page.get_by_role("button", name="Delete this chat").click()
+    expect(replies(page)).to_have_count(0)
+    expect(page.get_by_role("radio")).to_have_count(0)
+    page.wait_for_timeout(1500)
+    expect(page.get_by_role("radio")).to_have_count(0)
+    page.locator("#restore-chat").click()
+    expect(page.locator("#chat .user.message")).to_contain_text(QUESTION)
+    expect(replies(page).last).to_contain_text("stopped early")
 
 
 def test_a_new_chat_in_the_middle_of_a_reply_stays_empty_and_the_partial_reply_is_saved(open_page):

@@ -59,12 +59,30 @@ def test_editing_a_question_drops_what_followed_it():
     assert contents(conversation.edit(conversation_of("a", "b", "c", "d"), 2, "z")) == ["a", "b", "z"]
 
 
-def test_picking_a_candidate_swaps_it_with_the_one_shown():
-    chat = conversation.answer(conversation_of("a"), [("best", "t1"), ("second", "t2"), ("third", "t3")])
-    picked = conversation.pick(chat, 1)["messages"][-1]
-    assert (picked["content"], picked["thinking"]) == ("third", "t3")
-    assert [other["content"] for other in picked["others"]] == ["second", "best"]
-    assert conversation.pick(conversation.pick(chat, 1), 1) == chat
+def test_picking_a_version_shows_it_and_numbers_stay_with_their_texts():
+    chat = conversation.answer(conversation_of("a"), [("best", "t1"), ("second", "t2"), ("third", "t3", "cut")])
+    picked = conversation.pick(chat, 3)
+    last = picked["messages"][-1]
+    assert (last["content"], last["thinking"], last["ending"], last["number"]) == ("third", "t3", "cut", 3)
+    assert [(other["content"], other["number"]) for other in last["others"]] == [("best", 1), ("second", 2)]
+    assert conversation.pick(conversation.pick(picked, 1), 1) == conversation.pick(picked, 1) == chat
+
+
+def test_a_retry_keeps_what_it_replaces_as_versions():
+    chat = conversation.answer(conversation_of("a"), [("b", ""), ("c", "")])
+    retried = conversation.retry(chat)
+    assert contents(retried) == ["a"]
+    last = conversation.answer(retried, [("d", "", "stopped")])["messages"][-1]
+    assert [(version["content"], version["number"]) for version in conversation.versions_of(last)] == [
+        ("d", 3), ("b", 1), ("c", 2)]  # fmt: skip
+
+
+def test_a_retry_that_writes_nothing_leaves_the_earlier_reply():
+    chat = conversation.answer(conversation_of("a"), [("b", ""), ("c", "")])
+    assert conversation.settled({**conversation.retry(chat), "is_busy": True}) == chat
+    # also after the page was closed in the middle
+    assert conversation.checked(json.loads(json.dumps(conversation.retry(chat)))) == chat
+    assert contents(conversation.settled(conversation.retry(conversation.note(conversation_of("a"), "why")))) == ["a"]
 
 
 def test_changes_leave_the_conversation_before_them_as_it_was():
@@ -107,13 +125,26 @@ def test_candidates_stand_under_the_last_reply_only():
     ]
 
 
-def test_rewards_are_ranked_within_the_conversation_and_equals_share_a_rank():
-    assert conversation.reward_footers([0.5]) == ["reward +0.500"]
-    assert conversation.reward_footers([-1.0, 2.0, -1.0]) == [
-        "reward -1.000 · 2nd of this chat's 3 replies",
-        "reward +2.000 · 1st of this chat's 3 replies",
-        "reward -1.000 · 2nd of this chat's 3 replies",
-    ]
+def test_a_reply_is_ranked_among_the_replies_to_its_prompt_only():
+    assert conversation.footer([0.5]) == "reward +0.500"
+    assert conversation.footer([1.0, 0.0, -3.0]) == (
+        "reward +1.000 · 1st of 3 replies to this prompt · P(better than the runner-up) = 73%"
+    )
+    assert conversation.footer([-3.0, 1.0]).endswith("2nd of 2 replies to this prompt · P(better than the best) = 2%")
+    assert conversation.footer([2.0, 2.0]).endswith(
+        "1st of 2 replies to this prompt · P(better than the runner-up) = 50%"
+    )
+
+
+def test_a_reply_that_is_not_whole_says_so_with_or_without_a_reward():
+    assert conversation.footer(None) == ""
+    assert conversation.footer(None, "stopped") == "stopped early"
+    assert conversation.footer([0.5], "cut") == "reward +0.500 · cut off at the limit of max new tokens"
+
+
+@pytest.mark.parametrize("rewards, text", [([900.0, -900.0], "over 99%"), ([-900.0, 900.0], "under 1%")])
+def test_no_probability_is_shown_as_certain(rewards, text):
+    assert conversation.footer(rewards).endswith(f"= {text}")
 
 
 @pytest.mark.parametrize("number, text", [(1, "1st"), (2, "2nd"), (3, "3rd"), (4, "4th"), (11, "11th"), (12, "12th"),
@@ -122,10 +153,33 @@ def test_ordinals(number, text):
     assert conversation.ordinal(number) == text
 
 
-def test_labels_of_candidates_have_rank_reward_and_first_words():
-    labels = conversation.candidate_options(["shown", "one\n two", "x" * 99], [0.2, 0.9, 0.1])
-    assert labels == [("1st of 3, +0.900: one two", 0), ("3rd of 3, +0.100: " + "x" * 59 + "…", 1)]
-    assert conversation.candidate_options(["shown", "other"], None) == [("other", 0)]
+def test_versions_stand_in_the_order_of_their_rewards_and_the_one_shown_has_its_place():
+    versions = [
+        {"content": "shown", "ending": "", "number": 2},
+        {"content": "one\n two", "ending": "stopped", "number": 1},
+        {"content": "x" * 99, "ending": "cut", "number": 3},
+    ]
+    assert conversation.version_options(versions, [0.2, 0.9, 0.1]) == [
+        ("1st of 3, +0.900, stopped early: one two", 1),
+        ("2nd of 3, +0.200, shown: shown", 2),
+        ("3rd of 3, +0.100, cut off at the limit of max new tokens: " + "x" * 59 + "…", 3),
+    ]
+    assert [number for _, number in conversation.version_options(versions, None)] == [1, 2, 3]
+    assert [number for _, number in conversation.version_options(versions, [1.0, 1.0, 1.0])] == [1, 2, 3]
+
+
+def test_a_conversation_of_an_earlier_version_of_the_page_is_read():
+    reply = {"role": "assistant", "content": "b", "thinking": "t", "others": [{"content": "c", "thinking": ""}]}
+    old = {"id": "x", "system_prompt": "", "messages": [{"role": "user", "content": "a"}, reply]}
+    versions = conversation.versions_of(conversation.checked(old)["messages"][-1])
+    assert [(version["content"], version["ending"], version["number"]) for version in versions] == [
+        ("b", "", 1), ("c", "", 2)]  # fmt: skip
+
+
+def test_each_visitors_first_question_gives_the_conversation_an_id_of_its_own():
+    first, second = (conversation.ask(conversation.EMPTY, "a") for _ in range(2))
+    assert first["id"] and second["id"] and first["id"] != second["id"]
+    assert conversation.ask(first, "b")["id"] == first["id"]
 
 
 def test_titles_are_the_first_question_shortened():
@@ -137,6 +191,11 @@ def test_titles_are_the_first_question_shortened():
 def test_a_kept_conversation_comes_back_and_anything_else_becomes_a_new_one():
     chat = conversation.note(conversation.answer(conversation_of("a"), [("b", "t"), ("c", "")]), "n")
     assert conversation.checked(json.loads(json.dumps(chat))) == chat
-    for junk in (None, 3, [], {}, {"id": 1}, {**chat, "messages": [{"role": "king", "content": "x"}]},
-                 {**chat, "messages": [{"role": "user", "content": [1]}]}, {**chat, "messages": 7}):  # fmt: skip
+    for junk in (
+        None, 3, [], {}, {"id": 1}, {**chat, "messages": 7}, {**chat, "versions": 3},
+        {**chat, "messages": [{"role": "king", "content": "x"}]},
+        {**chat, "messages": [{"role": "user", "content": [1]}]},
+        {**chat, "messages": [{"role": "assistant", "content": "x", "others": [1]}]},
+        {**chat, "versions": [{"content": "x", "ending": "odd"}]},
+    ):  # fmt: skip
         assert conversation.checked(junk)["messages"] == []

@@ -101,16 +101,40 @@ def test_thinking_is_separated_from_the_reply(text, may_think, wanted):
 def test_a_missing_reply_is_explained(chat_engine, monkeypatch):
     pieces = {"thinking": ["<think>", "hm"], "nothing": [""]}
 
+    def stream(name):
+        yield from ([piece] for piece in pieces[name])
+        return [True]
+
     def write(name):
-        monkeypatch.setattr(
-            chat_engine.policy, "stream_candidates", lambda *rest, **sampling: iter([[p] for p in pieces[name]])
-        )
+        monkeypatch.setattr(chat_engine.policy, "stream_candidates", lambda *rest, **sampling: stream(name))
         return list(chat_engine.generate(QUESTION, Settings(thinking=True)))
 
     with pytest.raises(ValueError, match="still thinking when it reached max new tokens"):
         write("thinking")
     with pytest.raises(ValueError, match="ended its reply without a word"):
         write("nothing")
+
+
+def test_a_reply_says_whether_it_is_whole_cut_off_or_stopped(chat_engine, monkeypatch):
+    torch.manual_seed(1)
+    config = chat_engine.policy.hf_model.generation_config
+    with monkeypatch.context() as patch:  # every second token ends a reply
+        patch.setattr(config, "eos_token_id", list(range(0, chat_engine.policy.hf_model.config.vocab_size, 2)))
+        settings = Settings(max_new_tokens=2, temperature=1.0, top_p=1.0, candidates=16)
+        assert {reply.ending for reply in list(chat_engine.generate(QUESTION, settings))[-1]} == {"", "cut"}
+    stop = threading.Event()
+    writing = chat_engine.generate(QUESTION, Settings(max_new_tokens=1500, temperature=1.0, top_p=1.0), stop=stop)
+    next(writing)
+    stop.set()
+    rest = list(writing)
+    assert len(rest) <= 3 and rest[-1][0].ending == "stopped"
+
+
+def test_a_reply_stopped_before_its_first_word_is_no_error(chat_engine):
+    stop = threading.Event()
+    stop.set()
+    (reply,) = list(chat_engine.generate(QUESTION, SHORT, stop=stop))[-1]
+    assert reply.ending == "stopped"
 
 
 @pytest.mark.parametrize(
@@ -230,6 +254,14 @@ def test_a_checkpoint_replaced_under_the_same_name_is_loaded_again(base, reward_
     manifest.write_manifest(folder, 2)
     loaded.load()
     assert loaded.reward_model is not before
+
+
+def test_an_offline_machine_gets_advice_for_the_page(base, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    loading = ChatEngine("nobody/nothing-of-this-name")
+    with pytest.raises(utils.DiskOrNetworkError) as caught:
+        loading.load()
+    assert "under Models" in str(caught.value) and "train_rm.py" not in str(caught.value)
 
 
 def test_two_visitors_who_press_load_at_once_load_the_model_once(base, monkeypatch):
