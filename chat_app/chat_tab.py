@@ -44,7 +44,7 @@ class ChatTab:
         self.conversation = gr.State(conversation.EMPTY)
         chatbot = gr.Chatbot(
             elem_id="chat", height="60vh", show_label=False, scale=1, buttons=["copy"], editable="user",
-            render_markdown=False, feedback_options=None, placeholder="Say something.",
+            latex_delimiters=conversation.LATEX_DELIMITERS, feedback_options=None, placeholder="Say something.",
         )  # fmt: skip
         textbox = gr.Textbox(
             show_label=False, placeholder="Message", submit_btn=True, autofocus=True, elem_id="message", max_lines=12,
@@ -63,8 +63,14 @@ class ChatTab:
                     )
                 )
             thinking = gr.Checkbox(False, label="Think first", info="for models that can, such as Qwen3")
+            plain = gr.Checkbox(False, label="Plain text", info="show replies as the model wrote them", elem_id="plain")
         # in the order of the fields of `Settings`
         self.settings = [system_prompt, temperature, top_p, max_new_tokens, thinking, best_of]
+
+        # one after the other: Gradio looks for formulas once more while it already renders without them
+        without_formulas = plain.input(lambda: gr.Chatbot(latex_delimiters=[]), None, chatbot, **AT_ONCE)
+        switched = without_formulas.then(lambda on: gr.Chatbot(render_markdown=not on), plain, chatbot, **AT_ONCE)
+        switched.then(lambda on: gr.Chatbot(latex_delimiters=formulas(on)), plain, chatbot, **AT_ONCE)
 
         # hidden components that carry conversations to the browser's storage and back
         to_save, listed, opened, saved_id = (gr.JSON(visible="hidden") for _ in range(4))
@@ -306,6 +312,10 @@ class ChatTab:
         answered = conversation.settled(answered)
         # who has left waits for this, and sees the rewards when the conversation is opened again
         yield self.show(answered, []) if writing.is_left else self.show_all(answered)
+
+
+def formulas(is_plain: bool) -> list[dict[str, Any]]:
+    return [] if is_plain else conversation.LATEX_DELIMITERS
 
 
 def busy(chat: Conversation) -> ValueError | None:

@@ -15,6 +15,7 @@ returns a new conversation and leaves the old one unchanged.
 
 import html
 import math
+import re
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -225,6 +226,52 @@ def pick(conversation: Conversation, number: int) -> Conversation:
     return _with_versions(_with(conversation, earlier), [picked, *others])
 
 
+# -- Texts as Gradio's Markdown ----------------------------------------------------------------------------------------
+
+# Characters that no text holds (Unicode's noncharacters). page_head.html takes them out of what the page shows and of
+# what is copied, so they hide nothing: a model's text is shown and copied as it was written.
+MARK, MATH_START, MATH_END = "\ufdd0", "\ufdd1", "\ufdd2"
+FORMULA_MARK = "\t"  # TeX would show the others; after "<", "&" or "!" page_head.html takes this one out too
+LATEX_DELIMITERS = [
+    {"left": "$$", "right": "$$", "display": True},
+    {"left": r"\[", "right": r"\]", "display": True},
+    {"left": r"\(", "right": r"\)", "display": False},
+    {"left": MATH_START, "right": MATH_END, "display": False},
+]
+# $x$ is a formula, "$5 or $6" is none: no space inside the dollars, no letter or digit outside
+DOLLARS = re.compile(r"(?<![\\$\w])\$(?=[^\s$])([^$\n]*[^\s$\\])\$(?![$\w])")
+# where a tag, an entity, an image or a diagram would begin, or what looks like a mark was written by the model
+ACTIVE = re.compile(r"<(?=[A-Za-z/!?\t])|&(?=[#A-Za-z\t])|!(?=[\[\t])|```(?=mermaid)")
+
+
+def verbatim(text: str) -> str:
+    """A text that Gradio shows character by character."""
+    return f'<pre class="raw">\n{html.escape(text, quote=False)}</pre>'
+
+
+def markdown(text: str) -> str:
+    """A reply as Markdown for Gradio: with code, tables and formulas, but without HTML, images and diagrams.
+
+    A mark breaks what would be one of these. Formulas are found in just the way Gradio finds them.
+    """
+    text = DOLLARS.sub(rf"{MATH_START}\1{MATH_END}", re.sub("[\ufdd0-\ufdd2]", "\ufffd", text))
+    formulas: list[str] = []
+
+    def set_aside(match: re.Match[str]) -> str:
+        formulas.append(match[0])
+        return f"{MARK}{len(formulas) - 1}{MARK}"
+
+    for delimiters in LATEX_DELIMITERS:
+        left, right = (re.escape(delimiters[side]) for side in ("left", "right"))
+        text = re.sub(rf"{left}[\s\S]+?{right}", set_aside, text)
+    text = ACTIVE.sub(rf"\g<0>{MARK}", text)
+    while formulas:  # the later ones may hold earlier ones
+        formula = ACTIVE.sub(rf"\g<0>{FORMULA_MARK}", formulas[-1])
+        text = text.replace(f"{MARK}{len(formulas) - 1}{MARK}", formula)
+        formulas.pop()
+    return text
+
+
 # -- As shown on the page ----------------------------------------------------------------------------------------------
 
 
@@ -233,8 +280,8 @@ def to_chatbot(
 ) -> tuple[list[Message], list[int]]:
     """Messages for gr.Chatbot, and for each of them the index of the conversation's message it comes from.
 
-    Texts from users and models are escaped, so that the page shows every character and runs nothing. They are content
-    blocks because Gradio removes the indentation of plain strings. `footers` are the lines below the replies, in order;
+    Replies are Markdown (see `markdown`), everything else is shown character by character. All are content blocks
+    because Gradio removes the indentation of plain strings. `footers` are the lines below the replies, in order;
     `options`, (label, number of a version), go below the last reply.
     """
     messages, indices = [], []
@@ -245,11 +292,11 @@ def to_chatbot(
         indices.append(index)
 
     def block(text: str) -> dict[str, str]:
-        return {"type": "text", "text": html.escape(text, quote=False)}
+        return {"type": "text", "text": text}
 
     last = len(conversation["messages"]) - 1
     for index, message in enumerate(conversation["messages"]):
-        content = [block(message["content"])]
+        content = [block((markdown if message["role"] == "assistant" else verbatim)(message["content"]))]
         if message["role"] == "user":
             add(index, role="user", content=content)
         elif message["role"] == "note":
@@ -257,10 +304,9 @@ def to_chatbot(
         else:
             if message["thinking"]:
                 metadata = {"title": "Thinking", "status": "done" if message["content"] else "pending"}
-                add(index, role="assistant", content=[block(message["thinking"])], metadata=metadata)
+                add(index, role="assistant", content=[block(verbatim(message["thinking"]))], metadata=metadata)
             if footer := next(footers_left, ""):
-                small = f'<small class="footer">{html.escape(footer, quote=False)}</small>'
-                content.append({"type": "text", "text": small})
+                content.append(block(f'<small class="footer">{html.escape(footer, quote=False)}</small>'))
             choices = [{"label": label, "value": str(which)} for label, which in options] if index == last else []
             add(index, role="assistant", content=content, options=choices)
     return messages, indices

@@ -290,6 +290,105 @@ def test_texts_are_shown_character_by_character_and_never_run(open_page):
     assert page.evaluate("navigator.clipboard.readText()").strip() == reply.strip()
 
 
+MARKDOWN = """# Bread
+**Knead** it, see [this](https://example.org/?a=1&b=2&copy=3).
+
+| flour | water |
+|---|---|
+| 500 g | 350 g |
+
+```python
+if a < b and "&lt;" != "<b>":
+    print("rise")
+```
+
+So $e^{i\\pi} = -1$ costs $5 or $6, and $$\\frac{a}{b} < c$$ `x<b>y &amp;`"""
+ATTACK = """<img src=x onerror="document.title='owned'"><b id="bad">bold</b><script>document.title='owned'</script>
+
+![remote](https://example.org/x.png) ![ref][r] <svg onload="document.title='owned'"> &lt;b&gt;
+
+[click](javascript:document.title='owned') [data](data:text/html,<script>document.title='owned'</script>)
+
+$$<img src=x onerror="document.title='owned'">$$ \\(\\href{javascript:document.title='owned'}{x}\\)
+$$\\includegraphics{https://example.org/y.png}$$ `</code><img src=x>` %%%LATEX_BLOCK_9%%%
+
+```mermaid
+graph TD; A["<img src=x onerror=alert(1)>"] --> B; click A "javascript:document.title='owned'"
+```
+
+```html"><img src=x onerror="document.title='owned'">
+<b>code</b>
+	a <	b
+```
+
+[r]: https://example.org/z.png
+<style>body { background: url(https://example.org/s.png) }</style>
+<iframe src="https://example.org"></iframe> <a href="javascript:alert(1)">a</a>"""
+
+
+def show_reply(page, reply):
+    """Open a saved conversation in which the model has replied with a text."""
+    answer = {"role": "assistant", "content": reply, "thinking": "", "others": []}
+    chat = {"id": "x", "system_prompt": "", "messages": [{"role": "user", "content": QUESTION}, answer]}
+    kept = json.dumps({"time": 1, "title": QUESTION, "conversation": chat})
+    page.evaluate("kept => localStorage.setItem('rl-with-rm/conversation/x', kept)", kept)
+    page.reload()
+    expect(rewards(page)).to_have_count(1)
+
+
+def copied(page):
+    page.get_by_label(re.compile("^(Copy|Copied) message$")).last.click()
+    return page.evaluate("navigator.clipboard.readText()")
+
+
+def test_a_reply_is_shown_as_markdown_and_copied_as_it_was_written(open_page):
+    page = open_page()
+    show_reply(page, MARKDOWN)
+    reply = replies(page).locator(".md").first
+    expect(reply.locator("h1")).to_have_text("Bread")
+    expect(reply.locator("strong")).to_have_text("Knead")
+    expect(reply.locator("td")).to_have_text(["500 g", "350 g"])
+    expect(reply.locator(".katex")).to_have_count(2)
+    expect(reply).to_contain_text("costs $5 or $6")
+    assert reply.locator("a").get_attribute("href") == "https://example.org/?a=1&b=2&copy=3"
+    code = 'if a < b and "&lt;" != "<b>":\n    print("rise")'
+    assert reply.locator("pre code").inner_text().strip() == code
+    assert reply.locator(":not(pre) > code").inner_text() == "x<b>y &amp;"
+    reply.locator("button.copy_code_button").click()
+    assert page.evaluate("navigator.clipboard.readText()").strip() == code
+    assert copied(page).strip() == MARKDOWN
+    picture(page, "markdown")
+    open_settings(page)
+    page.get_by_label("Plain text").check()
+    expect(reply).to_contain_text("**Knead**")
+    assert reply.inner_text() == MARKDOWN
+    assert copied(page).strip() == MARKDOWN
+    page.get_by_label("Plain text").uncheck()
+    expect(reply.locator("strong")).to_have_text("Knead")
+
+
+def test_a_hostile_reply_brings_neither_html_nor_scripts_nor_remote_images(open_page):
+    page = open_page()
+    show_reply(page, ATTACK)
+    reply = replies(page).locator(".md").first
+    for plain in (False, True):
+        if plain:
+            open_settings(page)
+            page.get_by_label("Plain text").check()
+            expect(reply).to_contain_text("```mermaid")
+            assert reply.inner_text() == ATTACK
+        bad = "img, b, svg:not(button svg, .katex svg), script, iframe, style, form, input, .mermaid"
+        assert reply.locator(bad).evaluate_all("found => found.map(element => element.outerHTML)") == []
+        for link in reply.locator("a").all():
+            assert re.match(r"https?://|#|$", link.get_attribute("href") or ""), link.evaluate("link => link.outerHTML")
+        handlers = (
+            "found => found.filter(e => [...e.attributes].some(a => a.name.startsWith('on'))).map(e => e.outerHTML)"
+        )
+        assert reply.locator("*").evaluate_all(handlers) == []
+        assert page.title() != "owned"
+        assert copied(page).strip() == ATTACK
+
+
 def test_a_message_can_be_edited_as_it_was_written(open_page):
     page = open_page()
     ask(page, HOSTILE)

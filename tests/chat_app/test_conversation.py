@@ -1,6 +1,7 @@
 """conversation.py: what was said, how it changes, and how it is shown."""
 
 import json
+import re
 
 import pytest
 
@@ -98,14 +99,44 @@ def test_changes_leave_the_conversation_before_them_as_it_was():
     assert json.dumps(chat) == before
 
 
-def test_what_was_written_is_escaped_wherever_it_is_shown():
+def test_only_replies_are_markdown_and_nothing_brings_html():
     chat = conversation.answer(conversation.ask(conversation.new(), HOSTILE), [(HOSTILE, HOSTILE)])
     messages, indices = conversation.to_chatbot(conversation.note(chat, HOSTILE), [HOSTILE])
     assert indices == [0, 1, 1, 2]
     texts = [text for blocks in texts_of(messages) for text in blocks]
     assert len(texts) == 5 and not any("<script" in text for text in texts)
-    assert texts[0] == "&lt;script&gt;alert(1)&lt;/script&gt; &amp; **bold**\n    indented"
+    escaped = "&lt;script&gt;alert(1)&lt;/script&gt; &amp; **bold**\n    indented"
+    assert texts[0] == texts[1] == texts[4] == f'<pre class="raw">\n{escaped}</pre>'
+    assert texts[2].replace("\ufdd0", "") == HOSTILE and "**bold**" in texts[2]
     assert texts[3].startswith('<small class="footer">&lt;script')
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<b>", "</pre>", "<!-- x -->", "<?php", "a&lt;b &#60; &copy", "![x](https://e.org/x.png)", "![x][y]",
+     "```mermaid\na", "<$a$b>", "$$<img src=x>$$ <b>", r"\(a\) <b> \[b\]", "\ufdd0<b\ufdd1>", "a <\tb !\t[ &\t",
+     "$$a <\tb$$"],
+)  # fmt: skip
+def test_marks_break_whatever_would_be_more_than_text_and_go_without_a_trace(text):
+    marked = conversation.markdown(text)
+    assert not re.search(r"<[A-Za-z/!?]|&[#A-Za-z]|!\[|```mermaid", marked)
+    # as page_head.html takes them out
+    plain = re.sub("[\ufdd1\ufdd2]", "$", re.sub("([<&!])\t|\ufdd0", r"\1", marked))
+    assert plain == re.sub("[\ufdd0-\ufdd2]", "\ufffd", text)
+
+
+@pytest.mark.parametrize(
+    "text, formulas",
+    [("so $x^2$ and $a$.", ["x^2", "a"]), ("from $5 to $6", []), ("$5$6", []), ("a $ b $ c", []), (r"\$x$", []),
+     ("$HOME and PATH$", ["HOME and PATH"]), ("$$x$$", [])],
+)  # fmt: skip
+def test_dollars_are_formulas_but_prices_are_not(text, formulas):
+    assert re.findall("\ufdd1(.*?)\ufdd2", conversation.markdown(text)) == formulas
+
+
+def test_formulas_stay_as_they_were_written_but_for_white_space():
+    for text in (r"\(a < b & c\)", r"$$\begin{a}1 & 2\end{a}$$", r"\[ $$x<y$$ \]"):
+        assert conversation.markdown(text).replace("<\ty", "<y") == text
 
 
 def test_thinking_stands_before_the_reply_and_is_pending_while_there_is_none():
