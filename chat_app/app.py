@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from chat_app import conversation, model_list
-from chat_app.chat_tab import ChatTab
+from chat_app.chat_tab import ChatTab, load_button
 from chat_app.compare_tab import CompareTab
 from chat_app.engine import ChatEngine, Settings
 from chat_app.events import AT_ONCE, errors_shown
@@ -20,18 +20,22 @@ SECONDS_BETWEEN_STATUS_UPDATES = 10
 
 def build_page(engine: ChatEngine, votes_file: Path, policy_dir: Path) -> gr.Blocks:
     with gr.Blocks(title="rl-with-rm", fill_height=True, analytics_enabled=False) as page:
-        status = gr.HTML(elem_id="status")
-        with gr.Tabs():
-            with gr.Tab("Chat"):
+        with gr.Row():
+            status = gr.HTML(elem_id="status")
+            switch = gr.Button("Switch models", size="sm", scale=0, min_width=140, elem_id="switch-models")
+        with gr.Tabs() as tabs:
+            with gr.Tab("Chat") as chat_tab:
                 chat = ChatTab(engine, page)
             with gr.Tab("Compare"):
                 CompareTab(engine, votes_file, chat.conversation, chat.settings)
             with gr.Tab("Rollouts") as rollouts_tab:
                 RolloutsTab(engine, rollouts_tab, policy_dir)
-            with gr.Tab("Models") as models_tab:
+            with gr.Tab("Models", id="models") as models_tab:
                 build_models_tab(engine, page, models_tab, status)
         timer = gr.Timer(SECONDS_BETWEEN_STATUS_UPDATES)  # another visitor may load other models
-        gr.on([page.load, timer.tick], lambda: status_list(engine), None, status, **AT_ONCE)
+        for event in (page.load, timer.tick, chat_tab.select, chat.loaded.then):
+            event(lambda: [status_list(engine), gr.Button(**load_button(engine))], None, [status, chat.load], **AT_ONCE)
+        switch.click(lambda: gr.Tabs(selected="models"), None, tabs, **AT_ONCE)
         add_api(engine)
     return page
 

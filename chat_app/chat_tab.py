@@ -7,12 +7,23 @@ from typing import Any
 
 import gradio as gr
 
+import utils
 from chat_app import conversation
 from chat_app.conversation import Conversation, with_reply, with_system_prompt
 from chat_app.engine import MAX_CANDIDATES, ChatEngine, Settings
 from chat_app.events import AT_ONCE, GENERATION, QUIET
 from data_pipeline.messages import Messages
 
+WELCOME = (
+    "### Talk to a model, and see what a reward model thinks of each reply\n"
+    "A **reward** is a number that guesses how much people would like a reply: of two replies *to the same question*, "
+    "they would more likely prefer the one with the higher reward."
+)
+EXAMPLES = [
+    "Explain in three sentences why the sky is blue.",
+    "My friend failed an exam. What could I say to cheer her up?",
+    "How do I bake bread without an oven?",
+]
 SECONDS_TO_END = 60  # more than a long prompt takes on a slow machine
 
 
@@ -37,43 +48,54 @@ class ChatTab:
         self.lock = threading.Lock()
         with gr.Sidebar(open=False, width=300):
             new_chat = gr.Button("New chat", elem_id="new-chat")
+            search = gr.Textbox(show_label=False, placeholder="Search in all chats", elem_id="search-chats")
             saved = gr.Radio([], label="Saved in this browser", elem_id="saved-chats")
+            rename = gr.Textbox(
+                show_label=False, placeholder="New name for this chat, then Enter", elem_id="rename-chat"
+            )
             delete = gr.Button("Delete this chat", variant="stop", size="sm")
             restore = gr.Button(size="sm", visible=False, elem_id="restore-chat")
+            export = gr.Button("Export all chats as JSONL", size="sm", elem_id="export-chats")
             storage_problem = gr.Markdown()
         self.conversation = gr.State(conversation.EMPTY)
+        self.load = gr.Button(**load_button(engine), variant="primary", elem_id="load-here")
+        load_problem = gr.HTML(visible=False)
         chatbot = gr.Chatbot(
             elem_id="chat", height="60vh", show_label=False, scale=1, buttons=["copy"], editable="user",
-            latex_delimiters=conversation.LATEX_DELIMITERS, feedback_options=None, placeholder="Say something.",
+            latex_delimiters=conversation.LATEX_DELIMITERS, feedback_options=None, placeholder=WELCOME,
+            examples=[{"text": text} for text in EXAMPLES],
         )  # fmt: skip
         textbox = gr.Textbox(
             show_label=False, placeholder="Message", submit_btn=True, autofocus=True, elem_id="message", max_lines=12,
             container=False,
         )  # fmt: skip
+        with gr.Row(elem_id="within-reach"):
+            info = "write N replies, show the one with the highest reward"
+            best_of = gr.Slider(1, MAX_CANDIDATES, Settings.candidates, step=1, label="Best of N", info=info, scale=2)
+            plain = gr.Checkbox(False, label="Plain text", info="show replies as the model wrote them", min_width=200)
         with gr.Accordion("Generation settings", open=False):
             system_prompt = gr.Textbox("", label="System prompt", lines=2, placeholder="none")
             with gr.Row():
-                temperature, top_p, max_new_tokens, best_of = (
+                temperature, top_p, max_new_tokens = (
                     gr.Slider(low, high, value, step=step, label=label, info=info)
                     for label, info, low, high, value, step in (
                         ("Temperature", "0 always takes the likeliest token", 0, 2, Settings.temperature, 0.05),
                         ("Top-p", "sample from this share of probability", 0.05, 1, Settings.top_p, 0.05),
                         ("Max new tokens", "longer replies are cut", 1, 8192, Settings.max_new_tokens, 1),
-                        ("Best of N", "generate N replies, show the best", 1, MAX_CANDIDATES, Settings.candidates, 1),
                     )
                 )
             thinking = gr.Checkbox(False, label="Think first", info="for models that can, such as Qwen3")
-            plain = gr.Checkbox(False, label="Plain text", info="show replies as the model wrote them", elem_id="plain")
         # in the order of the fields of `Settings`
         self.settings = [system_prompt, temperature, top_p, max_new_tokens, thinking, best_of]
 
+        self.loaded = self.load.click(self.load_models, None, load_problem, api_visibility="private")
         # one after the other: Gradio looks for formulas once more while it already renders without them
         without_formulas = plain.input(lambda: gr.Chatbot(latex_delimiters=[]), None, chatbot, **AT_ONCE)
         switched = without_formulas.then(lambda on: gr.Chatbot(render_markdown=not on), plain, chatbot, **AT_ONCE)
         switched.then(lambda on: gr.Chatbot(latex_delimiters=formulas(on)), plain, chatbot, **AT_ONCE)
 
         # hidden components that carry conversations to the browser's storage and back
-        to_save, listed, opened, saved_id = (gr.JSON(visible="hidden") for _ in range(4))
+        to_save, listed, opened, saved_id, exported = (gr.JSON(visible="hidden") for _ in range(5))
         shown = [self.conversation, chatbot, textbox]
         show_list = {"fn": self.list_saved, "inputs": [listed, saved_id], "outputs": [saved, restore], **AT_ONCE}
 
@@ -85,12 +107,17 @@ class ChatTab:
         def save_after(event: Any) -> None:
             event.then(**prepare_saving).then(**save).then(**show_list)
 
+        # `saved` may change until its value is used: the end of a reply selects the chat it belongs to
+        leave = {"fn": self.leave, "inputs": saved, "outputs": None, **AT_ONCE,
+                 "js": "id => window.conversations.choose(id)"}  # fmt: skip
+
         def save_first(event: Any) -> Any:
             """Before another conversation is shown: end the reply and save what has been generated of it."""
-            return event(self.leave, None, None, **AT_ONCE).then(**prepare_saving).then(**save)
+            return event(**leave).then(**prepare_saving).then(**save)
 
         for event, change, inputs in (
             (textbox.submit, self.ask, [self.conversation, textbox, *self.settings]),
+            (chatbot.example_select, self.ask_example, [self.conversation, *self.settings]),
             (chatbot.retry, self.retry, [self.conversation, *self.settings]),
             (chatbot.edit, self.edit, [self.conversation, *self.settings]),
         ):
@@ -111,11 +138,20 @@ class ChatTab:
         show_first = {"fn": self.open_first, "inputs": [opened, self.conversation], "outputs": outputs, **AT_ONCE}
         page.load(**show_first, js="(_, __) => [window.conversations.open(null), null]")
         show_opened = {"fn": self.open, "inputs": [saved, opened], "outputs": outputs, **AT_ONCE}
-        save_first(saved.input).then(**show_opened, js="(id, _) => [id, window.conversations.open(id)]")
+        save_first(saved.input).then(**show_opened, js="() => [null, window.conversations.openChosen()]")
         restored = "() => [null, window.conversations.open(window.conversations.restore())]"
         save_first(restore.click).then(**show_opened, js=restored)
-        remove = {"fn": None, "inputs": saved, "outputs": listed, "js": "id => window.conversations.remove(id)"}
-        removed = delete.click(self.leave, None, None, **AT_ONCE).then(**remove, **QUIET)
+        remove = {"fn": None, "inputs": None, "outputs": listed, "js": "() => window.conversations.removeChosen()"}
+        listing = {"inputs": [listed, saved], "outputs": [saved, restore], **AT_ONCE}
+        found = search.input(None, search, listed, js="query => window.conversations.search(query)", **QUIET)
+        found.then(self.list_saved, **listing)
+        name = "(id, name) => [window.conversations.rename(id, name), '']"
+        renamed = rename.submit(None, [saved, rename], [listed, rename], js=name, **QUIET)
+        renamed.then(self.list_saved, **listing)
+        collected = export.click(None, None, exported, js="() => [window.conversations.all()]", **QUIET)
+        written = collected.then(lambda kept: {"text": conversation.export(kept)}, exported, exported, **AT_ONCE)
+        written.then(None, exported, None, js="({ text }) => window.conversations.download(text)", **QUIET)
+        removed = delete.click(**leave).then(**remove, **QUIET)
         save_after(removed.then(self.new_chat, system_prompt, shown, **AT_ONCE))
         page.unload(self.forget)
 
@@ -165,6 +201,14 @@ class ChatTab:
         """A conversation in which no reply is being generated, with all rewards and versions."""
         return self.show(chat, self.footers(chat), self.options(chat))
 
+    def load_models(self) -> gr.HTML:
+        """Load the models that the page was started with, or chosen since; shows what went wrong."""
+        try:
+            self.engine.load()
+        except Exception as error:  # shown on the page, whatever it is
+            return gr.HTML(f"<pre>{html.escape(self.engine.explain(error))}</pre>", visible=True)
+        return gr.HTML(visible=False)
+
     # -- What clicks do ------------------------------------------------------------------------------------------------
 
     def start_reply(self, chat: Conversation, changed: Conversation, request: gr.Request, settings: Any) -> list[Any]:
@@ -195,6 +239,10 @@ class ChatTab:
         state, messages, box = self.start_reply(chat, conversation.ask(chat, text), request, settings)
         return [state, messages, box if box == gr.skip() else gr.Textbox("", submit_btn=False, stop_btn=True)]
 
+    def ask_example(self, chat: Conversation, event: gr.SelectData, request: gr.Request, *settings: Any) -> list[Any]:
+        """A click on one of the EXAMPLES; what is typed in the box stays there."""
+        return self.start_reply(chat, conversation.ask(chat, event.value["text"]), request, settings)
+
     def retry(self, chat: Conversation, request: gr.Request, *settings: Any) -> list[Any]:
         return self.start_reply(chat, conversation.retry(chat), request, settings)
 
@@ -217,7 +265,7 @@ class ChatTab:
             writing.stop.set()
             return writing.has_started
 
-    def leave(self, request: gr.Request) -> None:
+    def leave(self, _: str | None, request: gr.Request) -> None:
         """Before something else is shown: end the reply and wait until its last piece is on its way."""
         if writing := self.writing.get(request.session_hash):
             writing.is_left = True
@@ -259,7 +307,7 @@ class ChatTab:
             return [*[gr.skip()] * 4, *self.list_saved(opened[0] if opened else None, chat["id"])]
         return shown
 
-    def list_saved(self, listed: dict[str, Any] | None, saved_id: str) -> list[Any]:
+    def list_saved(self, listed: dict[str, Any] | None, saved_id: str | None) -> list[Any]:
         """The saved conversations, of which the one shown, `saved_id`, is selected if it is saved; and the undo."""
         chats, deleted = (listed or {}).get("chats", []), (listed or {}).get("deleted", "")
         is_listed = any(identity == saved_id for _, identity in chats)
@@ -312,6 +360,11 @@ class ChatTab:
         answered = conversation.settled(answered)
         # who has left waits for this, and sees the rewards when the conversation is opened again
         yield self.show(answered, []) if writing.is_left else self.show_all(answered)
+
+
+def load_button(engine: ChatEngine) -> dict[str, Any]:
+    """The button in the chat, which is there until a model is."""
+    return {"value": f"Load {utils.seen_from_here(engine.policy_name)}", "visible": engine.policy is None}
 
 
 def formulas(is_plain: bool) -> list[dict[str, Any]]:

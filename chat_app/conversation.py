@@ -14,6 +14,7 @@ returns a new conversation and leaves the old one unchanged.
 """
 
 import html
+import json
 import math
 import re
 import uuid
@@ -26,7 +27,7 @@ from data_pipeline.messages import Messages
 Conversation = dict[str, Any]
 Message = dict[str, Any]
 STOPPED, CUT = "stopped", "cut"
-ENDINGS = {STOPPED: "stopped early", CUT: "cut off at the limit of max new tokens"}
+ENDINGS = {STOPPED: "stopped early", CUT: "cut off at max new tokens"}
 ORDINAL_SUFFIXES = {1: "st", 2: "nd", 3: "rd"}
 
 
@@ -132,6 +133,27 @@ def transcript(messages: Messages) -> str:
         return messages[0]["content"]
     names = {"user": "Human", "assistant": "Assistant"}
     return "\n\n".join(f"{names[message['role']]}: {message['content']}" for message in messages)
+
+
+def export(kept: list[dict[str, Any]]) -> str:
+    """All kept conversations as JSON lines that `eval_rm.py --score` reads, one for each reply and its versions.
+
+    `kept` are {"title": …, "conversation": …}, as the browser stores them; "endings" are those of the replies.
+    """
+    lines = []
+    for entry in kept:
+        chat = checked(entry.get("conversation"))
+        replies = [message for message in chat["messages"] if message["role"] == "assistant"]
+        for dialogue, reply in zip(dialogues_to_score(chat), replies, strict=True):
+            versions = versions_of(reply)
+            row = {
+                "prompt": with_system_prompt(chat["system_prompt"], dialogue[:-1]),
+                "replies": [version["content"] for version in versions],
+                "endings": [version["ending"] for version in versions],
+                "chat": str(entry.get("title", "")),
+            }
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    return "".join(lines)
 
 
 # -- Changes -----------------------------------------------------------------------------------------------------------

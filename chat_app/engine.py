@@ -148,7 +148,8 @@ class ChatEngine:
     def status(self) -> list[tuple[str, str]]:
         """What is loaded, as (name, value) pairs; what to do if no policy is."""
         if self.policy is None:
-            return [("policy", f"{self.policy_name}, not loaded yet: press Load")]
+            policy = ("policy", f"{utils.seen_from_here(self.policy_name)}, not loaded yet: press Load")
+            return [policy, ("reward model", utils.seen_from_here(self.reward_model_name) or "none")]
         policies, reward_models = self.choices()
         policy = f"{policies.get(self.policy_name, self.policy_name)} · {_described(self.policy)}"
         reward_model = "none: choose one under Models, or start with --reward_model"
@@ -173,7 +174,7 @@ class ChatEngine:
         settings.check()
         policy = policy or self.policy
         if policy is None:
-            raise ValueError("no model is loaded yet: choose one under Models and press Load")
+            raise ValueError("no model is loaded yet: press Load")
         if not dialogue or dialogue[-1]["role"] != "user":
             raise ValueError("there is nothing to reply to")
         messages = with_system_prompt(settings.system_prompt, dialogue)

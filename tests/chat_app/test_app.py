@@ -14,6 +14,8 @@ import time
 
 import pytest
 
+from tests.chat_server import Server, free_port
+
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 expect = sync_api.expect
 expect.set_options(timeout=60_000)  # a busy machine is slow
@@ -178,6 +180,65 @@ def test_the_page_opens_and_names_the_loaded_models(open_page):
     expect(message_box(page)).to_be_editable()
     expect(page.locator("#status")).to_contain_text("parameters, fp32 on cpu")
     expect(page.locator("#status")).to_contain_text("bread / step-2 (newest)")
+
+
+def test_the_first_screen_says_what_a_reward_is_and_an_example_gets_one(open_page):
+    page = open_page()
+    expect(page.locator("#chat")).to_contain_text(
+        "A reward is a number that guesses how much people would like a reply"
+    )
+    expect(page.get_by_label("number input for Best of N")).to_be_visible()
+    expect(page.locator("#load-here")).to_be_hidden()
+    set_slider(page, "Max new tokens", 8)
+    message_box(page).fill("a draft")
+    expect(page.locator("#chat .example")).to_have_count(3)
+    page.locator("#chat .example").first.click()
+    expect(rewards(page)).to_have_count(1)
+    expect(page.locator("#chat .user.message")).to_contain_text("why the sky is blue")
+    expect(message_box(page)).to_have_value("a draft")
+    page.locator("#switch-models").click()
+    expect(page.locator("#policy")).to_be_visible()
+
+
+def test_without_a_model_the_chat_offers_to_load_one(new_context, reward_checkpoint, tmp_path):
+    folders = ["--output_dir", reward_checkpoint.parent.parent, "--votes_file", tmp_path / "votes.jsonl"]
+    with Server(*folders, "--port", free_port()) as server, new_context() as context:
+        page = context.new_page()
+        page.goto(server.url)
+        page.locator("#chat .example").first.click()
+        expect(page.locator(".toast-body")).to_contain_text("no model is loaded yet: press Load")
+        expect(page.locator("#load-here")).to_have_text("Load Qwen/Qwen3-0.6B")
+        page.locator("#load-here").click()  # offline
+        expect(page.get_by_text("choose a model of this machine under Models")).to_be_visible()
+        page.locator("#switch-models").click()
+        page.locator("#policy input").click()
+        page.get_by_role("option", name="(base of bread)").click()
+        page.locator("#reward-model input").click()
+        page.get_by_role("option", name="bread / step-2").click()
+        page.locator("#load").click()
+        expect(page.locator("#status")).to_contain_text("bread / step-2 (newest) · ")
+        page.get_by_role("tab", name="Chat").click()
+        expect(page.locator("#load-here")).to_be_hidden()
+        set_slider(page, "Max new tokens", 8)
+        page.locator("#chat .example").first.click()
+        expect(rewards(page)).to_have_count(1)
+
+
+def test_a_question_sent_at_once_is_not_lost(open_page):
+    page = open_page()
+    ask(page, "An earlier talk", length=8)
+    wait_until_saved(page, 1)
+    for number in range(3):
+        page.reload()
+        message_box(page).fill(f"Sent at once {number}")
+        message_box(page).press("Enter")
+        expect(page.locator("#chat .user.message").last).to_contain_text(f"Sent at once {number}")
+        expect(rewards(page)).not_to_have_count(0)
+        expect(page.locator("#message button.submit-button")).to_be_visible()
+        expect(page.locator("#chat .user.message").last).to_contain_text(f"Sent at once {number}")
+        page.wait_for_function("number => Object.values(localStorage).join().includes(`at once ${number}`)", arg=number)
+    texts = page.evaluate("Object.values(localStorage).join()")
+    assert all(f"Sent at once {number}" in texts for number in range(3)) and "An earlier talk" in texts
 
 
 def test_a_reply_streams_in_and_gets_its_reward(open_page):
@@ -395,6 +456,7 @@ def test_a_message_can_be_edited_as_it_was_written(open_page):
     page.get_by_label("Edit").first.click()
     box = page.locator("textarea.edit-textarea")
     expect(box).to_have_value(HOSTILE)
+    assert box.bounding_box()["width"] > 500
     box.fill("Is <i>rye</i> bread?")
     page.get_by_label("Submit", exact=True).first.click()
     expect(page.locator("#chat .user.message")).to_contain_text("Is <i>rye</i> bread?")
@@ -468,6 +530,54 @@ def test_conversations_are_saved_in_the_browser_and_found_again(open_page):
     expect(page.locator("#restore-chat")).to_be_hidden()
     page.reload()
     expect(page.locator("#chat .user.message").last).to_contain_text(re.compile("Still the first|The second talk"))
+
+
+def test_chats_are_renamed_and_searched_for(open_page):
+    page = open_page()
+    page.get_by_label("Toggle Sidebar").click()
+    ask(page, "Rye or wheat?", length=8)
+    page.locator("#new-chat").click()
+    ask(page, "What is a prime number?", length=8)
+    rename = page.locator("#rename-chat textarea, #rename-chat input")
+    rename.fill("Mathematics")
+    rename.press("Enter")
+    expect(page.get_by_role("radio", name="Mathematics")).to_be_checked()
+    expect(rename).to_have_value("")
+    ask(page, "And a square?", count=2, length=8)  # the name stays
+    expect(page.get_by_role("radio")).to_have_count(2)
+    search = page.locator("#search-chats textarea, #search-chats input")
+    page.get_by_role("radio", name="Rye").click()
+    expect(page.locator("#chat .user.message")).to_have_text(re.compile("Rye"))
+    search.fill("SQUARE")
+    expect(page.get_by_role("radio", name="Mathematics")).to_be_visible()
+    expect(page.get_by_role("radio")).to_have_count(2)  # what is found, and the chat that is shown
+    search.fill("rye or")
+    expect(page.get_by_role("radio")).to_have_count(1)
+    page.get_by_role("button", name="Delete this chat").click()
+    expect(page.get_by_role("radio")).to_have_count(0)
+    search.fill("")
+    expect(page.get_by_role("radio")).to_have_count(1)
+    page.reload()
+    page.get_by_label("Toggle Sidebar").click()
+    expect(page.get_by_role("radio", name="Mathematics")).to_be_checked()
+
+
+def test_all_chats_are_exported_as_lines_that_can_be_scored(open_page, reward_checkpoint, run_script, tmp_path):
+    page = open_page()
+    ask(page, QUESTION, length=8)
+    page.get_by_label("Retry").last.click()
+    expect(page.locator("#chat .option")).to_have_count(2)
+    shown = float(re.search(r"[+-]\d+\.\d+", rewards(page).inner_text()).group())
+    wait_until_saved(page, 1)
+    page.get_by_label("Toggle Sidebar").click()
+    with page.expect_download() as download:
+        page.locator("#export-chats").click()
+    assert download.value.suggested_filename == "chats.jsonl"
+    exported = tmp_path / "chats.jsonl"
+    download.value.save_as(exported)
+    result = run_script("eval_rm.py", "--model", reward_checkpoint, "--score", exported)
+    (row,) = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(row["rewards"]) == 2 and row["rewards"][0] == pytest.approx(shown, abs=2e-3)
 
 
 def test_a_chat_deleted_in_the_middle_of_a_reply_stays_deleted(open_page):

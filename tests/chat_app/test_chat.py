@@ -303,7 +303,7 @@ def test_with_auth_nothing_works_without_the_password(base, run_chat):
 def test_without_a_model_the_page_opens_at_once_and_says_what_is_missing(run_chat):
     def visit(url, output):
         client = Client(url, verbose=False)
-        with pytest.raises(AppError, match="no model is loaded yet: choose one under Models and press Load"):
+        with pytest.raises(AppError, match="no model is loaded yet: press Load"):
             client.predict("hello", api_name="/chat")
         with pytest.raises(AppError, match="no reward model is loaded"):
             client.predict(ANSWERED, api_name="/score")

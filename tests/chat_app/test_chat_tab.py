@@ -42,7 +42,7 @@ def leave(tab, chat, how, visitor):
     if how == "stop":
         return tab.stop(chat, visitor)
     if how == "leave":
-        return threading.Thread(target=tab.leave, args=[visitor]).start()  # waits for the reply's end
+        return threading.Thread(target=tab.leave, args=[None, visitor]).start()  # waits for the reply's end
     return tab.forget(visitor)
 
 
@@ -64,7 +64,7 @@ def test_a_reply_that_is_no_longer_wanted_is_neither_started_nor_continued(tab, 
 def test_who_leaves_waits_until_the_partial_reply_is_on_its_way(tab, asked):
     reply = tab.reply(asked, ME, *LONG)
     next(reply)
-    leaving = threading.Thread(target=tab.leave, args=[ME])
+    leaving = threading.Thread(target=tab.leave, args=[None, ME])
     leaving.start()
     assert next(reply)[0]["is_busy"] is False and leaving.is_alive()
     assert list(reply) == []

@@ -170,7 +170,7 @@ def test_a_reply_is_ranked_among_the_replies_to_its_prompt_only():
 def test_a_reply_that_is_not_whole_says_so_with_or_without_a_reward():
     assert conversation.footer(None) == ""
     assert conversation.footer(None, "stopped") == "stopped early"
-    assert conversation.footer([0.5], "cut") == "reward +0.500 · cut off at the limit of max new tokens"
+    assert conversation.footer([0.5], "cut") == "reward +0.500 · cut off at max new tokens"
 
 
 @pytest.mark.parametrize("rewards, text", [([900.0, -900.0], "over 99%"), ([-900.0, 900.0], "under 1%")])
@@ -193,7 +193,7 @@ def test_versions_stand_in_the_order_of_their_rewards_and_the_one_shown_has_its_
     assert conversation.version_options(versions, [0.2, 0.9, 0.1]) == [
         ("1st of 3, +0.900, stopped early: one two", 1),
         ("2nd of 3, +0.200, shown: shown", 2),
-        ("3rd of 3, +0.100, cut off at the limit of max new tokens: " + "x" * 59 + "…", 3),
+        ("3rd of 3, +0.100, cut off at max new tokens: " + "x" * 59 + "…", 3),
     ]
     assert [number for _, number in conversation.version_options(versions, None)] == [1, 2, 3]
     assert [number for _, number in conversation.version_options(versions, [1.0, 1.0, 1.0])] == [1, 2, 3]
@@ -211,6 +211,19 @@ def test_each_visitors_first_question_gives_the_conversation_an_id_of_its_own():
     first, second = (conversation.ask(conversation.EMPTY, "a") for _ in range(2))
     assert first["id"] and second["id"] and first["id"] != second["id"]
     assert conversation.ask(first, "b")["id"] == first["id"]
+
+
+def test_an_export_has_a_line_for_each_reply_with_its_versions():
+    chat = conversation.retry(conversation_of("a", "b", "c", "d"))
+    chat = conversation.answer(chat, [("e", "", "stopped")])
+    kept = [{"title": "A talk", "conversation": chat}, {"title": "damaged", "conversation": {"id": 3}}]
+    rows = [json.loads(line) for line in conversation.export(kept).splitlines()]
+    system = {"role": "system", "content": "be brief"}
+    assert rows[0] == {
+        "prompt": [system, {"role": "user", "content": "a"}], "replies": ["b"], "endings": [""], "chat": "A talk",
+    }  # fmt: skip
+    assert [message["content"] for message in rows[1]["prompt"]] == ["be brief", "a", "b", "c"]
+    assert (rows[1]["replies"], rows[1]["endings"]) == (["e", "d"], ["stopped", ""]) and len(rows) == 2
 
 
 def test_titles_are_the_first_question_shortened():
