@@ -151,7 +151,7 @@ class ChatTab:
         collected = export.click(None, None, exported, js="() => [window.conversations.all()]", **QUIET)
         written = collected.then(lambda kept: {"text": conversation.export(kept)}, exported, exported, **AT_ONCE)
         written.then(None, exported, None, js="({ text }) => window.conversations.download(text)", **QUIET)
-        removed = delete.click(**leave).then(**remove, **QUIET)
+        removed = save_first(delete.click).then(**remove, **QUIET)
         save_after(removed.then(self.new_chat, system_prompt, shown, **AT_ONCE))
         page.unload(self.forget)
 

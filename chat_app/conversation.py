@@ -148,7 +148,8 @@ def export(kept: list[dict[str, Any]]) -> str:
             versions = versions_of(reply)
             row = {
                 "prompt": with_system_prompt(chat["system_prompt"], dialogue[:-1]),
-                "replies": [version["content"] for version in versions],
+                # as messages: the edges of a text would be stripped, and its reward would be another
+                "replies": [with_reply([], version["content"]) for version in versions],
                 "endings": [version["ending"] for version in versions],
                 "chat": str(entry.get("title", "")),
             }

@@ -537,6 +537,7 @@ def test_chats_are_renamed_and_searched_for(open_page):
     page.get_by_label("Toggle Sidebar").click()
     ask(page, "Rye or wheat?", length=8)
     page.locator("#new-chat").click()
+    expect(replies(page)).to_have_count(0)
     ask(page, "What is a prime number?", length=8)
     rename = page.locator("#rename-chat textarea, #rename-chat input")
     rename.fill("Mathematics")
@@ -546,6 +547,7 @@ def test_chats_are_renamed_and_searched_for(open_page):
     ask(page, "And a square?", count=2, length=8)  # the name stays
     expect(page.get_by_role("radio")).to_have_count(2)
     search = page.locator("#search-chats textarea, #search-chats input")
+    wait_until_saved(page, 3)
     page.get_by_role("radio", name="Rye").click()
     expect(page.locator("#chat .user.message")).to_have_text(re.compile("Rye"))
     search.fill("SQUARE")
@@ -680,7 +682,10 @@ def test_a_conversation_continued_in_two_tabs_becomes_two(open_page):
     assert "From the other tab" in texts and "From this tab" in texts
     one.get_by_role("button", name="Delete this chat").click()  # this tab's, not the other's
     expect(one.get_by_role("radio")).to_have_count(1)
-    texts = one.evaluate("Object.values(localStorage).join()")
+    saved = (
+        "Object.keys(localStorage).filter(key => key.includes('/conversation/')).map(key => localStorage[key]).join()"
+    )
+    texts = one.evaluate(saved)
     assert "From the other tab" in texts and "From this tab" not in texts
 
 

@@ -220,10 +220,12 @@ def test_an_export_has_a_line_for_each_reply_with_its_versions():
     rows = [json.loads(line) for line in conversation.export(kept).splitlines()]
     system = {"role": "system", "content": "be brief"}
     assert rows[0] == {
-        "prompt": [system, {"role": "user", "content": "a"}], "replies": ["b"], "endings": [""], "chat": "A talk",
+        "prompt": [system, {"role": "user", "content": "a"}], "endings": [""], "chat": "A talk",
+        "replies": [[{"role": "assistant", "content": "b"}]],
     }  # fmt: skip
     assert [message["content"] for message in rows[1]["prompt"]] == ["be brief", "a", "b", "c"]
-    assert (rows[1]["replies"], rows[1]["endings"]) == (["e", "d"], ["stopped", ""]) and len(rows) == 2
+    assert [reply[0]["content"] for reply in rows[1]["replies"]] == ["e", "d"]
+    assert rows[1]["endings"] == ["stopped", ""] and len(rows) == 2
 
 
 def test_titles_are_the_first_question_shortened():
