@@ -1,9 +1,10 @@
-"""The Compare tab: two replies to one prompt side by side, their rewards token by token, and the visitor's vote."""
+"""The Compare tab: two replies to one prompt, the visitor's vote, and which one the reward model prefers."""
 
 import functools
 import html
 import itertools
 import shlex
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,12 @@ from chat_app.events import AT_ONCE, GENERATION, QUIET, errors_shown
 from data_pipeline.messages import Messages
 
 SAME_POLICY = "the loaded policy"
+END = "■"  # the end of a reply, where its reward is read
+CAVEAT = f"""
+<p>How the reward changes over each word: <mark class="up">blue</mark> raises it, <mark class="down">orange</mark>
+lowers it, {END} is the end of the reply. <b>Only the reward at the end was trained.</b> What the model says in the
+middle of a reply is a by-product: take the colours as hints, not as reasons.</p>
+"""
 CopiedPrompt = tuple[str, Messages]  # a prompt copied from the chat: its text and its messages
 
 
@@ -39,28 +46,29 @@ class CompareTab:
                 stop = gr.Button("Stop", size="md", variant="stop", visible=False, elem_id="stop-writing")
                 from_chat = gr.Button("Copy the chat's last reply", size="md", elem_id="from-chat")
         system_prompt_note = gr.HTML(visible=False)
-        replies, token_texts = [], []
         with gr.Row():
-            for letter in "AB":
-                with gr.Column(min_width=280):
-                    label = f"Reply {letter}"
-                    replies.append(gr.Textbox(label=label, lines=5, max_lines=16, elem_id=f"reply-{letter}"))
-                    label = f"Reward of {letter} by token: red raises it, violet lowers it"
-                    token_texts.append(gr.HighlightedText(label=label))
-        compare = gr.Button("Compare", variant="primary", elem_id="compare")
-        verdict = gr.HTML(elem_id="verdict")
-        plot = gr.LinePlot(
-            x="token", y="reward", color="reply", tooltip=["text", "reward", "reply"], height=260, visible=False,
-            title="Reward after each token", elem_id="growth",
-        )  # fmt: skip
+            replies = [
+                gr.Textbox(label=f"Reply {letter}", lines=5, max_lines=16, elem_id=f"reply-{letter}", min_width=280)
+                for letter in "AB"
+            ]
         with gr.Row(elem_classes="votes"):
             buttons = {vote: gr.Button(label, size="md", elem_id=f"vote-{vote}") for vote, label in votes.VOTES.items()}
+        compare = gr.Button("Compare", variant="primary", elem_id="compare")
         saved = gr.HTML(elem_id="saved")
+        verdict = gr.HTML(elem_id="verdict")
+        with gr.Accordion("Reward word by word", open=False, elem_id="by-word"):
+            gr.HTML(CAVEAT)
+            with gr.Row():
+                texts = [gr.HTML(elem_id=f"words-{letter}", min_width=280) for letter in "AB"]
+            plot = gr.LinePlot(
+                x="word", y="reward", color="reply", tooltip=["text", "reward", "reply"], height=260, visible=False,
+                title="Reward after each word", elem_id="growth",
+            )  # fmt: skip
         last_vote, copied = gr.State(), gr.State()
 
         inputs = [system_prompt, copied, prompt, *replies]
-        results = [verdict, plot, *token_texts]
-        comparison = {"fn": self.show_comparison, "inputs": inputs, "outputs": results, **QUIET}
+        results = [saved, verdict, plot, *texts]
+        comparison = {"fn": self.show_comparison, "inputs": inputs, "outputs": results[1:], **QUIET}
         compare.click(**comparison)
         from_chat.click(self.copy_from_chat, chat, [copied, prompt, *replies], **AT_ONCE)
         changes = [prompt.input, *(reply.input for reply in replies), from_chat.click]
@@ -113,17 +121,8 @@ class CompareTab:
         with errors_shown(self.engine):
             messages = conversation.prompt_messages(prompt, copied)
             found = self.engine.compare(conversation.with_system_prompt(system_prompt, messages), replies)
-        if found["p_a"] == 0.5:
-            preferred = "the reward model sees no difference"
-        else:
-            letter, p = ("A", found["p_a"]) if found["p_a"] > 0.5 else ("B", 1 - found["p_a"])
-            percent = f"{p:.1%}" if p < 0.9995 else "over 99.9%"  # a probability below 1 is never shown as 100 %
-            preferred = f"the reward model prefers <b>{letter}</b> with probability <b>{percent}</b>"
-        verdict = (
-            f"reward of A <b>{found['reward_a']:+.3f}</b> · of B <b>{found['reward_b']:+.3f}</b> · {preferred}"
-            f" · P(A preferred) = {found['p_a']:.3g}"
-        )
-        return [verdict, reward_plot(found), *(coloured(found[f"tokens_{letter}"]) for letter in "ab")]
+        words = [reward_by_word(found[f"tokens_{letter}"], reply) for letter, reply in zip("ab", replies, strict=True)]
+        return [verdict_of(found), reward_plot(words), *map(coloured, "AB", words)]
 
     def vote(
         self, vote: str, last_vote: Any, system_prompt: str, copied: CopiedPrompt | None, prompt: str, *replies: str
@@ -148,8 +147,8 @@ def set_controls(is_busy: bool) -> list[gr.Button]:
 
 
 def no_results() -> list[Any]:
-    """Values for the verdict, the plot and the two coloured texts until the current texts are compared."""
-    return ["", gr.LinePlot(visible=False), [], []]
+    """Values for the note on the vote and for what a comparison shows, until the current texts are compared."""
+    return ["", "", gr.LinePlot(visible=False), "", ""]
 
 
 def note_on(system_prompt: str) -> gr.HTML:
@@ -158,22 +157,73 @@ def note_on(system_prompt: str) -> gr.HTML:
     return gr.HTML(note, visible=bool(text))
 
 
-def reward_plot(found: dict[str, Any]) -> gr.LinePlot:
-    """The reward after each token of both replies; hidden for architectures that give no rewards by token."""
-    points = []
-    for letter in "AB":
-        tokens = found[f"tokens_{letter.lower()}"]
-        points += [(number, reward, letter, text) for number, (text, reward) in enumerate(tokens, 1)]
-    table = pandas.DataFrame(points, columns=["token", "reward", "reply", "text"])
+def verdict_of(found: dict[str, Any]) -> str:
+    """Which reply the reward model prefers, then the two rewards."""
+    rewards = f"reward of A {found['reward_a']:+.3f} · of B {found['reward_b']:+.3f}"
+    if found["p_a"] == 0.5:
+        return f"<b>The reward model sees no difference</b><br>{rewards}"
+    letter, p = ("A", found["p_a"]) if found["p_a"] > 0.5 else ("B", 1 - found["p_a"])
+    percent = f"{p:.1%}" if p < 0.9995 else "over 99.9%"  # a probability below 1 is never shown as 100 %
+    return f"<b>The reward model prefers {letter}</b> with probability <b>{percent}</b><br>{rewards}"
+
+
+def reward_by_word(tokens: list[list[Any]], reply: str) -> list[tuple[str, float]]:
+    """The words of a reply, each with the space before it and the reward after it.
+
+    Words smooth what the tokens say: the change of the reward over a word is the sum of the changes at its tokens. What
+    the chat template puts behind the reply is one word, END. Where a language has no spaces, each token is a word.
+    """
+    text = "".join(piece for piece, _ in tokens)
+    length = len(reply if text.startswith(reply) else reply.strip())
+    words: list[tuple[str, float]] = []
+    position = 0
+    for piece, reward in tokens:
+        is_end = position >= length and bool(words)
+        piece_shown = END if is_end else piece[: length - position]
+        position += len(piece)
+        before = words[-1][0] if words else ""
+        if words and (before == END if is_end else continues(before, piece_shown)):
+            words[-1] = (before if is_end else before + piece_shown, reward)
+        else:
+            words.append((piece_shown, reward))
+    return words
+
+
+def continues(before: str, piece: str) -> bool:
+    """Whether a piece of a reply belongs to the word before it."""
+    if not before or not piece:
+        return True  # of the tokens of one character, only one has a text
+    is_wide = unicodedata.east_asian_width(piece[0]) in "WF"
+    return not (piece[0].isspace() or before[-1].isspace() or is_wide)
+
+
+def reward_plot(words: list[list[tuple[str, float]]]) -> gr.LinePlot:
+    """The reward after each word of both replies; hidden for architectures that give no rewards before the end."""
+    points = [
+        (number, reward, letter, text.strip())
+        for letter, its_words in zip("AB", words, strict=True)
+        for number, (text, reward) in enumerate(its_words, 1)
+    ]
+    table = pandas.DataFrame(points, columns=["word", "reward", "reply", "text"])
     return gr.LinePlot(table, visible=bool(points))
 
 
-def coloured(tokens: list[list[Any]]) -> list[tuple[str, float | None]]:
-    """Each token with the change of the reward at it, scaled so that the largest change is 1 or -1."""
-    if len(tokens) < 2:
-        return [(text, None) for text, _ in tokens]
-    changes = [after - before for (_, before), (_, after) in itertools.pairwise(tokens)]
-    largest = max(map(abs, changes)) or 1.0
-    shares = [None, *(change / largest for change in changes)]
-    # of the tokens of one character, only one has a text
-    return [(text or "·", share) for (text, _), share in zip(tokens, shares, strict=True)]
+def coloured(letter: str, words: list[tuple[str, float]]) -> str:
+    """A reply whose words are coloured by how much the reward changes over them; the largest change is the strongest.
+
+    The first word has no reward before it and stays plain. The end does not count as the largest change: at many
+    models it would leave the words pale.
+    """
+    if not words:
+        return f"<p>{letter}: this model has no reward before the end of a reply.</p>"
+    changes = [after - before for (_, before), (_, after) in itertools.pairwise(words)]
+    largest = max((abs(c) for c, (text, _) in zip(changes, words[1:], strict=True) if text != END), default=0.0) or 1.0
+    pieces = [html.escape(words[0][0])]
+    for change, (text, _) in zip(changes, words[1:], strict=True):
+        side, share = "up" if change > 0 else "down", min(1.0, abs(change) / largest)
+        pieces.append(
+            f'<mark class="{side}" style="--share: {share:.2f}" title="{change:+.3f}">{html.escape(text)}</mark>'
+        )
+    return (
+        f'<div class="label">{letter}, {words[-1][1]:+.3f} at its end</div><div class="words">{"".join(pieces)}</div>'
+    )

@@ -715,6 +715,13 @@ def test_a_refused_message_stays_in_the_box_and_says_why(open_page):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+VERDICT = re.compile(r"The reward model prefers [AB] with probability (over )?\d+\.\d%")
+
+
+def open_words(page):
+    page.get_by_role("button", name="Reward word by word").click()
+
+
 def fill_comparison(page, prompt=QUESTION):
     page.get_by_role("tab", name="Compare").click()
     page.locator("#prompt textarea").fill(prompt)
@@ -733,9 +740,7 @@ def test_two_replies_are_compared_and_voted_on(open_page, server):
     page = open_page()
     fill_comparison(page)
     page.locator("#compare").click()
-    expect(page.locator("#verdict")).to_contain_text(re.compile(r"P\(A preferred\) = 0\.\d+"))
-    expect(page.locator("#growth canvas, #growth svg").first).to_be_visible()
-    expect(page.locator(".textspan, .textfield span").nth(10)).to_be_visible()
+    expect(page.locator("#verdict")).to_contain_text(VERDICT)
     before = server.votes_file.read_text().count("\n") if server.votes_file.exists() else 0
     page.locator("#vote-b").click()
     expect(page.locator("#saved")).to_contain_text(f"row {before + 1} of")
@@ -757,10 +762,10 @@ def test_a_pair_of_the_demos_is_compared_token_by_token(open_page, demo_folder):
     page.locator("#reply-A textarea").fill(chosen)
     page.locator("#reply-B textarea").fill(pair["rejected"].rpartition("\n\nAssistant: ")[2])
     page.locator("#compare").click()
-    expect(page.locator("#verdict")).to_contain_text("P(A preferred)")
+    expect(page.locator("#verdict")).to_contain_text(VERDICT)
+    open_words(page)
     expect(page.locator("#growth canvas, #growth svg").first).to_be_visible()
-    shown = "".join(page.locator(".textfield").first.inner_text().split())
-    assert shown == "".join(chosen.split()) + "<|im_end|>"
+    assert page.locator("#words-A .words").inner_text() == chosen + "■"
     picture(page, "compare", full_page=True)
 
 
@@ -775,20 +780,53 @@ def test_the_comparison_says_that_the_chats_system_prompt_applies(open_page):
 def test_the_model_writes_both_replies_and_they_are_compared(open_page):
     page = open_page()
     write_both(page, length=24)
-    expect(page.locator("#verdict")).to_contain_text("P(A preferred)")
+    expect(page.locator("#verdict")).to_contain_text(VERDICT)
     texts = [page.locator(f"#reply-{letter} textarea").input_value() for letter in "AB"]
     assert all(texts) and texts[0] != texts[1]
+
+
+def test_coloured_words_keep_the_lines_and_characters_of_the_reply_and_a_probability_is_said_once(open_page):
+    page = open_page()
+    fill_comparison(page)
+    reply = "First line.\n\n  - <b>an</b> item\n  - another\n\nLast & least: \U0001f642 é."
+    page.locator("#reply-A textarea").fill(reply)
+    page.locator("#compare").click()
+    expect(page.locator("#verdict")).to_contain_text(VERDICT)
+    assert page.locator("#verdict").inner_text().count("%") == 1 and "P(A" not in page.locator("#verdict").inner_text()
+    expect(page.locator("#words-A")).to_be_hidden()  # who votes does not have to scroll past it
+    open_words(page)
+    expect(page.get_by_text("Only the reward at the end was trained.")).to_be_visible()
+    assert page.locator("#words-A .words").inner_text() == reply + "■"
+    assert "im_end" not in page.locator("#by-word").inner_text()
+    assert page.locator("#words-A mark.up, #words-A mark.down").count() > 5
+
+
+def test_the_note_on_a_saved_vote_goes_with_its_pair(open_page):
+    page = open_page()
+    for change in ("typing", "a new pair"):
+        fill_comparison(page)
+        page.locator("#reply-A textarea").fill(f"Before {change}.")
+        page.locator("#vote-a").click()
+        expect(page.locator("#saved")).to_contain_text("is saved")
+        if change == "typing":
+            page.locator("#reply-A textarea").press("End")
+            page.locator("#reply-A textarea").type("!")
+        else:
+            page.locator("#write-both").click()
+        expect(page.locator("#saved")).to_be_empty()
 
 
 def test_a_verdict_disappears_when_its_texts_change(open_page):
     page = open_page()
     fill_comparison(page)
     page.locator("#compare").click()
-    expect(page.locator("#verdict")).to_contain_text("P(A preferred)")
+    expect(page.locator("#verdict")).to_contain_text(VERDICT)
     page.locator("#reply-A textarea").press("End")
     page.locator("#reply-A textarea").type("!")
-    expect(page.locator("#verdict")).not_to_contain_text("P(A preferred)")
+    expect(page.locator("#verdict")).not_to_contain_text(VERDICT)
+    open_words(page)
     expect(page.locator("#growth")).to_be_hidden()
+    expect(page.locator("#words-A")).to_be_empty()
 
 
 def test_half_written_replies_cannot_be_voted_on(open_page):
@@ -862,7 +900,7 @@ def test_keyboard_alone_is_enough(open_page):
         page.keyboard.type(text)
     focus(page, "#compare")
     page.keyboard.press("Enter")
-    expect(page.locator("#verdict")).to_contain_text("P(A preferred)")
+    expect(page.locator("#verdict")).to_contain_text(VERDICT)
 
 
 def focus(page, selector):
@@ -881,7 +919,7 @@ def test_nothing_is_wider_than_a_phone(open_page):
     picture(page, "phone")
     fill_comparison(page)
     page.locator("#compare").click()
-    expect(page.locator("#verdict")).to_contain_text("P(A preferred)")
+    expect(page.locator("#verdict")).to_contain_text(VERDICT)
     page.locator("#vote-tie").scroll_into_view_if_needed()
     expect(page.locator("#vote-tie")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
