@@ -37,6 +37,7 @@ class ChatConfig:
     votes_file: str = flag("./preferences.jsonl", "JSONL file for votes, which train_rm.py --dataset reads")
     host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 lets the whole network in and needs --auth")
     port: int = flag(7860, "port; if the default is taken, the next free one is used", minimum=1, below=65536)
+    page_host: str | None = flag(None, "name by which a reverse proxy or container publishes the page", is_list=True)
     share: bool = flag(False, "public address through Gradio's servers, for 7 days; needs --auth")
     auth: str | None = flag(None, "USER:PASS that visitors must enter")
     demo: bool = flag(False, "tiny built-in model and a reward model trained on its pairs, offline")
@@ -54,7 +55,13 @@ class ChatConfig:
             found.append(f"--host: {self.host} is reachable by others, so --auth USER:PASS is needed")
         if self.demo and (self.reward_model or self.model != model_list.DEFAULT_MODEL):
             found.append("--demo: brings its own models, so leave out --model and --reward_model")
+        wrong = [name for name in self.page_hosts if not server.is_host_name(name)]
+        found += [f"--page_host: got {name!r}, expected a host's name without http://, port or path" for name in wrong]
         return found
+
+    @property
+    def page_hosts(self) -> list[str]:
+        return self.page_host.split(",") if self.page_host is not None else []
 
 
 def demo_models(output_dir: Path) -> tuple[str, Path]:
@@ -88,7 +95,7 @@ def main(argv: list[str]) -> None:
         chat_engine.load()
     page = app.build_page(chat_engine, votes_file, Path(config.policy_dir))
     try:
-        server.launch(page, config.host, port, config.share, config.auth)
+        server.launch(page, config.host, port, config.share, config.auth, config.page_hosts)
         server.wait_for_ctrl_c()
     finally:
         page.close(verbose=False)

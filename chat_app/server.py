@@ -1,11 +1,14 @@
 """Who may connect to the page: which addresses, hosts and origins are let in, and the server's port."""
 
+import contextlib
 import errno
 import ipaddress
 import itertools
+import re
 import socket
 import time
 import urllib.parse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +41,20 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def own_names(host: str, share: bool) -> list[str]:
-    """The Host headers to accept, in lower case as browsers send them.
+def is_host_name(text: str) -> bool:
+    """Whether a text is a host's name or address alone. A name with "*" would let in hosts of anybody's choice."""
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(text.strip("[]")))
+    return re.fullmatch(r"[\w-]{1,63}(\.[\w-]{1,63})*", text) is not None
+
+
+def own_names(host: str, share: bool, page_hosts: Sequence[str] = ()) -> list[str]:
+    """The Host headers to accept, in lower case as browsers send them. `page_hosts` are names given by the user.
 
     A malicious site may point its own domain at this machine (DNS rebinding); its requests then carry that domain.
     """
     names = {"localhost", "127.0.0.1", "::1", host}
+    names |= {name.strip("[]").encode("idna").decode() for name in page_hosts}
     if not is_loopback(host):
         addresses = itertools.chain.from_iterable(psutil.net_if_addrs().values())
         names |= {socket.gethostname(), socket.getfqdn(), *(found.address.split("%")[0] for found in addresses)}
@@ -75,7 +86,10 @@ class Guard:
 
         async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
+                headers = MutableHeaders(scope=message)
+                headers.update(HEADERS)
+                if headers.get("content-type", "").startswith("text/event-stream"):
+                    headers["x-accel-buffering"] = "no"  # a proxy would hold a reply back until it is complete
             await send(message)
 
         await self.app(scope, receive, send_with_headers)
@@ -98,9 +112,9 @@ def free_port(host: str, first: int, last: int) -> int:
     raise UserError(f"{ports} taken", where=host, found=found, next="another --port, or none to use a free one")
 
 
-def launch(page: Any, host: str, port: int, share: bool, auth: str | None) -> None:
+def launch(page: Any, host: str, port: int, share: bool, auth: str | None, page_hosts: Sequence[str] = ()) -> None:
     """Serve a gr.Blocks from threads of this process, and print its addresses. `auth` is USER:PASSWORD or None."""
-    names = own_names(host, share)
+    names = own_names(host, share, page_hosts)
     middleware = [
         Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False),
         Middleware(Guard, allowed_hosts=names),
@@ -121,6 +135,10 @@ def launch(page: Any, host: str, port: int, share: bool, auth: str | None) -> No
         )
     for address in filter(None, (page.local_url, page.share_url)):
         print(f"open {address}   (Ctrl-C stops)", flush=True)
+    if page_hosts and not auth:
+        print(
+            f"whoever reaches {', '.join(page_hosts)} can use this page, unless its proxy or --auth asks for a password"
+        )
 
 
 def wait_for_ctrl_c() -> None:

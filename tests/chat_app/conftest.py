@@ -7,6 +7,8 @@ import pytest
 
 from tests.chat_server import Server, free_port
 
+PAGE_HOST = "chat.example.org"  # behind the proxy of test_proxy.py
+
 
 @pytest.fixture(scope="session")
 def server(reward_checkpoint, tmp_path_factory):
@@ -15,7 +17,7 @@ def server(reward_checkpoint, tmp_path_factory):
     policy_dir = tmp_path_factory.mktemp("grpo")
     model = os.environ.get("SCREENSHOT_MODEL", reward_checkpoint)
     output_dir = Path(model).parent if "SCREENSHOT_MODEL" in os.environ else reward_checkpoint.parent.parent
-    arguments = ["--model", model, "--output_dir", output_dir, "--policy_dir", policy_dir]
+    arguments = ["--model", model, "--output_dir", output_dir, "--policy_dir", policy_dir, "--page_host", PAGE_HOST]
     with Server(*arguments, "--port", free_port(), "--votes_file", votes_file) as running:
         running.votes_file, running.policy_dir = votes_file, policy_dir
         yield running

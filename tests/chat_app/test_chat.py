@@ -217,8 +217,9 @@ def run_chat(monkeypatch, capsys, tmp_path):
     return run
 
 
-def status_of(url, host=None):
-    request = urllib.request.Request(url, headers={"Host": host} if host else {})
+def status_of(url, host=None, origin=None):
+    headers = {name: value for name, value in (("Host", host), ("Origin", origin)) if value}
+    request = urllib.request.Request(url, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=20) as answer:
             return answer.status, dict(answer.headers)
@@ -236,6 +237,21 @@ def test_a_machine_whose_name_has_capitals_accepts_the_name_that_browsers_send(m
     monkeypatch.setattr(socket, "gethostname", lambda: "MyBox")
     names = chat_app.server.own_names("0.0.0.0", share=False)
     assert "mybox" in names and names == [name.lower() for name in names]
+
+
+def test_a_page_host_admits_exactly_that_name_as_host_and_as_origin(base, run_chat):
+    def visit(url, output):
+        assert "whoever reaches Chat.example.org, bücher.example, fd00::5 can use this page" in output
+        for host in ("chat.example.org", "chat.example.org:8443", "xn--bcher-kva.example", "[fd00::5]:80", "localhost"):
+            assert status_of(url, host)[0] == 200, host
+        for host in ("evil.chat.example.org", "example.org", "chat.example.org.evil.example", "[fd00::6]"):
+            assert status_of(url, host)[0] == 400, host
+        check_that_other_sites_are_refused(url)
+        for origin, wanted in (("https://chat.example.org", 200), ("https://x.chat.example.org", 403)):
+            assert status_of(f"{url}gradio_api/info", "chat.example.org", origin)[0] == wanted
+
+    names = ("Chat.example.org", "bücher.example", "fd00::5")
+    run_chat(visit, "--model", base, *(part for name in names for part in ("--page_host", name)))
 
 
 def check_that_other_sites_are_refused(url):
@@ -279,6 +295,11 @@ def test_files_of_this_machine_are_not_served(server, reward_checkpoint):
         (["--auth", "me"], "--auth: expected USER:PASS"),
         (["--auth", ":secret"], "--auth: expected USER:PASS"),
         (["--demo", "--model", "x"], "--demo: brings its own models"),
+        (["--page_host", "https://a.example"], "--page_host: got 'https://a.example', expected a host's name without"),
+        (["--page_host", "a.example:443"], "--page_host: got 'a.example:443'"),
+        (["--page_host", "a.example", "--page_host", "*"], "--page_host: got '*'"),
+        (["--page_host", "*.example"], "--page_host: got '*.example'"),
+        (["--page_host", ""], "--page_host: got ''"),
     ],
 )
 def test_flags_that_would_let_anyone_in_are_refused_with_the_reason(flags, reason):
