@@ -112,7 +112,7 @@ def test_files_that_a_page_names_exist(page):
 
 @each_page
 def test_flags_that_a_page_mentions_exist(page):
-    text = re.sub(r"^```slurm.*?^```", "", pages.read(page), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^```(?:slurm|dockerfile).*?^```", "", pages.read(page), flags=re.DOTALL | re.MULTILINE)
     known = {field.name for config in CONFIGS.values() for field in fields(config)}
     known |= {f"no_{name}" for name in known}
     known |= set(re.findall(r'"--(\w+)"', "".join(path.read_text() for path in (ROOT / "bench").glob("*.py"))))
