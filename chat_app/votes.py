@@ -1,7 +1,14 @@
 """Votes from the page, appended to a JSONL file that `train_rm.py --dataset` reads.
 
 A row is {"prompt": messages, "chosen": [reply], "rejected": [reply], "vote": …, "time": …}. "Tie" and "both bad" are
-saved too, with A as `chosen`; because of their `vote`, training counts and skips them.
+saved too, with A as `chosen`; because of their `vote`, training counts and skips them. The page adds what makes a vote
+trustworthy, which training ignores and votes of earlier versions lack:
+
+    "blind": whether the page had not shown rewards or verdict of these texts before the vote
+    "swapped": whether the two sides changed places when they were drawn
+    "reward_model": the loaded one's name, or null
+    "shown": {"a": side, "b": side}, each {"written_by": the policy, null if typed, "ending": "stopped", "cut" (at max
+             new tokens), "" for a whole reply, null if typed, "reward": null if there is none}
 """
 
 import contextlib
@@ -9,8 +16,9 @@ import errno
 import json
 import os
 import time
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import utils
 from chat_app.conversation import with_reply
@@ -38,6 +46,41 @@ def row_of(prompt: Messages, reply_a: str, reply_b: str, vote: str) -> dict[str,
         "vote": vote,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),  # ISO 8601, local time
     }
+
+
+class Agreement(NamedTuple):
+    """How a reward model's rewards compare with blind votes."""
+
+    agreed: int  # of `decided`, the votes for one side whose rewards differ
+    decided: int
+    no_difference: int  # votes for one side whose rewards are equal
+    ties: int  # votes for neither side
+
+
+def agreement(path: Path, reward_model: str) -> Agreement:
+    """Compare the blind votes in a file with the rewards that `reward_model` gave at that time.
+
+    Votes of earlier versions and lines changed by hand that can no longer be read are not counted.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    found: Counter[str] = Counter()
+    for line in lines:
+        try:
+            row = json.loads(line)
+            if row["blind"] is not True or row["reward_model"] != reward_model:
+                continue
+            difference = row["shown"]["a"]["reward"] - row["shown"]["b"]["reward"]
+            vote = row["vote"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if vote not in ("a", "b"):
+            found["ties"] += 1
+        elif difference == 0:
+            found["no difference"] += 1
+        else:
+            found["decided"] += 1
+            found["agreed"] += (difference > 0) == (vote == "a")
+    return Agreement(found["agreed"], found["decided"], found["no difference"], found["ties"])
 
 
 def check_file(path: Path) -> None:

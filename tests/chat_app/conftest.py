@@ -1,13 +1,27 @@
-"""One server for all tests of this folder that need a real one: starting it takes about ten seconds."""
+"""A reward model that knows its data, and one server for all tests that need a real one: it starts in ten seconds."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+import utils
+from checkpointing import manifest
 from tests.chat_server import Server, free_port
 
 PAGE_HOST = "chat.example.org"  # behind the proxy of test_proxy.py
+
+
+@pytest.fixture(scope="session")
+def reward_checkpoint(run_folder, demo_folder, tmp_path_factory):
+    """The run's checkpoint in a run of its own that says what it was trained on."""
+    folder = tmp_path_factory.mktemp("rm") / "bread" / "step-2"
+    shutil.copytree(run_folder / "step-2", folder, ignore=shutil.ignore_patterns("manifest.json"))
+    settings = utils.read_json(folder / "train_config.json")
+    utils.write_json(folder / "train_config.json", {**settings, "dataset": str(demo_folder[1])})
+    manifest.write_manifest(folder, 2)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -748,6 +748,7 @@ def test_two_replies_are_compared_and_voted_on(open_page, server):
     assert row["prompt"] == [{"role": "user", "content": QUESTION}] and row["vote"] == "b"
     assert row["chosen"][0]["content"] == "You are too lazy to bake."
     assert row["rejected"][0]["content"] == "Knead the dough <b>until</b> it is smooth."
+    assert row["blind"] is False  # the verdict was shown first
     page.locator("#vote-b").click()
     expect(page.locator(".toast-body").last).to_contain_text("saved already")
     assert server.votes_file.read_text().count("\n") == before + 1
@@ -777,10 +778,14 @@ def test_the_comparison_says_that_the_chats_system_prompt_applies(open_page):
     expect(page.get_by_text("applies here too, and is saved with votes: Be <b>kind</b>.")).to_be_visible()
 
 
-def test_the_model_writes_both_replies_and_they_are_compared(open_page):
+def test_the_model_writes_both_replies_and_they_are_compared_at_once_if_the_page_is_not_blind(open_page):
     page = open_page()
+    page.get_by_role("tab", name="Compare").click()
+    page.locator("#blind input").uncheck()
+    page.get_by_role("tab", name="Chat").click()
     write_both(page, length=24)
     expect(page.locator("#verdict")).to_contain_text(VERDICT)
+    expect(page.locator("#verdict")).to_contain_text("both: ")
     texts = [page.locator(f"#reply-{letter} textarea").input_value() for letter in "AB"]
     assert all(texts) and texts[0] != texts[1]
 
@@ -829,6 +834,96 @@ def test_a_verdict_disappears_when_its_texts_change(open_page):
     expect(page.locator("#words-A")).to_be_empty()
 
 
+def last_vote(server):
+    return json.loads(server.votes_file.read_text(encoding="utf-8").splitlines()[-1])
+
+
+def test_a_blind_vote_comes_before_verdict_and_names_and_is_counted(open_page, server):
+    page = open_page()
+    write_both(page, length=24)
+    expect(page.locator("#vote-a")).to_be_enabled()
+    page.wait_for_timeout(1000)
+    expect(page.locator("#verdict")).to_be_empty()
+    agreed, decided = agreement(page)
+    page.locator("#vote-a").click()
+    expect(page.locator("#verdict")).to_contain_text(VERDICT)
+    expect(page.locator("#verdict")).to_contain_text("both: ")
+    row = last_vote(server)
+    model_agrees = row["shown"]["a"]["reward"] > row["shown"]["b"]["reward"]
+    assert row["blind"] is True and row["vote"] == "a"
+    assert agreement(page) == (agreed + model_agrees, decided + 1)
+    texts = [row["chosen"][0]["content"], row["rejected"][0]["content"]]
+    assert texts == [page.locator(f"#reply-{letter} textarea").input_value().strip() for letter in "AB"]
+    assert row["shown"]["a"]["ending"] == row["shown"]["b"]["ending"] == "cut"
+    assert row["shown"]["a"]["written_by"] == row["shown"]["b"]["written_by"] != None  # noqa: E711
+    page.locator("#vote-b").click()
+    expect(page.locator("#saved")).to_contain_text("“B is better” is saved")
+    assert last_vote(server)["blind"] is False
+    assert agreement(page) == (agreed + model_agrees, decided + 1)
+
+
+def agreement(page):
+    """(agreed, blind votes for one side) as the page says."""
+    text = page.locator("#agreement").inner_text()
+    found = re.search(r"agreed with ([\d,]+) of ([\d,]+) blind votes?: \d+% \(95% interval \d+% to \d+%\)", text)
+    return tuple(int(number.replace(",", "")) for number in found.groups()) if found else (0, 0)
+
+
+def test_a_stopped_reply_is_marked_in_the_votes_row_and_no_error_covers_it(open_page, server):
+    page = open_page()
+    write_both(page, length=1900)
+    expect(page.locator("#reply-A textarea")).not_to_have_value("")
+    expect(page.locator("#reply-B textarea")).not_to_have_value("")
+    page.locator("#stop-writing").click()
+    expect(page.locator("#vote-a")).to_be_enabled(timeout=5_000)
+    expect(page.locator(".error:visible")).to_have_count(0)
+    page.locator("#vote-tie").click()
+    expect(page.locator("#verdict")).to_contain_text("A was stopped early · B was stopped early")
+    assert [last_vote(server)["shown"][letter]["ending"] for letter in "ab"] == ["stopped", "stopped"]
+
+
+def test_the_next_pair_is_proposed_and_can_be_voted_on(open_page, server, demo_folder):
+    page = open_page()
+    set_slider(page, "Max new tokens", 16)
+    page.get_by_role("tab", name="Compare").click()
+    for _ in range(2):
+        before = page.locator("#reply-A textarea").input_value()
+        page.locator("#next-pair").click()
+        expect(page.locator("#reply-A textarea")).not_to_have_value(before)
+        expect(page.locator("#vote-a")).to_be_enabled()
+        expect(page.locator("#saved")).to_be_empty()
+        page.locator("#vote-a").click()
+        expect(page.locator("#verdict")).to_contain_text(VERDICT)
+    assert last_vote(server)["prompt"][-1]["role"] == "user"
+    known = (demo_folder[1] / "test.jsonl").read_text()
+    assert json.dumps(last_vote(server)["prompt"][-1]["content"])[1:-1] in known
+
+
+def test_a_proposal_that_is_stopped_leaves_the_pair_as_it_was(open_page):
+    page = open_page()
+    set_slider(page, "Max new tokens", 1900)
+    fill_comparison(page)
+    page.locator("#next-pair").click()
+    expect(page.locator("#saved")).to_contain_text("Prompt 1 of 2: writing 4 replies")
+    page.locator("#stop-writing").click()
+    expect(page.locator("#vote-a")).to_be_enabled()
+    expect(page.locator("#saved")).to_be_empty()
+    expect(page.locator("#prompt textarea")).to_have_value(QUESTION)
+    expect(page.locator("#reply-B textarea")).to_have_value("You are too lazy to bake.")
+
+
+def test_what_cannot_be_written_is_a_hint_and_covers_nothing(open_page):
+    page = open_page()
+    set_slider(page, "Max new tokens", 2040)
+    fill_comparison(page)
+    for button in ("#write-both", "#next-pair"):
+        page.locator(button).click()
+        expect(page.locator(".toast-body").last).to_contain_text("too long")
+        expect(page.locator("#vote-a")).to_be_enabled()
+        expect(page.locator(".error:visible")).to_have_count(0)
+        expect(page.locator("#reply-B textarea")).to_have_value("You are too lazy to bake.")
+
+
 def test_half_written_replies_cannot_be_voted_on(open_page):
     page = open_page()
     write_both(page, length=1900)
@@ -853,7 +948,7 @@ def test_words_that_look_like_turns_stay_words_when_copied_from_the_chat(open_pa
     assert row["prompt"] == [{"role": "user", "content": "see:\n\nHuman: x\n\nAssistant: y"}]
 
 
-def test_the_chats_two_best_candidates_are_copied_into_the_comparison(open_page):
+def test_the_chats_two_best_candidates_are_copied_into_the_comparison(open_page, server):
     page = open_page()
     set_slider(page, "Best of N", 2)
     ask(page, QUESTION)
@@ -861,6 +956,9 @@ def test_the_chats_two_best_candidates_are_copied_into_the_comparison(open_page)
     page.locator("#from-chat").click()
     expect(page.locator("#prompt textarea")).to_have_value(QUESTION)
     assert all(page.locator(f"#reply-{letter} textarea").input_value() for letter in "AB")
+    page.locator("#vote-a").click()
+    expect(page.locator("#verdict")).to_contain_text("the chat's reply")
+    assert last_vote(server)["blind"] is False  # the chat has shown the rewards
 
 
 def test_models_are_offered_and_loaded_by_name(open_page):
@@ -898,9 +996,12 @@ def test_keyboard_alone_is_enough(open_page):
     ):
         focus(page, selector)
         page.keyboard.type(text)
-    focus(page, "#compare")
+    focus(page, "#vote-a")
     page.keyboard.press("Enter")
     expect(page.locator("#verdict")).to_contain_text(VERDICT)
+    focus(page, "#by-word button")
+    page.keyboard.press("Enter")
+    expect(page.locator("#words-A mark").first).to_be_visible()
 
 
 def focus(page, selector):
@@ -920,8 +1021,11 @@ def test_nothing_is_wider_than_a_phone(open_page):
     fill_comparison(page)
     page.locator("#compare").click()
     expect(page.locator("#verdict")).to_contain_text(VERDICT)
-    page.locator("#vote-tie").scroll_into_view_if_needed()
-    expect(page.locator("#vote-tie")).to_be_visible()
+    bottom = page.locator("#reply-B").bounding_box()
+    for vote in ("a", "b", "tie", "both_bad"):  # directly under the replies, above everything that is shown later
+        box = page.locator(f"#vote-{vote}").bounding_box()
+        assert 0 <= box["y"] - (bottom["y"] + bottom["height"]) < 160 and box["width"] > 120 and box["height"] > 30
+    picture(page, "compare-phone")
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
 
 

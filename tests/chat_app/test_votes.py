@@ -47,6 +47,44 @@ def test_training_reads_the_file_as_it_is(tmp_path, tokenizer, own_cache):
     assert contains(chosen, yes) != contains(chosen, no) and contains(rejected, yes) != contains(rejected, no)
 
 
+def blind_row(vote, reward_a, reward_b, **changes):
+    rewards = {"a": reward_a, "b": reward_b}
+    shown = {side: {"written_by": "p", "ending": "cut", "reward": reward} for side, reward in rewards.items()}
+    more = {"blind": True, "swapped": False, "reward_model": "rm", "shown": shown, **changes}
+    return {**votes.row_of(PROMPT, f"Yes {reward_a}.", "No.", vote), **more}
+
+
+def test_what_a_row_says_of_its_vote_changes_nothing_in_training(tmp_path, tokenizer, own_cache):
+    sequences = []
+    for name, more in (("old", {}), ("new", blind_row("a", 1.0, 2.0))):
+        path = tmp_path / f"{name}.jsonl"
+        for number in range(30):
+            prompt = [{"role": "user", "content": f"Question {number}?"}]
+            row = votes.row_of(prompt, "Yes.", "No.", "ab"[number % 2])
+            votes.append(path, {**more, **row})
+        train, _ = data.load_pairs(str(path), tokenizer)
+        train.check_skipped()
+        assert not train.counts.unused
+        sequences.append([side.tolist() for at in range(len(train)) for side in train.sequences(at)])
+    assert sequences[0] == sequences[1] and len(sequences[0]) > 40
+
+
+def test_agreement_counts_blind_votes_of_one_reward_model_and_ties_apart(tmp_path):
+    path = tmp_path / "preferences.jsonl"
+    assert votes.agreement(path, "rm") == (0, 0, 0, 0)
+    for row in (
+        votes.row_of(PROMPT, "An old vote.", "No.", "a"),
+        blind_row("a", 2.0, 1.0), blind_row("b", 2.0, 1.0), blind_row("b", -1.0, 1.0),
+        blind_row("a", 1.0, 1.0), blind_row("tie", 2.0, 1.0), blind_row("both_bad", 1.0, 1.0),
+        blind_row("a", 2.0, 1.0, blind=False), blind_row("a", 2.0, 1.0, reward_model="another"),
+        blind_row("a", None, None), blind_row("a", 2.0, 1.0, shown=None),
+    ):  # fmt: skip
+        votes.append(path, row)
+    with path.open("a") as file:
+        file.write("not JSON\n[]\n5\n")
+    assert votes.agreement(path, "rm") == votes.Agreement(agreed=2, decided=3, no_difference=1, ties=2)
+
+
 def contains(tokens, part):
     return any(tokens[start : start + len(part)] == part for start in range(len(tokens)))
 
