@@ -26,8 +26,8 @@ def build_page(engine: ChatEngine, votes_file: Path, policy_dir: Path) -> gr.Blo
         with gr.Tabs() as tabs:
             with gr.Tab("Chat") as chat_tab:
                 chat = ChatTab(engine, page)
-            with gr.Tab("Compare"):
-                CompareTab(engine, votes_file, chat.conversation, chat.settings)
+            with gr.Tab("Compare") as compare_tab:
+                CompareTab(engine, votes_file, compare_tab, chat.conversation, chat.settings)
             with gr.Tab("Rollouts") as rollouts_tab:
                 RolloutsTab(engine, rollouts_tab, policy_dir)
             with gr.Tab("Models", id="models") as models_tab:

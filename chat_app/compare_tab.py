@@ -42,7 +42,10 @@ class CompareTab:
     While the page is blind, who wrote which reply, the rewards and the verdict are shown after the vote only.
     """
 
-    def __init__(self, engine: ChatEngine, votes_file: Path, chat: gr.State, settings: list[gr.components.Component]):
+    def __init__(
+        self, engine: ChatEngine, votes_file: Path, tab: gr.Tab, chat: gr.State,
+        settings: list[gr.components.Component],
+    ):  # fmt: skip
         self.engine, self.votes_file = engine, votes_file
         self.stops: dict[str | None, threading.Event] = {}  # by session: ends what the models write for it
         system_prompt = settings[0]
@@ -70,7 +73,7 @@ class CompareTab:
         blind = gr.Checkbox(True, label="Blind", info=BLIND_INFO, elem_id="blind")
         note = gr.HTML(elem_id="saved")
         verdict = gr.HTML(elem_id="verdict")
-        agreement = gr.HTML(self.agreement_line, elem_id="agreement")
+        agreement = gr.HTML(elem_id="agreement")
         with gr.Accordion("Reward word by word", open=False, elem_id="by-word"):
             gr.HTML(CAVEAT)
             with gr.Row():
@@ -105,6 +108,7 @@ class CompareTab:
             ended = writing.then(lambda: ["", *set_controls(False)], None, [note, *controls], **AT_ONCE)
             ended.then(**show_unless_blind)
         stop.click(self.stop, None, None, **AT_ONCE)
+        tab.select(self.agreement_line, None, agreement, **AT_ONCE)
         policy_b.focus(self.list_policies, policy_b, policy_b, **AT_ONCE)
         for vote, button in buttons.items():
             arguments = [functools.partial(self.vote, vote), [last_vote, seen, *inputs], [note, last_vote, agreement]]

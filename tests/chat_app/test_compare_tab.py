@@ -89,7 +89,7 @@ def tab(base, reward_checkpoint, tmp_path):
     engine.load()
     with gr.Blocks():
         settings = [gr.Textbox(), *(gr.Number() for _ in range(3)), gr.Checkbox(), gr.Number()]
-        return CompareTab(engine, tmp_path / "preferences.jsonl", gr.State(), settings)
+        return CompareTab(engine, tmp_path / "preferences.jsonl", gr.Tab(), gr.State(), settings)
 
 
 VISITOR = SimpleNamespace(session_hash="visitor")
