@@ -1,6 +1,7 @@
 """chat.py: the real server through its API, its faults, ten users at once, and who may connect."""
 
 import itertools
+import json
 import os
 import re
 import signal
@@ -237,6 +238,16 @@ def test_a_machine_whose_name_has_capitals_accepts_the_name_that_browsers_send(m
     monkeypatch.setattr(socket, "gethostname", lambda: "MyBox")
     names = chat_app.server.own_names("0.0.0.0", share=False)
     assert "mybox" in names and names == [name.lower() for name in names]
+
+
+def test_the_documented_container_starts_the_page_with_flags_that_it_takes():
+    text = (ROOT / "docs" / "chat.md").read_text(encoding="utf-8")
+    python, script, *flags = json.loads(re.search(r"^ENTRYPOINT (.*)$", text, re.MULTILINE).group(1))
+    flags += re.search(r"docker run .* chat-page \\\n(.*)$", text, re.MULTILINE).group(1).split()
+    given, problems = chat.flags.read_flags(chat.ChatConfig, flags, "A test.")
+    config = chat.flags.build_config(chat.ChatConfig, given, problems)
+    assert (python, script, config.host) == ("python", "chat.py", "0.0.0.0")
+    assert config.page_hosts == ["gpu-machine.local"] and config.votes_file.startswith("/votes/")
 
 
 def test_a_page_host_admits_exactly_that_name_as_host_and_as_origin(base, run_chat):
