@@ -26,7 +26,7 @@ from data_pipeline.messages import Messages
 SAME_POLICY = "the loaded policy"
 END = "■"  # the end of a reply, where its reward is read
 CAVEAT = f"""
-<p>How the reward changes over each word: <mark class="up">blue</mark> raises it, <mark class="down">orange</mark>
+<p>How the reward changes over each word: <mark class="up">green</mark> raises it, <mark class="down">pink</mark>
 lowers it, {END} is the end of the reply. <b>Only the reward at the end was trained.</b> What the model says in the
 middle of a reply is a by-product: take the colours as hints, not as reasons.</p>
 """
@@ -77,7 +77,10 @@ class CompareTab:
         with gr.Accordion("Reward word by word", open=False, elem_id="by-word"):
             gr.HTML(CAVEAT)
             with gr.Row():
-                texts = [gr.HTML(elem_id=f"words-{letter}", min_width=280) for letter in "AB"]
+                texts = []
+                for letter in "AB":
+                    with gr.Column(min_width=280):  # below one another on a phone
+                        texts.append(gr.HTML(elem_id=f"words-{letter}"))
             plot = gr.LinePlot(
                 x="word", y="reward", color="reply", tooltip=["text", "reward", "reply"], height=260, visible=False,
                 title="Reward after each word", elem_id="growth",

@@ -1026,6 +1026,9 @@ def test_nothing_is_wider_than_a_phone(open_page):
         box = page.locator(f"#vote-{vote}").bounding_box()
         assert 0 <= box["y"] - (bottom["y"] + bottom["height"]) < 160 and box["width"] > 120 and box["height"] > 30
     picture(page, "compare-phone")
+    open_words(page)
+    boxes = [page.locator(f"#words-{letter}").bounding_box() for letter in "AB"]
+    assert boxes[0]["width"] > 250 and boxes[1]["y"] >= boxes[0]["y"] + boxes[0]["height"]
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
 
 
