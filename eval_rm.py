@@ -205,8 +205,6 @@ def score_lines(config: EvalConfig) -> None:
         check_base_model(config.base_model, folder)
         ready = scorer.Scorer(evaluator.saved_model(config.model, folder, config.base_model).open(), scoring)
     counts = score_stream.score(ready, lines, config.best_of, config.score != "-", sys.stdout.buffer)
-    if config.score != "-" and not counts.scored + counts.skipped.total():  # a pipeline may have nothing to say
-        raise UserError("--score: the file has no rows", where=Path(config.score).absolute(), next="another file")
     skipped = f", {counts.skipped.total():,} skipped" if counts.skipped else ""
     print(f"{utils.counted(counts.scored, 'row')} scored{skipped}", file=sys.stderr)
     for reason, count in sorted(counts.skipped.items()):

@@ -30,11 +30,11 @@ Draw = Callable[[Axes, Palette], None]
 
 @dataclass(frozen=True)
 class Plot:
-    """What draws a plot, a line on how to read it, and its height in inches."""
+    """What draws a plot, its height in inches, and how to read it."""
 
     name: str
     title: str
-    reading: str
+    how_to_read: str
     draw: Draw
     height: float = 3.0
 
@@ -47,14 +47,16 @@ def number(value: float | None, form: str = ".3f") -> str:
     return "–" if value is None else format(value, form)
 
 
-def write(path: Path, template: Path, plots: Sequence[Plot], **values: Any) -> None:
-    """Write a page, all or nothing: a template of its own, `values`, and the plots as `plots`."""
+def write(
+    path: Path, template: Path, plots: Sequence[Plot], filters: dict[str, Callable[..., str]], **values: Any
+) -> None:
+    """Write a page, all or nothing: a template, which has `filters` of its own, `values`, and the plots as `plots`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"percent": percent, "number": number, "count": "{:,}".format}
-    drawn = [{"title": plot.title, "reading": plot.reading, "svg": svg(plot)} for plot in plots]
+    environment.filters |= {"percent": percent, "number": number, "count": "{:,}".format, **filters}
+    drawn = [{"title": plot.title, "how_to_read": plot.how_to_read, "svg": svg(plot)} for plot in plots]
     page = environment.get_template(template.name).render(plots=drawn, **values)
     with atomic_files.atomic_file(path) as file:
         file.write(page + "\n")
@@ -88,6 +90,7 @@ def style(palette: Palette, plot: Plot) -> AbstractContextManager:
 
 
 def figure(plot: Plot, palette: Palette) -> Figure:
-    figure = Figure(figsize=(5.6, plot.height), dpi=110, layout="constrained")
+    figure = Figure(figsize=(5.0, plot.height), dpi=110, layout="constrained")
     plot.draw(figure.add_subplot(), palette)
+    figure.draw_without_rendering()  # a first layout settles the ticks, which the second one makes room for
     return figure

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import expit
 
 import utils
 from common import atomic_files
@@ -17,6 +18,7 @@ from evaluation.eval_data import Comparison, Data, Row
 from evaluation.scores import Scored, ScoreLog, ScoreTable
 
 MOST_READ = 10  # pairs worth reading, of each kind
+NEAR_TIE = 0.55  # the model is less sure of its choice than this
 REPORT_VERSION = 1
 
 
@@ -87,47 +89,59 @@ def findings(content: dict[str, Any]) -> list[str]:
         found.append("The model prefers the rejected reply more often than the chosen one.")
     elif high < guessing:
         found.append(f"The model does worse than guessing ({guessing:.0%}).")
-    longer = length["model_prefers_longer"]
     controlled = length["length_controlled"]["accuracy"]
-    if longer is not None and max(longer, 1 - longer) > 0.95:
-        side = "longer" if longer > 0.5 else "shorter"
-        found.append(
-            f"Its reward is length: it prefers the {side} reply in {max(longer, 1 - longer):.1%} of the pairs whose "
-            f"replies differ in length (people prefer the longer one in {length['people_prefer_longer']:.1%})."
-        )
-    elif longer is not None and (bias := _length_bias(length, longer)):
-        found.append(bias)
+    found += filter(None, [length_preference(length)])
     rule, best = max(content["baselines"].items(), key=lambda item: item[1]["accuracy"] or 0)
     if best["accuracy"] is not None and low <= best["accuracy"]:
         found.append(f"The rule “{rule}” alone reaches {best['accuracy']:.1%}: the model is not clearly better.")
     if is_of_pairs and controlled is not None and accuracy - controlled > 0.05:
         found.append(
-            f"{accuracy - controlled:.1%} of the accuracy is due to length: if the longer reply were chosen "
-            f"exactly half of the time, it would be {controlled:.1%}."
+            f"{100 * (accuracy - controlled):.1f} points of the accuracy are due to length: if the longer reply were "
+            f"chosen exactly half of the time, it would be {controlled:.1%}."
         )
-    temperature = content["calibration"]["temperature"]
+    temperature, ece = content["calibration"]["temperature"], content["calibration"]["ece"]
+    by_chance = content["calibration"]["ece_floor"]
     if temperature and temperature["low"] > 1.25:
-        found.append(f"It is overconfident: divide its rewards by {temperature['value']:.2g} to correct that.")
+        found.append(
+            "It is overconfident: it is right less often than its rewards claim. "
+            f"Dividing them by {temperature['value']:.2g} corrects that."
+        )
     elif temperature and temperature["high"] is not None and temperature["high"] < 0.8:
-        found.append(f"It is underconfident: divide its rewards by {temperature['value']:.2g} to correct that.")
+        found.append(
+            "It is underconfident: it is right more often than its rewards claim. "
+            f"Dividing them by {temperature['value']:.2g} corrects that."
+        )
+    elif ece > by_chance["high"]:
+        found.append(
+            f"How sure it is and how often it is right differ by {ece:.1%} on average; by chance it would be "
+            f"{by_chance['mean']:.1%}, and rarely more than {by_chance['high']:.1%}."
+        )
     worst = [(name, one) for name, one in content["by_subset"].items() if one["high"] < low]
     for name, one in sorted(worst, key=lambda item: item[1]["accuracy"])[:3]:
         found.append(f"Weak at “{name}”: {one['accuracy']:.1%} of {one['n']:,}, against {accuracy:.1%} over all.")
     return found
 
 
-def _length_bias(length: dict[str, Any], longer: float) -> str:
-    """That a model prefers one side by length where people do not, in words; "" unless its two accuracies say so."""
-    by_side = {"longer": length["better_is_longer"], "shorter": length["better_is_shorter"]}
+def length_preference(length: dict[str, Any]) -> str | None:
+    """Which replies the model prefers, the longer or the shorter ones, and what that costs; None if it hardly does."""
+    longer, within = length["model_prefers_longer"], length["within_prompts"]["pearson"]
+    if longer is None:
+        return None
+    accuracies = {"longer": length["better_is_longer"], "shorter": length["better_is_shorter"]}
     side, other = ("longer", "shorter") if longer > 0.5 else ("shorter", "longer")
-    better, worse = by_side[side], by_side[other]
-    if not better["n"] or not worse["n"] or better["low"] <= worse["high"]:
-        return ""
-    people = length["people_prefer_longer"]
+    share, people = max(longer, 1 - longer), length["people_prefer_longer"]
+    on_its_side, on_the_other = accuracies[side], accuracies[other]
+    if share <= 0.95 and abs(within or 0) <= 0.5 and on_its_side["low"] <= on_the_other["high"]:
+        return None
+    found = (
+        f"{'Its reward is length: it' if share > 0.95 else 'It'} prefers the {side} reply in {share:.0%} of the pairs "
+        f"whose replies differ in length (people do in {people if side == 'longer' else 1 - people:.0%})"
+    )
+    if not on_its_side["n"] or not on_the_other["n"]:
+        return f"{found}."
     return (
-        f"It prefers the {side} reply in {max(longer, 1 - longer):.0%} of the pairs whose replies differ in length "
-        f"(people in {people if side == 'longer' else 1 - people:.0%}): it is right in {better['accuracy']:.0%} where "
-        f"the chosen reply is {side}, but in {worse['accuracy']:.0%} where it is {other}."
+        f"{found}. It is right in {on_its_side['accuracy']:.0%} where the better reply is {side}, "
+        f"in {on_the_other['accuracy']:.0%} where it is {other}."
     )
 
 
@@ -150,8 +164,8 @@ def worth_reading(table: ScoreTable, other: ScoreTable | None) -> dict[str, list
     """Positions of the pairs worth reading, by kind, the most telling first."""
     order = np.argsort(table.reward_margins, kind="stable")
     wrong = order[table.reward_margins[order] < 0][:MOST_READ]
-    from_half = np.abs(metrics.label_probability(table.reward_margins) - 0.5)
-    near = [at for at in np.argsort(from_half, kind="stable")[:MOST_READ] if from_half[at] < metrics.NEAR_TIE]
+    size = np.abs(table.reward_margins)
+    near = np.argsort(size, kind="stable")[: min(MOST_READ, int((expit(size) < NEAR_TIE).sum()))]
     found = {"mistakes": table.positions[wrong].tolist(), "near_ties": table.positions[near].tolist()}
     if other is not None:
         ours, theirs = _scored_by_both(table, other)

@@ -3,25 +3,27 @@
 from pathlib import Path
 from typing import Any
 
+import utils
 from common import pages
-from evaluation import report
+from evaluation import analysis, report
 
 PAGE = "report.html"
-FIRST_WORDS = 90  # characters of a prompt beside a folded pair
+MOST_OF_PROMPT = 90  # characters of it that a folded pair shows
 READINGS = (  # key in report.json's "reading", heading, what these pairs are
-    ("mistakes", "Most confident mistakes", "the model prefers the rejected reply by the widest margin"),
-    ("disagreements", "Where the two models disagree most", "only one of them prefers the chosen reply"),
-    ("near_ties", "Near-ties", "the model gives either reply about half"),
+    ("mistakes", "Most confident mistakes", "The model prefers the rejected reply by the widest margin."),
+    ("disagreements", "Where the two models disagree most", "Only one of them prefers the chosen reply."),
+    ("near_ties", "Near-ties", f"The model is less than {analysis.NEAR_TIE:.0%} sure of its choice."),
 )
 
 
 def write(folder: Path, content: dict[str, Any], drawn: list[pages.Plot]) -> None:
     """Write report.html, all or nothing."""
+    filters = {"counted": utils.counted, "as_floor": report.floor, "as_interval": report.temperature_interval}
     pages.write(
-        folder / PAGE, Path(__file__).with_name("report.html.jinja"), drawn,
+        folder / PAGE, Path(__file__).with_name("report.html.jinja"), drawn, filters,
         content=content,
-        temperature=report.temperature(content),
         tables=report.tables(content),
+        why_no_temperature=report.why_no_temperature(content),
         readings=[
             (heading, explanation, [_pair_view(entry) for entry in entries])
             for key, heading, explanation in READINGS
@@ -30,7 +32,7 @@ def write(folder: Path, content: dict[str, Any], drawn: list[pages.Plot]) -> Non
         settings=[
             *content["settings"].items(),
             *(("rows", line) for line in [*content["notes"], *content["rows"]["in_words"]]),
-            ("weights, tokenizer and precision", content["fingerprint"][:16]),
+            ("fingerprint of weights, tokenizer and precision", content["fingerprint"][:16]),
         ],
     )  # fmt: skip
 
@@ -48,12 +50,17 @@ def _pair_view(entry: dict[str, Any]) -> dict[str, Any]:
         rewards = entry[f"reward_{side}"]
         for dialogue, reward in zip(dialogues, [rewards] if is_pair else rewards, strict=True):
             replies.append({"side": side, "reward": reward, "text": _own_text(dialogue, shared)})
-    asked = " ".join(shared[-1]["content"].split()) if shared else ""
-    first_words = asked if len(asked) <= FIRST_WORDS else asked[:FIRST_WORDS] + "…"
     return {
-        "margin": entry["margin"], "first_words": first_words, "about": " · ".join(filter(None, about)),
-        "shared": shared, "replies": replies,
+        "margin": entry["margin"], "prompt": _first_words(shared or sides["chosen"][0]),
+        "about": " · ".join(filter(None, about)), "shared": shared, "replies": replies,
     }  # fmt: skip
+
+
+def _first_words(dialogue: list[dict[str, str]]) -> str:
+    """The beginning of the prompt that is answered, on one line."""
+    asked = next((message["content"] for message in reversed(dialogue) if message["role"] == "user"), "")
+    words = " ".join(asked.split())
+    return words if len(words) <= MOST_OF_PROMPT else words[:MOST_OF_PROMPT].rstrip() + "…"
 
 
 def _own_text(dialogue: list[dict[str, str]], shared: list[dict[str, str]]) -> str:

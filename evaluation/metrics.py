@@ -20,11 +20,11 @@ import utils
 
 Array = np.ndarray
 CALIBRATION_BINS = 10  # over [0.5, 1]
+CALIBRATION_DRAWS = 2000  # of perfectly calibrated outcomes
 BOOTSTRAP_SAMPLES = 10_000
 EXACT_UP_TO = 1000  # discordant pairs; beyond, chi-squared and the exact test agree to three digits
 LENGTH_EDGES = (0, 16, 32, 64, 128, 256, 512, 1024)  # tokens; fixed, so that reports compare
 MISLABEL_BELOW = 0.05
-NEAR_TIE = 0.05  # of probability, from a half
 
 
 def accuracy(reward_margin: Array) -> dict[str, Any]:
@@ -76,7 +76,21 @@ def length_bias(rewards: Array, lengths: Array) -> dict[str, Any]:
         "model_prefers_longer": float(prefers_longer[decided].mean()) if decided.any() else None,
         "people_prefer_longer": float((longer_by[differ] > 0).mean()) if differ.any() else None,
         "length_controlled": length_controlled(reward_margin, longer_by),
+        "trend": trend(longer_by, reward_margin),
     }
+
+
+def trend(x: Array, y: Array) -> dict[str, float] | None:
+    """The straight line through points (x, y) with the least squares, and the 95 % interval of its slope.
+
+    None if x does not vary, or if fewer than three points leave nothing to tell how certain the line is.
+    """
+    if len(x) < 3 or np.ptp(x) == 0:
+        return None
+    line = stats.linregress(x, y)
+    reach = stats.t.ppf(0.975, len(x) - 2) * line.stderr
+    slope = {"slope": line.slope, "low": line.slope - reach, "high": line.slope + reach, "intercept": line.intercept}
+    return {name: float(value) for name, value in slope.items()}
 
 
 def correlation(first: Array, second: Array) -> dict[str, float | None]:
@@ -119,24 +133,47 @@ def calibration(reward_margin: Array) -> dict[str, Any]:
     prefers: it claims σ(|Δr|), from 0.5 to 1, and the outcome is 1 if people prefer that side too, 0 if not, and 0.5
     for a tie. (Counting each pair in both orders, in bins over [0, 1], gives the same result.) ECE, the expected
     calibration error, is the mean over pairs of |outcome − claim| of their bin (Guo et al. 2017, arXiv 1706.04599).
-    It is above 0 by chance alone: "ece_floor" is what to expect if all claims were true. The sum of a bin's outcomes
-    then has the variance Σ claim · (1 − claim), and a normal variable is √(2/π) of its deviation away on average.
     """
-    claimed = expit(np.abs(reward_margin))
-    happened = np.heaviside(reward_margin, 0.5)
-    values = [claimed, happened, claimed * (1 - claimed), np.ones(len(claimed))]
-    sums = stats.binned_statistic(claimed, values, "sum", CALIBRATION_BINS, range=(0.5, 1)).statistic.T.tolist()
-    bins = [{"claimed": c / count, "happened": h / count, "count": int(count)} for c, h, _, count in sums if count]
-    by_chance = math.sqrt(2 / math.pi) * sum(math.sqrt(variance) for _, _, variance, _ in sums)
+    claimed = expit(np.abs(reward_margin))  # (N,)
+    happened = np.heaviside(reward_margin, 0.5)  # (N,)
+    which = calibration_bin(claimed)  # (N,)
+    sums = zip(
+        *(np.bincount(which, values).tolist() for values in (claimed, happened, np.ones(len(which)))), strict=True
+    )
+    bins = [{"claimed": c / count, "happened": h / count, "count": int(count)} for c, h, count in sums if count]
     off = [abs(one["happened"] - one["claimed"]) * one["count"] for one in bins]
     return {
         "bins": bins,
         "ece": sum(off) / len(reward_margin),
-        "ece_floor": by_chance / len(reward_margin),
+        "ece_floor": ece_floor(claimed),
         "brier": float(np.mean((1 - expit(reward_margin)) ** 2)),
         "log_loss": log_loss(reward_margin),
         "temperature": temperature(reward_margin),
     }
+
+
+def calibration_bin(claimed: Array) -> Array:
+    """The index (N,) of each claim's bin; the last one includes 1."""
+    return np.minimum((2 * CALIBRATION_BINS * (claimed - 0.5)).astype(int), CALIBRATION_BINS - 1)
+
+
+def ece_floor(claimed: Array, seed: int = 0) -> dict[str, float]:
+    """The ECE that a perfectly calibrated model with these claims (N,) gets by chance: its mean and 95 % quantile.
+
+    It is not 0, because outcomes scatter around their probabilities, more so if there are few. Outcomes are drawn many
+    times with the claims as probabilities (consistency resampling, Bröcker & Smith 2007, doi:10.1175/WAF993.1). Claims
+    are rounded to 1/1000 and counted, so a million pairs take no longer than a thousand. Ties, which claim exactly a
+    half and count as a half, do not scatter.
+    """
+    claims, counts = np.unique(np.round(claimed[claimed > 0.5], 3), return_counts=True)  # (C,) each
+    draw, off = np.random.default_rng(seed), np.zeros(CALIBRATION_DRAWS)
+    for number in range(CALIBRATION_BINS):
+        is_here = calibration_bin(claims) == number
+        p, n = claims[is_here], counts[is_here]
+        right = draw.binomial(n, p, size=(CALIBRATION_DRAWS, len(n))).sum(axis=1)  # (draws,)
+        off += np.abs(right - n @ p)
+    found = off / len(claimed)
+    return {"mean": float(found.mean()), "high": float(np.quantile(found, 0.95))}
 
 
 def log_loss(reward_margin: Array) -> float:

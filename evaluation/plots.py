@@ -10,6 +10,16 @@ import utils
 from common import pages
 from common.pages import Palette, Plot
 
+HOW_TO_READ = {
+    "accuracy": "A dot is a share of right pairs, its line the range in which the true share lies (95 %); dashed: "
+    "guessing. A useful model's line lies clearly to the right of those of the simple rules.",
+    "by": "Pairs in groups: a dot is a group's accuracy, its line the range in which the true one lies (95 %). Groups "
+    "whose lines overlap widely may not differ at all.",
+    "margins": "How much higher the chosen reply's reward is. Right of 0 the model agrees with people; the further "
+    "from 0, the surer it is. Bars far to the left are confident mistakes.",
+    "reliability": "Pairs in groups by how sure the model is; the numbers count them. On the dashed line the model is "
+    "right as often as it claims: below it is overconfident, above underconfident. Vertical lines: 95 % intervals.",
+}
 BREAKDOWNS = {"by_subset": "subset", "by_turns": "number of user turns", "by_length": "tokens of the longest reply"}
 MOST_ROWS = 40  # of a breakdown
 MOST_POINTS = 800  # of a scatter plot: SVG keeps every one of them
@@ -18,39 +28,40 @@ MOST_POINTS = 800  # of a scatter plot: SVG keeps every one of them
 def plots(content: dict[str, Any], rewards: np.ndarray, lengths: np.ndarray) -> list[Plot]:
     """The plots of a report; rewards and lengths (N, 2) are those of its pairs: chosen, rejected."""
     reward_margins, longer_by = (values[:, 0] - values[:, 1] for values in (rewards, lengths))  # (N,) each
+    trend, read = content["length"]["trend"], HOW_TO_READ
     return [
-        _intervals(
-            "accuracy", "Accuracy, compared with simple rules", model_and_baselines(content),
-            "The dot is the accuracy, the line its 95 % interval. Left of the dashed line is worse than guessing. A "
-            "model whose line reaches the dot of a rule has not shown that it knows more than the rule.",
-        ),
+        _intervals("accuracy", "Accuracy, compared with simple rules", read["accuracy"], model_and_baselines(content)),
         *(
-            _intervals(
-                name, f"Accuracy by {what}", content[name],
-                "The same for parts of the pairs. A long line means few pairs; parts whose lines meet may be equal.",
-            )
+            _intervals(name, f"Accuracy by {what}", read["by"], content[name])
             for name, what in BREAKDOWNS.items()
             if len(content[name]) > 1
         ),
         Plot(
-            "margins", "Δr = chosen reward − rejected reward",
-            "How many pairs have which Δr. Right of zero the model agrees with people; far left are its confident "
-            "mistakes, which stand below.",
+            "margins", "Δr = chosen reward − rejected reward", read["margins"],
             lambda a, p: _margins(a, p, reward_margins),
         ),
         Plot(
-            "reliability", "Calibration: claimed and actual agreement",
-            "Of the pairs in which the model claims 80 %, people should agree in 80 %: then a dot lies on the dashed "
-            "line. Below it the model is too sure of itself. The numbers count pairs; of few, a dot strays by chance.",
+            "reliability", "Calibration: how sure the model is, and how often right", read["reliability"],
             lambda a, p: _reliability(a, p, content),
         ),
         Plot(
-            "length", "Difference in reward and in length",
-            "Each dot is a pair. A trend that rises means that longer replies get more reward, one that falls that "
-            "shorter ones do; a level one, that length decides nothing.",
-            lambda a, p: _length(a, p, reward_margins, longer_by),
+            "length", "Does length decide? Differences in reward and in length", length_in_words(trend),
+            lambda a, p: _length(a, p, reward_margins, longer_by, trend),
         ),
     ]  # fmt: skip
+
+
+def length_in_words(trend: dict[str, float] | None) -> str:
+    """How to read the plot of length, and what its trend line says."""
+    read = "A dot is a pair; right of 0 its chosen reply is the longer. If length did not matter, all would be level."
+    if trend is None:
+        return f"{read} There is no trend line: too few pairs differ in length."
+    slope, low, high = (f"{100 * trend[name]:+.3g}" for name in ("slope", "low", "high"))
+    gain = f"{slope} for 100 tokens more (95 % interval {low} to {high})"
+    if trend["low"] <= 0 <= trend["high"]:
+        return f"{read} Here the trend is level within its error: {gain}."
+    direction, side = ("rises", "longer") if trend["slope"] > 0 else ("falls", "shorter")
+    return f"{read} Here the trend {direction}, so {side} replies get higher rewards: {gain}."
 
 
 def model_and_baselines(content: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +71,7 @@ def model_and_baselines(content: dict[str, Any]) -> dict[str, Any]:
     return {"this model": model, **content["baselines"]}
 
 
-def _intervals(name: str, title: str, groups: dict[str, Any], reading: str) -> Plot:
+def _intervals(name: str, title: str, how_to_read: str, groups: dict[str, Any]) -> Plot:
     kept = [(label, one) for label, one in groups.items() if one["accuracy"] is not None][:MOST_ROWS]
 
     def draw(axes: Axes, palette: Palette) -> None:
@@ -80,7 +91,7 @@ def _intervals(name: str, title: str, groups: dict[str, Any], reading: str) -> P
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.grid(axis="y", visible=False)
 
-    return Plot(name, title, reading, draw, 0.9 + 0.32 * len(kept))
+    return Plot(name, title, how_to_read, draw, 0.9 + 0.32 * len(kept))
 
 
 def _margins(axes: Axes, palette: Palette, reward_margins: np.ndarray) -> None:
@@ -88,11 +99,12 @@ def _margins(axes: Axes, palette: Palette, reward_margins: np.ndarray) -> None:
     reach = max(abs(low), abs(high)) or 1.0
     edges = np.linspace(-reach, reach, 61 if len(reward_margins) > 2000 else 31)  # 0 is one of them
     shown = np.clip(reward_margins, -reach, reach)
-    axes.hist(shown[shown <= 0], edges, color=palette["second"], label="wrong")
+    axes.hist(shown[shown <= 0], edges, color=palette["second"], label="wrong or tie")
     axes.hist(shown[shown > 0], edges, color=palette["accent"], label="right")
     axes.axvline(0, color=palette["ink"], linewidth=1)
     axes.set_xlabel("Δr")
     axes.set_ylabel("pairs")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, labelcolor=palette["ink"])
 
 
@@ -102,36 +114,38 @@ def _reliability(axes: Axes, palette: Palette, content: dict[str, Any]) -> None:
     ends = np.array([utils.wilson_interval(round(h * n), int(n)) for h, n in zip(happened, counts, strict=True)])
     reach = np.abs(ends.T - happened)  # (2, bins)
     axes.plot([0.5, 1], [0.5, 1], color=palette["muted"], linewidth=1, linestyle=(0, (4, 3)))
-    axes.errorbar(claimed, happened, yerr=reach, fmt="none", ecolor=palette["accent"], linewidth=1.5)
-    axes.scatter(claimed, happened, s=25 + 200 * counts / counts.max(), color=palette["accent"], linewidth=0, zorder=3)
-    for at, height, count in zip(claimed, ends[:, 1], counts, strict=True):
+    axes.errorbar(
+        claimed, happened, yerr=reach, fmt="o", color=palette["accent"], markersize=5, linewidth=1.5, capsize=0
+    )
+    for x, y, count in zip(claimed, happened, counts, strict=True):
         axes.annotate(
-            f"{count:,}", (at, height), xytext=(0, 2), textcoords="offset points", ha="center", va="bottom",
-            color=palette["muted"], fontsize=8,
-        )  # fmt: skip
-    axes.set_xlim(0.48, 1.03)
-    axes.set_ylim(min(0.45, ends.min() - 0.03), 1.09)
-    axes.set_xlabel("claimed: σ(|Δr|)")
-    axes.set_ylabel("people agree")
+            f"{count:,}", (x, y), (4, -7), textcoords="offset points", va="center", color=palette["muted"], fontsize=8.5
+        )
+    axes.set_xlim(0.48, 1.05)
+    axes.set_ylim(min(0.45, ends.min() - 0.03), 1.05)
+    axes.set_xlabel("how sure the model is of its choice: σ(|Δr|)")
+    axes.set_ylabel("how often it is right")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
 
-def _length(axes: Axes, palette: Palette, reward_margins: np.ndarray, longer_by: np.ndarray) -> None:
+def _length(
+    axes: Axes, palette: Palette, reward_margins: np.ndarray, longer_by: np.ndarray, trend: dict[str, float] | None
+) -> None:
     chosen = np.random.default_rng(0).permutation(len(reward_margins))[:MOST_POINTS]
-    axes.axhline(0, color=palette["grid"], linewidth=1)
-    axes.axvline(0, color=palette["grid"], linewidth=1)
+    axes.axhline(0, color=palette["muted"], linewidth=1)
+    axes.axvline(0, color=palette["muted"], linewidth=1)
     axes.scatter(longer_by[chosen], reward_margins[chosen], s=10, color=palette["accent"], alpha=0.45, linewidth=0)
-    if longer_by.any():  # through the origin, since a pair is one in either order
-        slope = float(longer_by @ reward_margins) / float(longer_by @ longer_by)
-        ends = np.array([longer_by.min(), longer_by.max()])
-        axes.plot(ends, slope * ends, color=palette["second"], linewidth=1.5, label="trend")
+    if trend:
+        ends = np.array([longer_by[chosen].min(), longer_by[chosen].max()])
+        line = trend["intercept"] + trend["slope"] * ends
+        axes.plot(ends, line, color=palette["second"], linewidth=2, label="trend")
         axes.legend(frameon=False, labelcolor=palette["ink"])
     axes.set_xlabel("tokens by which the chosen reply is longer")
-    axes.set_ylabel("Δr")
+    axes.set_ylabel("Δr: right above 0")
 
 
-def image(plot: pages.Plot) -> np.ndarray:
+def image(plot: Plot) -> np.ndarray:
     """A plot as (height, width, 3) bytes for TensorBoard."""
     with pages.style(pages.ON_WHITE, plot):
         figure = pages.figure(plot, pages.ON_WHITE)

@@ -31,14 +31,37 @@ def write_json(folder: Path, content: dict[str, Any]) -> None:
 # -- Figures as text: (what, value) ------------------------------------------------------------------------------------
 
 
-def temperature(content: dict[str, Any]) -> tuple[str, str]:
-    """The best temperature and a note on it, or why there is none."""
+def correlation(found: dict[str, float | None]) -> str:
+    """Pearson's correlation of reward and length, Spearman's in brackets, and what the sign means."""
+    r = found["pearson"]
+    if r is None:
+        return "–"
+    side = "longer" if r > 0 else "shorter"
+    return f"{r:+.2f} ({found['spearman']:+.2f}): {side} replies get more"
+
+
+def floor(found: dict[str, float]) -> str:
+    return f"about {percent(found['mean'])}, rarely above {percent(found['high'])}"
+
+
+def temperature(content: dict[str, Any]) -> str:
+    """The temperature with its interval and log loss, or in words why there is none."""
     found = content["calibration"]["temperature"]
-    if found:
-        return number(found["value"], ".3g"), "divide rewards by it; 1 is perfect"
+    if found is None:
+        return f"none: {why_no_temperature(content)}"
+    return f"{found['value']:.3g} ({temperature_interval(found)}); log loss {found['log_loss']:.4f}"
+
+
+def temperature_interval(found: dict[str, float | None]) -> str:
+    high = found["high"]
+    return f"{found['low']:.3g} or more" if high is None else f"{found['low']:.3g} to {high:.3g}"
+
+
+def why_no_temperature(content: dict[str, Any]) -> str:
+    """Why `metrics.temperature` finds none."""
     if content["mean_margin"] <= 0:
-        return "none", "the rewards say nothing about these labels"
-    return "none", "no pair is wrong: the surer, the better"
+        return "on average the chosen reply gets no higher reward, so no scaling of the rewards helps"
+    return "no pair is wrong, so any rewards could only be too small; it takes more pairs, or harder ones"
 
 
 def tables(content: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]], str]]:
@@ -55,20 +78,8 @@ def tables(content: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]], st
 
 def _length_and_calibration(content: dict[str, Any]) -> list[tuple[str, str]]:
     length, calibration = content["length"], content["calibration"]
-    controlled, within = length["length_controlled"], length["within_prompts"]
-    across, fitted = length["across_prompts"], calibration["temperature"]
+    controlled = length["length_controlled"]
     interval = "" if controlled["low"] is None else f" ({percent(controlled['low'])} to {percent(controlled['high'])})"
-    scaled = (
-        f"{fitted['value']:.3g} ({fitted['low']:.3g} to {number(fitted['high'], '.3g')}); "
-        f"log loss {number(fitted['log_loss'], '.4f')}"
-        if fitted
-        else ": ".join(temperature(content))
-    )
-
-    def in_words(correlation: dict[str, float | None]) -> str:
-        r = correlation["pearson"]
-        direction = "" if r is None else f": {'longer' if r > 0 else 'shorter'} replies get more"
-        return f"{number(r)} ({number(correlation['spearman'])}){direction}"
 
     def accuracy_of(key: str) -> str:
         return f"{percent(length[key]['accuracy'])} of {length[key]['n']:,}"
@@ -80,13 +91,13 @@ def _length_and_calibration(content: dict[str, Any]) -> list[tuple[str, str]]:
         ("accuracy, chosen reply equally long", accuracy_of("equally_long")),
         ("the model prefers the longer reply", percent(length["model_prefers_longer"])),
         ("people prefer the longer reply", percent(length["people_prefer_longer"])),
-        ("reward and length within prompts, r (ρ)", in_words(within)),
-        ("reward and length across prompts, r (ρ)", in_words(across)),
-        ("expected calibration error (by chance alone)",
-         f"{percent(calibration['ece'])} ({percent(calibration['ece_floor'])})"),
+        ("correlation of reward and length within prompts, r (ρ)", correlation(length["within_prompts"])),
+        ("correlation of reward and length across prompts, r (ρ)", correlation(length["across_prompts"])),
+        ("expected calibration error", percent(calibration["ece"])),
+        ("the same of a perfectly calibrated model, by chance", floor(calibration["ece_floor"])),
         ("Brier score (guessing: 0.25)", number(calibration["brier"], ".4f")),
         ("log loss (guessing: 0.6931)", number(calibration["log_loss"], ".4f")),
-        ("best temperature", scaled),
+        ("best temperature", temperature(content)),
         ("suspected mislabels", f"{content['reading']['suspected_mislabels']:,}"),
     ]  # fmt: skip
 

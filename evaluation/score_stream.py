@@ -48,7 +48,10 @@ class Line:
 
 
 def read(name: str, columns: Columns = ()) -> Iterator[Line]:
-    """The lines of a file, or of standard input for "-". UserError for a file or, later, a line that is not JSON."""
+    """The lines of a file, or of standard input for "-". UserError for a file or, later, a line that is not JSON.
+
+    UserError too if there is no line at all: for a file now, for standard input when it ends.
+    """
     if name == "-":
         if sys.stdin is None:
             raise UserError("--score -: standard input is closed", next="... | python eval_rm.py --score -, or a file")
@@ -60,8 +63,24 @@ def read(name: str, columns: Columns = ()) -> Iterator[Line]:
         rows, place = source.rows(), source.place
     parse_line = functools.partial(parse, columns=columns)
     # the answer to a line must not wait for the next one, so the first one already says whether the columns are known
-    lines = parsing.parsed(rows, place, EXPECTED_ROW, parse_line, unknown_rows=1)
-    return (line if isinstance(line, Line) else Line(row, line) for _, row, line in lines)
+    parsed = parsing.parsed(rows, place, EXPECTED_ROW, parse_line, unknown_rows=1)
+    lines = _at_least_one((line if isinstance(line, Line) else Line(row, line) for _, row, line in parsed), name)
+    if name == "-":
+        return lines
+    # what is wrong with a file's beginning is reported before a model is loaded
+    return itertools.chain([next(lines)], lines)
+
+
+def _at_least_one(lines: Iterator[Line], name: str) -> Iterator[Line]:
+    """The lines; UserError if there are none: whatever should have written them has failed."""
+    first = next(lines, None)
+    if first is None:
+        raise UserError(
+            "--score found nothing to score", where="standard input" if name == "-" else Path(name).absolute(),
+            found="not one line of JSON", safe="nothing was written", next="check what writes these lines",
+        )  # fmt: skip
+    yield first
+    yield from lines
 
 
 def _source(path: Path) -> reading.Source:

@@ -96,7 +96,7 @@ def write(folder: Path, run_folder: Path, history: Sequence[Evaluation], found: 
         pages.figure(drawn[0], pages.ON_WHITE).savefig(folder / PLOT, metadata={"Date": None})
     texts, note = replies(run_folder / ROLLOUTS, history)
     pages.write(
-        folder / PAGE, Path(__file__).with_name("policy_report.html.jinja"), drawn,
+        folder / PAGE, Path(__file__).with_name("policy_report.html.jinja"), drawn, {},
         run=run_folder.name, history=history, findings=found, readings=texts, note=note,
     )  # fmt: skip
 

@@ -160,6 +160,8 @@ def test_the_report_finds_a_length_bias(run_script, real_model_folder, shorter_i
     trained = run_script("train_rm.py", "--model", real_model_folder, "--dataset", shorter_is_better, *settings)
     assert trained.returncode == 0, trained.stderr
     report = json.loads((tmp_path / "checkpoints/rm/short/reports/step-3/report.json").read_text())
+    (point,) = json.loads((tmp_path / "checkpoints/rm/short/run.json").read_text())["evaluations"]["accuracy"]
+    assert (report["right"], report["n"]) == (round(point["value"] * point["count"]), point["count"]), "two counts"
     assert report["accuracy"] >= 0.8
     assert report["length"]["model_prefers_longer"] <= 0.2
     assert report["length"]["within_prompts"]["pearson"] <= -0.3

@@ -169,6 +169,16 @@ def test_a_training_reports_on_its_best_checkpoint_too_or_not_at_all(base, small
             assert (content["right"], content["n"]) == (round(point["value"] * point["count"]), point["count"])
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_a_resumed_training_ends_with_a_report_of_what_it_evaluated(trained_run):
+    train_rm.main(["--resume_from", str(trained_run), "--max_steps", "3"])
+    assert (trained_run / "reports/step-3/report.html").is_file()
+    content = utils.read_json(trained_run / "reports/step-3/report.json")
+    point = utils.read_json(trained_run / "run.json")["evaluations"]["accuracy"][-1]
+    assert (point["step"], point["count"]) == (content["step"], content["n"]) == (3, 16)
+    assert content["right"] == round(point["value"] * point["count"])
+
+
 def test_a_report_that_cannot_be_written_does_not_fail_the_training(trained_run, capsys):
     shutil.rmtree(trained_run / "reports")
     (trained_run / "reports").write_text("in the way")
@@ -249,7 +259,7 @@ def test_the_page_is_complete_loads_nothing_and_escapes_replies(evaluate, consta
     assert "url(h" not in page and "@import" not in page
     assert not re.search(r"#0[0-9a-f]0[0-9a-f]0[0-9a-f]", page), "a stand-in colour was left"
     assert page.count("<svg") == page.count("</svg>") == page.count("<figcaption") >= 4
-    assert "“&lt;script&gt;alert(1)&lt;/script&gt;”" in page, "a folded pair begins with its prompt"
+    assert "</b> &lt;script&gt;alert(1)&lt;/script&gt;" in page, "a folded pair begins with its prompt"
     assert "@media print" in page
 
 

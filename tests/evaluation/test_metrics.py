@@ -80,6 +80,19 @@ def test_a_constant_model_correlates_with_nothing():
     assert found["model_prefers_longer"] is None
 
 
+def test_the_trend_is_the_line_of_least_squares():
+    draw = np.random.default_rng(0)
+    longer_by = draw.integers(-200, 200, size=300)
+    margin = 0.5 - 0.01 * longer_by + draw.normal(size=300)
+    found = metrics.trend(longer_by, margin)
+    assert (found["slope"], found["intercept"]) == pytest.approx(tuple(np.polyfit(longer_by, margin, 1)))
+    # twice the standard error of the slope: the noise's deviation over that of the lengths, over √n
+    assert found["high"] - found["slope"] == pytest.approx(1.96 / longer_by.std() / math.sqrt(300), rel=0.1)
+    assert found["low"] < -0.01 < found["high"]
+    assert metrics.trend(np.array([5, 5, 5]), np.array([1.0, 2.0, 3.0])) is None
+    assert metrics.trend(np.array([1, 2]), np.array([1.0, 2.0])) is None
+
+
 # -- Calibration -------------------------------------------------------------------------------------------------------
 
 
@@ -115,21 +128,36 @@ def test_calibration_equals_scikit_learns_on_both_orders():
     assert sum(one["count"] for one in found["bins"]) == 500
 
 
-def test_the_floor_of_the_calibration_error_is_what_true_claims_have_by_chance():
-    draw = np.random.default_rng(3)
-    size = np.abs(draw.normal(0, 1.5, size=300))
-    by_chance = []
-    for _ in range(400):  # people choose as often as the model claims
-        agrees = draw.random(300) < 1 / (1 + np.exp(-size))
-        by_chance.append(metrics.calibration(np.where(agrees, size, -size))["ece"])
-    floor = metrics.calibration(size)["ece_floor"]
-    assert floor == pytest.approx(np.mean(by_chance), rel=0.05) and 0.02 < floor < 0.1
-
-
 def test_ties_claim_a_half_and_half_happens():
     found = metrics.calibration(np.zeros(7))
     assert found["bins"] == [{"claimed": 0.5, "happened": 0.5, "count": 7}]
     assert (found["ece"], found["brier"], found["log_loss"]) == (0, 0.25, pytest.approx(math.log(2)))
+
+
+def test_a_perfectly_calibrated_model_has_an_error_by_chance():
+    # one pair at 3/4 is off by 1/4 or 3/4; of four, the number of right ones is off by 3, 2, 1, 0 or 1
+    one, four = (metrics.ece_floor(np.full(n, 0.75)) for n in (1, 4))
+    assert one["mean"] == pytest.approx(2 * 0.75 * 0.25, rel=0.05)
+    assert four["mean"] == pytest.approx((3 + 2 * 12 + 54 + 81) / 256 / 4, rel=0.05)
+    assert one["high"] == 0.75
+    assert metrics.ece_floor(np.full(9, 0.5)) == {"mean": 0, "high": 0}, "ties do not scatter"
+
+
+def test_the_floor_is_what_perfectly_calibrated_models_show():
+    draw = np.random.default_rng(3)
+    size = np.abs(draw.normal(0, 2, size=200))
+
+    def ece(p):
+        return metrics.calibration(np.where(draw.random(200) < p, size, -size))["ece"]
+
+    claimed = 1 / (1 + np.exp(-size))
+    floor = metrics.ece_floor(claimed)
+    found = np.array([ece(claimed) for _ in range(400)])
+    assert floor["mean"] == pytest.approx(found.mean(), rel=0.05)
+    assert (found > floor["high"]).mean() == pytest.approx(0.05, abs=0.035)
+    assert ece(0.5 + (claimed - 0.5) / 3) > floor["high"], "an overconfident one shows more"
+    more = metrics.ece_floor(np.tile(claimed, 16))
+    assert more["mean"] == pytest.approx(floor["mean"] / 4, rel=0.15), "and with more pairs it shrinks"
 
 
 @pytest.mark.parametrize("wanted", [0.25, 1.0, 4.0, 300.0])

@@ -185,17 +185,6 @@ def test_a_column_like_a_dialogues_that_is_not_used_is_named_once(score):
     assert "looks like" not in errors
 
 
-@pytest.mark.parametrize("content", ["", "\n\n"])
-def test_a_file_without_rows_is_an_error_and_an_empty_pipe_is_not(content, reward_checkpoint, tmp_path, monkeypatch):
-    (tmp_path / "empty.jsonl").write_text(content)
-    with pytest.raises(UserError, match="no rows") as caught:
-        eval_rm.main(["--model", str(reward_checkpoint), "--score", str(tmp_path / "empty.jsonl")])
-    assert caught.value.exit_code == 2
-    with open(tmp_path / "empty.jsonl") as pipe:
-        monkeypatch.setattr(sys, "stdin", pipe)
-        eval_rm.main(["--model", str(reward_checkpoint), "--score", "-"])
-
-
 def test_a_broken_line_is_named_after_those_before_it_are_answered(reward_checkpoint, tmp_path, capfdbinary):
     file = tmp_path / "in.jsonl"
     file.write_bytes(b'{"prompt": "a", "reply": "b"}\n\n{"prompt": "a"\n')
@@ -214,6 +203,15 @@ def test_a_path_that_is_not_a_file_is_reported_before_the_model_is_loaded(reward
     for name, what in ((str(tmp_path), "a folder"), (os.devnull, "not a regular file")):
         with pytest.raises(UserError, match=f"--score is {what}"):
             eval_rm.main(["--model", str(reward_checkpoint), "--score", name])
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_an_empty_file_is_reported_before_the_model_is_loaded(content, reward_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(models.RewardModel, "restore", None)
+    (tmp_path / "in.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"--score found nothing to score(.|\n)*in\.jsonl") as raised:
+        eval_rm.main(["--model", str(reward_checkpoint), "--score", str(tmp_path / "in.jsonl")])
+    assert raised.value.exit_code == 2
 
 
 def start(model, **pipes):
@@ -250,3 +248,11 @@ def test_a_reader_that_leaves_ends_it_quietly(reward_checkpoint):
         watchdog.cancel()
     assert process.returncode == 1
     assert b"the reader of the output has gone" in errors and b"Traceback" not in errors
+
+
+def test_standard_input_that_ends_without_a_line_exits_2(reward_checkpoint, monkeypatch, capfdbinary):
+    with open(os.devnull) as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        with pytest.raises(UserError, match=r"--score found nothing to score(.|\n)*standard input") as raised:
+            eval_rm.main(["--model", str(reward_checkpoint), "--score", "-"])
+    assert raised.value.exit_code == 2 and not capfdbinary.readouterr().out
