@@ -143,8 +143,9 @@ class ChatTab:
         save_first(restore.click).then(**show_opened, js=restored)
         remove = {"fn": None, "inputs": None, "outputs": listed, "js": "() => window.conversations.removeChosen()"}
         listing = {"inputs": [listed, saved], "outputs": [saved, restore], **AT_ONCE}
-        found = search.input(None, search, listed, js="query => window.conversations.search(query)", **QUIET)
-        found.then(self.list_saved, **listing)
+        find = "query => window.conversations.search(query)"
+        found = search.change(None, search, listed, js=find, **QUIET)
+        found.then(self.list_saved, trigger_mode="always_last", **listing)
         name = "(id, name) => [window.conversations.rename(id, name), '']"
         renamed = rename.submit(None, [saved, rename], [listed, rename], js=name, **QUIET)
         renamed.then(self.list_saved, **listing)

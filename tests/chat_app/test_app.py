@@ -280,16 +280,20 @@ def test_a_reply_ended_at_any_moment_leaves_no_error(open_page, end):
     set_slider(page, "Temperature", 0)
     moments = random.Random(end)
     for number in range(4):
+        if number and "," not in end:  # questions in one chat would soon be too long for the small model
+            page.locator("#new-chat").click()
+            expect(replies(page)).to_have_count(0)
         start_writing(page, end if number else "Stop")
         page.wait_for_timeout(moments.uniform(0, 1500))
         if end == "Switch":
             page.get_by_role("radio", name="Another talk").click()
-            expect(page.locator("#chat .user.message")).to_have_text(re.compile("Another talk"))
-            page.get_by_role("radio", name=QUESTION).click()
+            expect(page.locator("#chat .user.message").first).to_have_text(re.compile("Another talk"))
+            page.get_by_role("radio", name=QUESTION).first.click()
             expect(page.locator("#chat .user.message").first).to_contain_text(QUESTION)
         elif end == "Reload":
             page.reload()
             expect(page.locator("#chat .user.message").first).to_contain_text(QUESTION)
+            page.get_by_label("Toggle Sidebar").click()
             set_slider(page, "Max new tokens", 1900)
         else:
             page.locator("#message button.stop-button").click()
@@ -549,7 +553,7 @@ def test_chats_are_renamed_and_searched_for(open_page):
     search = page.locator("#search-chats textarea, #search-chats input")
     wait_until_saved(page, 3)
     page.get_by_role("radio", name="Rye").click()
-    expect(page.locator("#chat .user.message")).to_have_text(re.compile("Rye"))
+    expect(page.locator("#chat .user.message").first).to_have_text(re.compile("Rye"))
     search.fill("SQUARE")
     expect(page.get_by_role("radio", name="Mathematics")).to_be_visible()
     expect(page.get_by_role("radio")).to_have_count(2)  # what is found, and the chat that is shown
