@@ -163,6 +163,9 @@ class ChatTab:
         messages, _ = conversation.to_chatbot(chat, footers, options)
         return [{**chat, "is_busy": is_busy}, messages, gr.Textbox(submit_btn=not is_busy, stop_btn=is_busy)]
 
+    def share_below(self, rewards: list[float] | None) -> float | None:
+        return self.engine.share_below(rewards[0]) if rewards else None
+
     def footers(self, chat: Conversation) -> list[str]:
         """A line for each reply: its reward, or why it has none; the last one's also compares it with its versions."""
         replies = [message for message in chat["messages"] if message["role"] == "assistant"]
@@ -178,7 +181,7 @@ class ChatTab:
             except Exception as error:  # the replies are shown without rewards
                 problem = f"no reward: {self.engine.explain(error)}"
         return [
-            " · ".join(filter(None, [problem, conversation.footer(values, reply["ending"])]))
+            " · ".join(filter(None, [problem, conversation.footer(values, reply["ending"], self.share_below(values))]))
             for values, reply in zip(rewards, replies, strict=True)
         ]
 

@@ -352,12 +352,15 @@ def percent(probability: float) -> str:
     return "over 99%" if probability > 0.5 else "under 1%"
 
 
-def footer(rewards: list[float] | None, ending: str = "") -> str:
+def footer(rewards: list[float] | None, ending: str = "", below: float | None = None) -> str:
     """The line below a reply: its reward, how it stands among all replies to its prompt, and whether it is whole.
 
-    `rewards` are those of its versions, its own first; None without a reward model.
+    `rewards` are those of its versions, its own first; None without a reward model. `below` is the share of held-out
+    replies, to other prompts, with a lower reward.
     """
     parts = [f"reward {rewards[0]:+.3f}"] if rewards else []
+    if rewards and below is not None:
+        parts.append(f"higher than {percent(below)} of held-out replies")
     if rewards and len(rewards) > 1:
         rank = rank_of(0, rewards)
         # Bradley & Terry (1952): P(1 is preferred to 2) = sigmoid(r_1 - r_2)

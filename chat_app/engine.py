@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 
 import models
@@ -89,6 +90,7 @@ class ChatEngine:
         self.output_dir, self.debug = output_dir, debug
         self.policy: models.PolicyModel | None = None
         self.reward_model: models.RewardModel | None = None
+        self._held_out: list[float] = []  # percentiles of rewards, if the reward model's checkpoint has a report
         self._rewards: OrderedDict[str, float] = OrderedDict()  # a cache: each turn needs those of all earlier ones
         self._second_policy: tuple[str, models.PolicyModel] | None = None
         self._stamps = "", ""  # of the two folders' content when they were loaded
@@ -113,13 +115,17 @@ class ChatEngine:
             device = devices.pick_device()
             stamps = model_list.stamp(names[0]), model_list.stamp(names[1])
             policy, reward_model, rewards = self.policy, self.reward_model, self._rewards
+            held_out = self._held_out
             if reward_model is None or (names[1], stamps[1]) != (self.reward_model_name, self._stamps[1]):
-                reward_model, rewards = None, OrderedDict()
+                reward_model, rewards, held_out = None, OrderedDict(), []
                 if names[1] != model_list.NONE:
-                    reward_model = models.RewardModel.restore(resolve.sound_checkpoint(names[1])).to(device).eval()
+                    checkpoint = resolve.sound_checkpoint(names[1])
+                    reward_model = models.RewardModel.restore(checkpoint).to(device).eval()
+                    held_out = held_out_percentiles(checkpoint)
             if policy is None or (names[0], stamps[0]) != (self.policy_name, self._stamps[0]):
                 policy = self._open_policy(names[0], device)
             self.policy, self.reward_model, self._rewards = policy, reward_model, rewards
+            self._held_out = held_out
             (self.policy_name, self.reward_model_name), self._stamps = names, stamps
             devices.free(device)
 
@@ -254,6 +260,11 @@ class ChatEngine:
             cache.popitem(last=False)
         return rewards
 
+    def share_below(self, reward: float) -> float | None:
+        """The share of held-out replies with a lower reward; None if the reward model's checkpoint has no report."""
+        known = self._held_out
+        return float(np.interp(reward, known, np.linspace(0, 1, len(known)))) if known else None
+
     def compare(self, prompt: Messages, replies: tuple[str, str]) -> dict[str, Any]:
         """Two replies to a prompt: rewards, P(A preferred) = sigmoid(r_A - r_B) (Bradley & Terry 1952), and the reward
         after each token: {"reward_a", "reward_b", "p_a", "tokens_a": [[text, reward], ...], "tokens_b"}."""
@@ -296,3 +307,14 @@ def check_length(dialogue: Messages, model: models.PretrainedModel, new_tokens: 
     if limit is not None and tokens + new_tokens > limit:
         new = f" and up to {new_tokens:,} new ones make {tokens + new_tokens:,}" if new_tokens else ""
         raise ValueError(f"too long: {tokens:,} tokens so far{new}; the model's limit is {limit:,}")
+
+
+def held_out_percentiles(checkpoint: Path) -> list[float]:
+    """The 0th to 100th percentile of the rewards in a checkpoint's report; empty without one that has them."""
+    path = checkpoint.parent / "reports" / checkpoint.name / "report.json"
+    try:
+        found = utils.read_json(path)["reward_percentiles"]
+        values = [float(value) for value in found]
+    except (OSError, ValueError, TypeError, KeyError):  # no report, an earlier version's, or a damaged one
+        return []
+    return values if values == sorted(values) and np.isfinite(values).all() else []

@@ -44,6 +44,7 @@ def measure(table: ScoreTable) -> dict[str, Any]:
         },
         "mean_margin": float(reward_margin.mean()),
         "mean_reward": dict(zip(("right", "wrong"), table.rewards.mean(axis=0).tolist(), strict=True)),
+        "reward_percentiles": np.percentile(table.rewards, range(101)).tolist(),  # of all replies
         "pairs": len(reward_margin),
         "by_subset": {} if set(by_subset) == {""} else dict(sorted(by_subset.items())),
         "by_turns": metrics.breakdown(

@@ -168,7 +168,8 @@ def test_a_reply_is_ranked_among_the_replies_to_its_prompt_only():
 
 
 def test_a_reply_that_is_not_whole_says_so_with_or_without_a_reward():
-    assert conversation.footer(None) == ""
+    assert conversation.footer([0.5], below=0.83) == "reward +0.500 · higher than 83% of held-out replies"
+    assert conversation.footer(None, below=0.83) == conversation.footer(None) == ""
     assert conversation.footer(None, "stopped") == "stopped early"
     assert conversation.footer([0.5], "cut") == "reward +0.500 · cut off at max new tokens"
 

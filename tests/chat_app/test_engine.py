@@ -3,6 +3,7 @@
 import gc
 import itertools
 import math
+import shutil
 import threading
 import weakref
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 
 import utils
 from chat_app import engine
-from chat_app.engine import ChatEngine, Reply, Settings
+from chat_app.engine import ChatEngine, Reply, Settings, held_out_percentiles
 from checkpointing import manifest
 
 QUESTION = [{"role": "user", "content": "What should I know about bread?"}]
@@ -284,3 +285,23 @@ def test_the_status_names_models_parameters_precision_and_memory(chat_engine):
     assert "721,984 parameters, fp32 on cpu" in lines["policy"]
     assert lines["reward model"].startswith("bread / step-2 (newest)")
     assert "GiB in use on cpu" in lines["memory"]
+
+
+def test_where_a_reward_lies_among_the_held_out_ones_is_read_from_the_checkpoints_report(
+    base, reward_checkpoint, tmp_path
+):
+    step = tmp_path / "run/step-2"
+    shutil.copytree(reward_checkpoint, step)
+    report = tmp_path / "run/reports/step-2/report.json"
+    loaded = ChatEngine(base, step, tmp_path)
+    loaded.load()
+    assert loaded.share_below(0.0) is None
+    report.parent.mkdir(parents=True)
+    for content in ("", "{", "[]", '{"reward_percentiles": 3}', '{"reward_percentiles": [2, 1]}'):
+        report.write_text(content)
+        assert held_out_percentiles(step) == []
+    utils.write_json(report, {"reward_percentiles": [-1.0, 0.0, 3.0]})
+    again = ChatEngine(base, step, tmp_path)
+    again.load()
+    shares = [again.share_below(reward) for reward in (-9.0, -0.5, 0.0, 1.5, 9.0)]
+    assert shares == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])

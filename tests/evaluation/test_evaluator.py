@@ -177,6 +177,7 @@ def test_a_resumed_training_ends_with_a_report_of_what_it_evaluated(trained_run)
     point = utils.read_json(trained_run / "run.json")["evaluations"]["accuracy"][-1]
     assert (point["step"], point["count"]) == (content["step"], content["n"]) == (3, 16)
     assert content["right"] == round(point["value"] * point["count"])
+    assert len(found := content["reward_percentiles"]) == 101 and found == sorted(found)
 
 
 def test_a_report_that_cannot_be_written_does_not_fail_the_training(trained_run, capsys):
@@ -221,7 +222,7 @@ def test_a_base_model_for_a_whole_model_is_refused_and_a_missing_one_named_by_it
 ):
     with pytest.raises(UserError, match="--base_model is for LoRA checkpoints"):
         evaluate(length_model, "--base_model", "x")
-    for flags in ([], ["--score", str(write_rows([{"prompt": "a", "responses": ["b"]}]))]):
+    for flags in ([], ["--score", str(write_rows([{"prompt": "a", "replies": ["b"]}]))]):
         with pytest.raises(UserError, match=r"base model of a LoRA checkpoint is missing(.|\n)*--base_model FOLDER"):
             eval_rm.main(["--model", str(adapter), "--base_model", "./nowhere", *flags])
 
