@@ -83,9 +83,9 @@ def length_bias(rewards: Array, lengths: Array) -> dict[str, Any]:
 def trend(x: Array, y: Array) -> dict[str, float] | None:
     """The straight line through points (x, y) with the least squares, and the 95 % interval of its slope.
 
-    None if x does not vary, or if fewer than three points leave nothing to tell how certain the line is.
+    None if x or y does not vary, or if fewer than three points leave nothing to tell how certain the line is.
     """
-    if len(x) < 3 or np.ptp(x) == 0:
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     line = stats.linregress(x, y)
     reach = stats.t.ppf(0.975, len(x) - 2) * line.stderr

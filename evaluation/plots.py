@@ -55,7 +55,7 @@ def length_in_words(trend: dict[str, float] | None) -> str:
     """How to read the plot of length, and what its trend line says."""
     read = "A dot is a pair; right of 0 its chosen reply is the longer. If length did not matter, all would be level."
     if trend is None:
-        return f"{read} There is no trend line: too few pairs differ in length."
+        return f"{read} There is no trend line: too few pairs differ in both."
     slope, low, high = (f"{100 * trend[name]:+.3g}" for name in ("slope", "low", "high"))
     gain = f"{slope} for 100 tokens more (95 % interval {low} to {high})"
     if trend["low"] <= 0 <= trend["high"]:

@@ -90,6 +90,7 @@ def test_the_trend_is_the_line_of_least_squares():
     assert found["high"] - found["slope"] == pytest.approx(1.96 / longer_by.std() / math.sqrt(300), rel=0.1)
     assert found["low"] < -0.01 < found["high"]
     assert metrics.trend(np.array([5, 5, 5]), np.array([1.0, 2.0, 3.0])) is None
+    assert metrics.trend(np.array([1, 2, 3]), np.zeros(3)) is None
     assert metrics.trend(np.array([1, 2]), np.array([1.0, 2.0])) is None
 
 
