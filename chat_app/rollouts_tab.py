@@ -26,7 +26,7 @@ from checkpointing.rollout_file import (
     ReplyFilter,
     RolloutReader,
 )
-from run_manager.inventory import UNKNOWN, RunInfo, read_state
+from run_manager.inventory import UNKNOWN, Roots, RunInfo, read_state
 from utils import UserError, counted
 
 ALL_PROMPTS = NOTHING = -1  # beside the prompts and steps to choose from
@@ -167,7 +167,7 @@ def list_runs(policy_dir: Path) -> list[RunInfo]:
     for path in policy_dir.iterdir() if policy_dir.is_dir() else []:
         kept = [path / name for name in (rollout_file.ROLLOUTS, run_folder.RUN) if (path / name).is_file()]
         if kept and not path.is_symlink() and not path.name.startswith("."):
-            run = RunInfo(path.name, path)
+            run = RunInfo(Roots(policy_dir, policy_dir), path.name, path)
             read_state(run)
             started = run.started.timestamp() if run.started else kept[0].stat().st_mtime
             dated.append((run.state == run_folder.RUNNING, started, run.name, run))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import models
 import train_grpo
 import train_sft
+import utils
 from checkpointing import manifest, run_folder
 from common import file_locks
 from grpo import evaluation, opening, report
@@ -301,15 +302,12 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_named(train, monkeypatch
 def test_the_demo_trains_what_is_not_there_whatever_a_broken_run_left(record, tmp_path, monkeypatch):
     started = []
 
-    class Child:
-        def __init__(self, command):
-            started.append(command[1:])
-
-        def wait(self):
-            return 0
+    def trained(command):
+        started.append(command[1:])
+        return 0
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation.subprocess, "Popen", Child)
+    monkeypatch.setattr(utils, "run_child", trained)
     if record is not None:
         (tmp_path / "checkpoints/rm/demo").mkdir(parents=True)
         (tmp_path / "checkpoints/rm/demo/run.json").write_text(record)
