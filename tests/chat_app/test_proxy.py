@@ -107,6 +107,17 @@ def test_strangers_stay_out_behind_the_proxy_too(proxy):
             assert error.code == wanted
 
 
+# of the reply, at each change of the page
+NOTE_LENGTHS = """
+() => {
+  window.lengths = new Set();
+  const length = () => [...document.querySelectorAll("#chat .bot .md")].reduce((n, one) => n + one.innerText.length, 0);
+  new MutationObserver(() => window.lengths.add(length()))
+    .observe(document.body, { subtree: true, childList: true, characterData: true });
+}
+"""
+
+
 def test_a_browser_gets_a_reply_piece_by_piece_through_the_proxy(proxy):
     sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -123,10 +134,9 @@ def test_a_browser_gets_a_reply_piece_by_piece_through_the_proxy(proxy):
         page.on("console", lambda message: message.type == "error" and problems.append(message.text))
         page.goto(f"https://{PAGE_HOST}:{port}/")
         page.locator("#message textarea").fill("What should I know about bread?")
+        page.evaluate(NOTE_LENGTHS)
         page.locator("#message textarea").press("Enter")
-        lengths = set()
-        while page.locator("#chat small.footer").count() == 0:
-            lengths.add(sum(len(text) for text in page.locator("#chat .bot .md").all_inner_texts()))
-        assert len(lengths) > 3 and problems == []
+        page.locator("#chat small.footer").wait_for()
+        assert len(page.evaluate("[...window.lengths]")) > 3 and problems == []
         assert "reward" in page.locator("#chat small.footer").inner_text()
         browser.close()
