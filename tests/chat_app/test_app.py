@@ -654,13 +654,13 @@ def test_a_retry_or_edit_that_is_refused_drops_nothing(open_page):
     set_slider(page, "Max new tokens", 5000)
     page.get_by_label("Retry").last.click()
     expect(page.locator(".toast-body")).to_contain_text("too long")
-    assert page.locator("#chat .bot .md").first.inner_text() == reply
+    expect(page.locator("#chat .bot .md").first).to_have_text(reply, use_inner_text=True)
     page.get_by_label("Edit").first.click()
     page.locator("textarea.edit-textarea").fill("   ")
     page.get_by_label("Submit", exact=True).first.click()
     expect(page.locator(".toast-body").last).to_contain_text("the message is empty")
     expect(page.locator("#chat .user.message")).to_contain_text(QUESTION)
-    assert page.locator("#chat .bot .md").first.inner_text() == reply
+    expect(page.locator("#chat .bot .md").first).to_have_text(reply, use_inner_text=True)
 
 
 def test_junk_in_the_browsers_storage_hides_no_conversation(open_page):
