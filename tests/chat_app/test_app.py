@@ -89,6 +89,9 @@ def open_page(new_context, warm_context, server):
         page.on("request", lambda request: is_foreign(request.url) and problems.append(f"asked for {request.url}"))
         page.goto(server.url)
         expect(message_box(page)).to_be_visible()
+        # what is clicked before Gradio has shown its first answers can be lost
+        expect(page.locator("#status dl")).to_be_visible()
+        page.wait_for_timeout(200)
         return page
 
     def note_error(message):
@@ -655,6 +658,7 @@ def test_a_retry_or_edit_that_is_refused_drops_nothing(open_page):
     page.get_by_label("Retry").last.click()
     expect(page.locator(".toast-body")).to_contain_text("too long")
     expect(page.locator("#chat .bot .md").first).to_have_text(reply, use_inner_text=True)
+    page.wait_for_timeout(300)  # the conversation is shown once more
     page.get_by_label("Edit").first.click()
     page.locator("textarea.edit-textarea").fill("   ")
     page.get_by_label("Submit", exact=True).first.click()
