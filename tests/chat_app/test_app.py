@@ -20,7 +20,11 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not 
 expect = sync_api.expect
 expect.set_options(timeout=60_000)  # a busy machine is slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+# Gradio loses a click or a text now and then while it builds its page: a test that fails is tried once more, and the
+# second failure counts. A run prints how many there were.
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"), pytest.mark.flaky(reruns=1),
+]  # fmt: skip
 
 QUESTION = "What should I know about bread?"
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><b>bold</b> & </textarea> if a < b:\n    c &lt; d"

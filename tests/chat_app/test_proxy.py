@@ -118,6 +118,7 @@ NOTE_LENGTHS = """
 """
 
 
+@pytest.mark.flaky(reruns=1)  # as those of test_app.py
 def test_a_browser_gets_a_reply_piece_by_piece_through_the_proxy(proxy):
     sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -168,6 +168,7 @@ def test_what_cannot_be_read_is_said_in_plain_words(tab, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.flaky(reruns=1)  # as those of test_app.py
 @pytest.mark.parametrize("options", [{"color_scheme": "dark"}, {"viewport": PHONE}], ids=["desktop, dark", "phone"])
 def test_with_the_keyboard_alone_a_visitor_reads_filters_and_compares(server, open_page, options):  # noqa: F811
     name = f"run-{len(options.get('viewport', ()))}"
